@@ -1,0 +1,200 @@
+//! What the model is to learn, and the exact verifier of its answers.
+//!
+//! Owns the strand task (vocabulary, problems, held-out set, verifier) and the [`Task`] seam.
+//! Does not know how answers are generated or learnt from.
+//!
+//! Strand task: the prompt is a DNA strand of [`STRAND_BASES`] bases, the answer its complementary
+//! strand (A-T, C-G), ended by the model's own EOS. Whether position i is right depends on token i
+//! alone, so its reward is exact and immediate.
+
+use crate::rng::{hash_bytes, mix};
+
+pub const STRAND_BASES: usize = 16;
+
+const EOS: u32 = 0;
+const BOS: u32 = 1;
+const SEP: u32 = 2;
+const FIRST_BASE: u32 = 3;
+const BASES: [char; 4] = ['A', 'C', 'G', 'T'];
+/// One strand in this many is held out of training, decided by the strand's own hash.
+const HELD_OUT_SHARE: u64 = 8;
+
+/// One question, and what is needed to grade its answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    pub prompt: Vec<u32>,
+    /// The whole expected answer: tokens with EOS for the strand task, the number's bytes for text.
+    pub expected: Vec<u32>,
+}
+
+/// The verdict on one answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Score {
+    /// 0 or 1 per generated token; empty where the verifier grades only the whole answer.
+    pub per_token: Vec<f32>,
+    /// In [0, 1]: share of positions that are right, or right/wrong as a whole.
+    pub reward: f32,
+    pub exact: bool,
+}
+
+/// The special ids and sizes that a model for this task needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vocabulary {
+    pub size: usize,
+    pub bos: u32,
+    pub eos: u32,
+}
+
+pub trait Task: Send + Sync {
+    fn name(&self) -> &'static str;
+    fn vocabulary(&self) -> Vocabulary;
+    /// Upper bound of a prompt's length in tokens.
+    fn max_prompt_tokens(&self) -> usize;
+    /// Budget for a generated answer, EOS included.
+    fn max_answer_tokens(&self) -> usize;
+    /// The training problem `index`; never one of the held-out set.
+    fn train_problem(&self, index: u64) -> Problem;
+    fn held_out(&self, count: usize) -> Vec<Problem>;
+    fn score(&self, problem: &Problem, answer: &[u32]) -> Score;
+    /// For people: tokens as text.
+    fn show(&self, tokens: &[u32]) -> String;
+}
+
+pub struct Strand {
+    seed: u64,
+}
+
+impl Strand {
+    pub fn new(seed: u64) -> Self {
+        Self { seed }
+    }
+
+    /// The `index`-th strand of the train or the held-out side, by rejection over one stream.
+    fn draw(&self, side: Side, index: u64) -> Problem {
+        let key = mix(mix(self.seed, side as u64), index);
+        let bases = (0u64..)
+            .map(|attempt| strand(mix(key, attempt)))
+            .find(|bases| side_of(bases) == side)
+            .expect("both sides hold a fixed share of all strands");
+        problem(&bases)
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Train,
+    HeldOut,
+}
+
+impl Task for Strand {
+    fn name(&self) -> &'static str {
+        "strand"
+    }
+
+    fn vocabulary(&self) -> Vocabulary {
+        Vocabulary { size: FIRST_BASE as usize + BASES.len(), bos: BOS, eos: EOS }
+    }
+
+    fn max_prompt_tokens(&self) -> usize {
+        STRAND_BASES + 2
+    }
+
+    fn max_answer_tokens(&self) -> usize {
+        STRAND_BASES + 1
+    }
+
+    fn train_problem(&self, index: u64) -> Problem {
+        self.draw(Side::Train, index)
+    }
+
+    fn held_out(&self, count: usize) -> Vec<Problem> {
+        (0..count as u64).map(|i| self.draw(Side::HeldOut, i)).collect()
+    }
+
+    fn score(&self, problem: &Problem, answer: &[u32]) -> Score {
+        let right = |(i, token): (usize, &u32)| {
+            f32::from(u8::from(problem.expected.get(i) == Some(token)))
+        };
+        let per_token: Vec<f32> = answer.iter().enumerate().map(right).collect();
+        let reward = per_token.iter().sum::<f32>() / problem.expected.len() as f32;
+        Score { per_token, reward, exact: answer == problem.expected }
+    }
+
+    fn show(&self, tokens: &[u32]) -> String {
+        tokens
+            .iter()
+            .map(|t| match *t {
+                EOS => '.',
+                BOS => '^',
+                SEP => '>',
+                base => BASES.get((base - FIRST_BASE) as usize).copied().unwrap_or('?'),
+            })
+            .collect()
+    }
+}
+
+fn strand(key: u64) -> Vec<u32> {
+    (0..STRAND_BASES as u64).map(|i| FIRST_BASE + (mix(key, i) >> 62) as u32).collect()
+}
+
+fn side_of(bases: &[u32]) -> Side {
+    let bytes: Vec<u8> = bases.iter().map(|b| *b as u8).collect();
+    match mix(hash_bytes(&bytes), 0) % HELD_OUT_SHARE {
+        0 => Side::HeldOut,
+        _ => Side::Train,
+    }
+}
+
+fn problem(bases: &[u32]) -> Problem {
+    let mut prompt = vec![BOS];
+    prompt.extend(bases);
+    prompt.push(SEP);
+    let complement = |base: &u32| FIRST_BASE + (BASES.len() as u32 - 1) - (base - FIRST_BASE);
+    let mut expected: Vec<u32> = bases.iter().map(complement).collect();
+    expected.push(EOS);
+    Problem { prompt, expected }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_answer_is_the_complementary_strand_and_eos() {
+        let task = Strand::new(1);
+        let p = task.train_problem(0);
+        let asked = task.show(&p.prompt);
+        let answer = task.show(&p.expected);
+        for (a, b) in asked[1..=STRAND_BASES].chars().zip(answer.chars()) {
+            assert!(["AT", "TA", "CG", "GC"].contains(&format!("{a}{b}").as_str()), "{a}{b}");
+        }
+        assert!(answer.ends_with('.'));
+        assert!(task.score(&p, &p.expected).exact);
+    }
+
+    #[test]
+    fn problems_repeat_by_seed_and_the_sides_never_meet() {
+        let task = Strand::new(3);
+        assert_eq!(task.train_problem(17), Strand::new(3).train_problem(17));
+        assert_ne!(task.train_problem(17), Strand::new(4).train_problem(17));
+        let held: BTreeSet<_> = task.held_out(500).into_iter().map(|p| p.prompt).collect();
+        assert!(held.len() > 495);
+        assert!((0..5000).all(|i| !held.contains(&task.train_problem(i).prompt)));
+    }
+
+    #[test]
+    fn a_wrong_an_early_and_a_missing_end_are_graded_by_position() {
+        let task = Strand::new(1);
+        let p = task.train_problem(5);
+        let mut wrong = p.expected.clone();
+        wrong[3] = EOS;
+        let early = task.score(&p, &wrong[..4]);
+        assert_eq!(early.per_token, [1.0, 1.0, 1.0, 0.0]);
+        assert!(!early.exact);
+        assert!((early.reward - 3.0 / 17.0).abs() < 1e-6);
+        let mut endless = p.expected.clone();
+        *endless.last_mut().unwrap() = FIRST_BASE;
+        assert!(!task.score(&p, &endless).exact);
+    }
+}
