@@ -163,8 +163,7 @@ mod tests {
         timers.set('b', Now::from_millis(5));
         timers.set('a', Now::from_millis(5));
         timers.set('c', Now::from_millis(1));
-        let fired: Vec<char> =
-            std::iter::from_fn(|| timers.pop_due(Now::from_millis(5))).collect();
+        let fired: Vec<char> = std::iter::from_fn(|| timers.pop_due(Now::from_millis(5))).collect();
         assert_eq!(fired, ['c', 'a', 'b']);
         assert!(timers.is_empty());
     }
