@@ -3,8 +3,10 @@
 //!
 //! In reading order:
 
+pub mod grant;
 pub mod ids;
 pub mod limits;
+pub mod manifest;
 pub mod protocol;
 pub mod seed;
 pub mod tokens;

@@ -87,6 +87,12 @@ impl TryFrom<pb::Version> for Version {
 
 // === impl Root ===
 
+impl Root {
+    pub fn of(bytes: &[u8]) -> Root {
+        Root(*blake3::hash(bytes).as_bytes())
+    }
+}
+
 impl fmt::Display for Root {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&hex::encode(&self.0[..6]))
