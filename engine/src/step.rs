@@ -1,0 +1,494 @@
+//! The scheduler core: which sequence runs, when a token is due, when weights are swapped. Owns every sequence, the
+//! pause, the queue of updates and the version labels. Synchronous, takes `now`, does no I/O; the driver carries
+//! out its [`Action`]s and delivers its output.
+//!
+//! The state of a sequence is the map it lies in:
+//!
+//! ```text
+//!            admit            prefilled          stop, length
+//!  waiting ---------> Prefill ---------> Decode --------------> ended(Stop | Length) --delivered--> gone
+//!     ^ |                |  \              |                         ^
+//!     | |  retract       |   \   abort     |                         |
+//!     +-+----------------+----+------------+------------------> ended(Abort)
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::EngineConfig;
+use crate::model::{Lane, Made, Model, Sampling};
+
+mod control;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use control::{Action, PauseMode, Update, UpdateReply};
+
+/// A sequence that fell behind its pace by more than this does not burst to catch up.
+const PACE_DEBT: Duration = Duration::from_millis(250);
+
+pub(crate) type SeqId = u64;
+
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub rid: String,
+    pub prompt: Vec<u32>,
+    pub sampling: Arc<Sampling>,
+    pub stream: bool,
+    pub return_logprob: bool,
+    pub return_extra: bool,
+    /// Tokens per chunk after the first.
+    pub interval: u32,
+}
+
+/// One request and what was made for it. `S` is the driver's way back to the client.
+pub(crate) struct Seq<S> {
+    pub request: Request,
+    pub sink: S,
+    pub tokens: Vec<u32>,
+    pub logprobs: Vec<f32>,
+    pub extras: Vec<u32>,
+    /// Where each weight version begins, over `tokens`.
+    pub marks: Vec<Mark>,
+    /// How many of `tokens` the client was sent.
+    pub sent: usize,
+    pub retractions: u32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Mark {
+    pub label: Arc<str>,
+    pub start: u32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum End {
+    Stop { matched: u32 },
+    Length,
+    Abort { message: String, queued: bool },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error("The input is empty: input_ids must hold at least one token id.")]
+    Empty,
+    #[error(
+        "Token id {id} at position {at} of input_ids is out of vocabulary: vocab_size is {vocab}."
+    )]
+    Vocabulary { id: u32, at: usize, vocab: u32 },
+    #[error(
+        "The input ({len} tokens) is longer than the model's context length ({context} tokens)."
+    )]
+    TooLong { len: usize, context: u32 },
+    #[error(
+        "Requested token count exceeds the model's maximum context length of {context} tokens. You requested a total of {total} tokens: {len} tokens from the input messages and {new} tokens for the completion."
+    )]
+    OverContext { len: usize, new: u32, total: u64, context: u32 },
+    #[error("Duplicate request ID detected: {0}")]
+    Duplicate(String),
+    #[error("The request queue is full ({0} requests wait); try again later.")]
+    Full(usize),
+    #[error(
+        "The {0} was released and not brought back: resume it and load weights before generating."
+    )]
+    Released(&'static str),
+}
+
+enum Phase<K> {
+    Prefill { ready_at: Duration },
+    Decode { kv: K, due: Duration },
+}
+
+struct Running<K, S> {
+    seq: Box<Seq<S>>,
+    phase: Phase<K>,
+}
+
+struct Limits {
+    context: u32,
+    max_running: usize,
+    max_waiting: usize,
+    kv_tokens: u64,
+    rate: Option<f64>,
+    prefill_rate: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counters {
+    pub running: usize,
+    pub waiting: usize,
+    pub used_tokens: u64,
+    pub total_tokens: u64,
+    pub generated_total: u64,
+    pub prefilled_total: u64,
+    pub aborted_total: u64,
+    pub retracted_total: u64,
+}
+
+pub(crate) struct Core<M: Model, S> {
+    model: M,
+    limits: Limits,
+    waiting: BTreeMap<SeqId, Box<Seq<S>>>,
+    running: BTreeMap<SeqId, Running<M::Kv, S>>,
+    ended: BTreeMap<SeqId, (Box<Seq<S>>, End)>,
+    by_rid: BTreeMap<String, SeqId>,
+    /// Running sequences with a chunk to send.
+    ready: BTreeSet<SeqId>,
+    next_id: SeqId,
+    label: Arc<str>,
+    control: control::Control,
+    counters: Counters,
+    actions: Vec<Action>,
+}
+
+impl<M: Model, S> Core<M, S> {
+    pub fn new(model: M, config: &EngineConfig) -> Self {
+        Self {
+            model,
+            limits: Limits {
+                context: config.context_capacity,
+                max_running: config.max_running as usize,
+                max_waiting: config.max_waiting as usize,
+                kv_tokens: config.kv_tokens,
+                rate: config.rate,
+                prefill_rate: config.prefill_rate,
+            },
+            waiting: BTreeMap::new(),
+            running: BTreeMap::new(),
+            ended: BTreeMap::new(),
+            by_rid: BTreeMap::new(),
+            ready: BTreeSet::new(),
+            next_id: 0,
+            label: Arc::from(config.weight_version.as_str()),
+            control: control::Control::default(),
+            counters: Counters::default(),
+            actions: Vec::new(),
+        }
+    }
+
+    pub fn submit(&mut self, request: Request, sink: S) -> Result<SeqId, (Refusal, S)> {
+        if let Err(refusal) = self.validate(&request) {
+            return Err((refusal, sink));
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        self.by_rid.insert(request.rid.clone(), id);
+        let seq = Box::new(Seq {
+            request,
+            sink,
+            tokens: Vec::new(),
+            logprobs: Vec::new(),
+            extras: Vec::new(),
+            marks: Vec::new(),
+            sent: 0,
+            retractions: 0,
+        });
+        if seq.request.sampling.max_new_tokens == 0 {
+            self.ended.insert(id, (seq, End::Length));
+        } else {
+            self.waiting.insert(id, seq);
+        }
+        Ok(id)
+    }
+
+    /// Makes every token that is due at `now`, at most the model's quantum for each sequence.
+    pub fn step(&mut self, now: Duration) {
+        if !self.may_step(now) {
+            return;
+        }
+        self.admit(now);
+        self.prefill(now);
+        for _ in 0..self.model.rounds_per_step() {
+            if self.round(now) == 0 {
+                break;
+            }
+        }
+        self.retract_over_capacity();
+    }
+
+    /// When the next token or prefill is due; `None` while there is nothing to do before the next command.
+    pub fn next_due(&self, now: Duration) -> Option<Duration> {
+        if let Some(until) = self.control.stall_until
+            && until > now
+        {
+            return (until < Duration::MAX).then_some(until);
+        }
+        if self.is_blocked() {
+            return None;
+        }
+        let admit = self.admissible().map(|_| now);
+        let due = self.running.values().map(|running| match running.phase {
+            Phase::Prefill { ready_at } => ready_at,
+            Phase::Decode { due, .. } => due,
+        });
+        due.chain(admit).min()
+    }
+
+    /// Offers everything that waits to be sent. `send` answers false to be asked again later (a slow client).
+    pub fn deliver(&mut self, mut send: impl FnMut(&Seq<S>, Option<&End>) -> bool) {
+        let mut gone = Vec::new();
+        for (&id, (seq, end)) in &self.ended {
+            if send(seq, Some(end)) {
+                gone.push(id);
+            }
+        }
+        for id in gone {
+            if let Some((seq, _)) = self.ended.remove(&id) {
+                self.by_rid.remove(&seq.request.rid);
+            }
+        }
+        let (running, waiting) = (&mut self.running, &mut self.waiting);
+        self.ready.retain(|id| {
+            let seq =
+                running.get_mut(id).map(|running| &mut running.seq).or_else(|| waiting.get_mut(id));
+            let Some(seq) = seq else { return false };
+            if !send(seq, None) {
+                return true;
+            }
+            seq.sent = seq.tokens.len();
+            false
+        });
+    }
+
+    /// Takes sequences out without a word to their clients: those that went away, or that a fault ends.
+    pub fn remove_where(
+        &mut self,
+        limit: usize,
+        mut gone: impl FnMut(&Seq<S>) -> bool,
+    ) -> Vec<Box<Seq<S>>> {
+        let mut ids: Vec<SeqId> = Vec::new();
+        ids.extend(
+            self.running
+                .iter()
+                .filter(|(_, running)| gone(&running.seq))
+                .map(|(id, _)| *id)
+                .take(limit),
+        );
+        let left = limit - ids.len();
+        ids.extend(self.waiting.iter().filter(|(_, seq)| gone(seq)).map(|(id, _)| *id).take(left));
+        let left = limit - ids.len();
+        ids.extend(
+            self.ended.iter().filter(|(_, (seq, _))| gone(seq)).map(|(id, _)| *id).take(left),
+        );
+        ids.into_iter().filter_map(|id| self.remove(id)).collect()
+    }
+
+    pub fn counters(&self) -> Counters {
+        let total = |len: usize| len as u64;
+        let waiting: u64 = self
+            .waiting
+            .values()
+            .map(|seq| total(seq.request.prompt.len() + seq.tokens.len()))
+            .sum();
+        Counters {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            total_tokens: self.counters.used_tokens + waiting,
+            ..self.counters
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty() && self.ended.is_empty()
+    }
+
+    pub fn has_undelivered(&self) -> bool {
+        !self.ended.is_empty() || !self.ready.is_empty()
+    }
+
+    pub fn label(&self) -> &Arc<str> {
+        &self.label
+    }
+
+    pub fn model(&self) -> &M {
+        &self.model
+    }
+
+    fn validate(&self, request: &Request) -> Result<(), Refusal> {
+        let (len, context) = (request.prompt.len(), self.limits.context);
+        let vocab = self.model.vocab();
+        self.check_memory()?;
+        if len == 0 {
+            return Err(Refusal::Empty);
+        }
+        if let Some(at) = request.prompt.iter().position(|&id| id >= vocab) {
+            return Err(Refusal::Vocabulary { id: request.prompt[at], at, vocab });
+        }
+        let capacity = u64::from(context).min(self.limits.kv_tokens) as u32;
+        if len as u64 >= u64::from(capacity) {
+            return Err(Refusal::TooLong { len, context: capacity });
+        }
+        let new = request.sampling.max_new_tokens;
+        let total = len as u64 + u64::from(new);
+        if total > u64::from(capacity) {
+            return Err(Refusal::OverContext { len, new, total, context: capacity });
+        }
+        if self.by_rid.contains_key(&request.rid) {
+            return Err(Refusal::Duplicate(request.rid.clone()));
+        }
+        if self.waiting.len() >= self.limits.max_waiting {
+            return Err(Refusal::Full(self.waiting.len()));
+        }
+        Ok(())
+    }
+
+    /// The next sequence that may start, if capacity and a draining update let it.
+    fn admissible(&self) -> Option<SeqId> {
+        let (&id, seq) = self.waiting.first_key_value()?;
+        let gated = self.control.gate().is_some_and(|gate| id >= gate);
+        let need = seq_len(seq) + 1;
+        let fits = self.counters.used_tokens + need <= self.limits.kv_tokens;
+        (!gated && self.running.len() < self.limits.max_running && fits).then_some(id)
+    }
+
+    fn admit(&mut self, now: Duration) {
+        while let Some(id) = self.admissible() {
+            let seq = self.waiting.remove(&id).expect("admissible ids wait");
+            self.counters.used_tokens += seq_len(&seq);
+            let wait = self.limits.prefill_rate.map_or(0.0, |rate| seq_len(&seq) as f64 / rate);
+            let ready_at = now + Duration::from_secs_f64(wait);
+            self.running.insert(id, Running { seq, phase: Phase::Prefill { ready_at } });
+        }
+    }
+
+    fn prefill(&mut self, now: Duration) {
+        let mut failed = Vec::new();
+        for (&id, running) in &mut self.running {
+            let Phase::Prefill { ready_at } = running.phase else { continue };
+            if ready_at > now {
+                continue;
+            }
+            let seq = &running.seq;
+            // The newest token goes in with the first decode round.
+            let mut past = seq.request.prompt.clone();
+            past.extend_from_slice(&seq.tokens);
+            past.pop();
+            self.counters.prefilled_total += past.len() as u64;
+            match self.model.prefill(&seq.request.sampling, &past) {
+                Ok(kv) => running.phase = Phase::Decode { kv, due: ready_at },
+                Err(error) => failed.push((id, error.to_string())),
+            }
+        }
+        for (id, message) in failed {
+            self.end(id, End::Abort { message, queued: false });
+        }
+    }
+
+    /// One token for every sequence that is due; how many there were.
+    fn round(&mut self, now: Duration) -> usize {
+        let mut lanes = Vec::new();
+        let mut ids = Vec::new();
+        for (&id, running) in &mut self.running {
+            if let Phase::Decode { kv, due } = &mut running.phase
+                && *due <= now
+            {
+                let seq = &running.seq;
+                let last = *seq
+                    .tokens
+                    .last()
+                    .or(seq.request.prompt.last())
+                    .expect("prompts are not empty");
+                let may_end = seq.tokens.len() as u32 >= seq.request.sampling.min_new_tokens;
+                lanes.push(Lane { kv, last, may_end });
+                ids.push(id);
+            }
+        }
+        if lanes.is_empty() {
+            return 0;
+        }
+        let mut made = Vec::with_capacity(lanes.len());
+        if let Err(error) = self.model.decode(&mut lanes, &mut made) {
+            for id in ids {
+                self.end(id, End::Abort { message: error.to_string(), queued: false });
+            }
+            return 0;
+        }
+        for (&id, made) in ids.iter().zip(&made) {
+            self.take(id, made, now);
+        }
+        ids.len()
+    }
+
+    fn take(&mut self, id: SeqId, made: &Made, now: Duration) {
+        let period = self.period();
+        let running = self.running.get_mut(&id).expect("lanes are running sequences");
+        let seq = &mut *running.seq;
+        if seq.marks.last().is_none_or(|mark| mark.label != self.label) {
+            seq.marks.push(Mark { label: self.label.clone(), start: seq.tokens.len() as u32 });
+        }
+        let may_end = seq.tokens.len() as u32 >= seq.request.sampling.min_new_tokens;
+        seq.tokens.push(made.token);
+        seq.logprobs.push(made.logprob);
+        if seq.request.return_extra {
+            seq.extras.push(made.extra);
+        }
+        self.counters.generated_total += 1;
+        self.counters.used_tokens += 1;
+        if let Some(end) = end_after(seq, made.token, may_end, self.model.eos_ids()) {
+            self.end(id, end);
+            return;
+        }
+        if seq.request.stream
+            && (seq.tokens.len() == 1
+                || seq.tokens.len() - seq.sent >= seq.request.interval as usize)
+        {
+            self.ready.insert(id);
+        }
+        if let Phase::Decode { due, .. } = &mut running.phase {
+            *due = period.map_or(now, |period| (*due + period).max(now.saturating_sub(PACE_DEBT)));
+        }
+    }
+
+    fn retract_over_capacity(&mut self) {
+        while self.counters.used_tokens > self.limits.kv_tokens && self.running.len() > 1 {
+            let (&id, _) = self.running.last_key_value().expect("more than one runs");
+            self.retract(id);
+        }
+    }
+
+    fn retract(&mut self, id: SeqId) {
+        if let Some(mut running) = self.running.remove(&id) {
+            self.counters.used_tokens -= seq_len(&running.seq);
+            self.counters.retracted_total += 1;
+            running.seq.retractions += 1;
+            self.waiting.insert(id, running.seq);
+        }
+    }
+
+    fn end(&mut self, id: SeqId, end: End) {
+        if let Some(seq) = self.take_out(id) {
+            self.ready.remove(&id);
+            self.counters.aborted_total += u64::from(matches!(end, End::Abort { .. }));
+            self.ended.insert(id, (seq, end));
+        }
+    }
+
+    fn remove(&mut self, id: SeqId) -> Option<Box<Seq<S>>> {
+        let seq = self.take_out(id).or_else(|| self.ended.remove(&id).map(|(seq, _)| seq))?;
+        self.by_rid.remove(&seq.request.rid);
+        self.ready.remove(&id);
+        Some(seq)
+    }
+
+    fn take_out(&mut self, id: SeqId) -> Option<Box<Seq<S>>> {
+        if let Some(running) = self.running.remove(&id) {
+            self.counters.used_tokens -= seq_len(&running.seq);
+            return Some(running.seq);
+        }
+        self.waiting.remove(&id)
+    }
+}
+
+fn seq_len<S>(seq: &Seq<S>) -> u64 {
+    (seq.request.prompt.len() + seq.tokens.len()) as u64
+}
+
+fn end_after<S>(seq: &Seq<S>, token: u32, may_end: bool, eos: &[u32]) -> Option<End> {
+    let sampling = &seq.request.sampling;
+    let is_eos = !sampling.ignore_eos && eos.contains(&token);
+    if may_end && (is_eos || sampling.stop_token_ids.contains(&token)) {
+        return Some(End::Stop { matched: token });
+    }
+    (seq.tokens.len() as u32 >= sampling.max_new_tokens).then_some(End::Length)
+}
