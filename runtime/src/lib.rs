@@ -5,6 +5,7 @@
 pub mod backoff;
 pub mod clock;
 pub mod drain;
+pub mod process;
 pub mod signal;
 // settings, logs, secrets
 pub mod config;
@@ -28,4 +29,5 @@ pub use endpoint::{Announce, Endpoint};
 pub use exit::Exit;
 pub use listen::{ListenError, ServeOptions, bind, serve};
 pub use private_file::FileError;
+pub use process::Child;
 pub use token::{CertDigest, JoinToken, Role, TokenStore};

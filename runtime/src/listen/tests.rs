@@ -262,6 +262,22 @@ async fn a_client_that_never_shakes_hands_is_dropped() {
     assert!(read.expect("the server hangs up").is_err());
 }
 
+/// What a process stopped by SIGSTOP looks like: its kernel acknowledges, it answers no ping.
+#[tokio::test]
+async fn a_silent_http2_client_is_dropped_after_the_keepalive() {
+    let run = plain().await;
+    let mut silent = TcpStream::connect(run.addr).await.expect("connected");
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let empty_settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    silent.write_all(&[&preface[..], &empty_settings].concat()).await.expect("sent");
+    let from = Instant::now();
+    let mut sink = Vec::new();
+    let limit = KEEPALIVE_INTERVAL + KEEPALIVE_TIMEOUT + Duration::from_secs(3);
+    let read = tokio::time::timeout(limit, silent.read_to_end(&mut sink)).await;
+    let _ = read.expect("the server hangs up");
+    assert!(from.elapsed() >= KEEPALIVE_TIMEOUT, "{:?}", from.elapsed());
+}
+
 #[tokio::test]
 async fn clients_beyond_the_limit_wait_for_a_place() {
     let options = ServeOptions { max_connections: 1, ..ServeOptions::default() };
