@@ -75,6 +75,8 @@ impl Failure {
             Code::InvalidArgument
             | Code::FailedPrecondition
             | Code::AlreadyExists
+            // Another consumer took this shard over.
+            | Code::Aborted
             | Code::OutOfRange
             | Code::Unimplemented
             | Code::DataLoss => Failure::Final(Error::Refused { call, why }),

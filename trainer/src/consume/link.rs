@@ -6,7 +6,6 @@ use std::sync::Arc;
 use anabranch_proto::{Version, pb};
 use pb::from_consumer::Kind as Out;
 use pb::to_consumer::Kind as In;
-use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
@@ -20,6 +19,9 @@ use crate::job::Job;
 
 /// Messages on their way out. Each is derived from state, so a full queue only delays them.
 const OUTBOX: usize = 16;
+
+/// A trajectory beside its tokens and log-probabilities, about.
+const TRAJECTORY_BYTES: usize = 256;
 
 type Outbox = mpsc::UnboundedSender<Result<(Delivery, Amount), Error>>;
 
@@ -40,9 +42,10 @@ pub(super) struct Link {
 /// What the manager has still to hear, most urgent first.
 #[derive(Debug, Default)]
 struct Due {
-    /// Acknowledged, and received: the batches between are to be acknowledged.
     acked: u64,
     received: u64,
+    /// A step's last batch is acknowledged with its `StepDone`, which would else be lost with the link.
+    step_open: Option<u64>,
     /// Given to the stream of this attachment.
     committed: u64,
     commit: Option<(u64, Version)>,
@@ -194,7 +197,10 @@ impl Link {
         self.tries.reset();
         let delivery = match message.kind {
             Some(In::Part(part)) => return self.part(part),
-            Some(In::StepDone(done)) => self.assembly.step_done(done).map(Delivery::StepDone),
+            Some(In::StepDone(done)) => {
+                self.due.step_done(done.seq);
+                self.assembly.step_done(done).map(Delivery::StepDone)
+            }
             Some(In::Advice(advice)) => Some(Delivery::Advice(Advice::from(advice))),
             // A kind of a newer manager.
             None => None,
@@ -212,7 +218,7 @@ impl Link {
                 Ok(())
             }
             Ok(Took::Whole { batch, cost }) => {
-                self.due.received(batch.seq);
+                self.due.received(batch.seq, batch.last_of_step);
                 self.credit.held(cost);
                 self.deliver(Delivery::Batch(batch), cost)
             }
@@ -225,9 +231,11 @@ impl Link {
     }
 }
 
-/// What a part takes from the credit: its size on the wire, and its samples.
+/// What a part takes from the credit. The manager's egress counts the same way, or the two would drift.
 fn cost(part: &pb::Part) -> Amount {
-    Amount { bytes: part.encoded_len() as i64, samples: part.trajectories.len() as i64 }
+    let bytes = |t: &pb::Trajectory| t.tokens.len() + t.logprobs.len() + TRAJECTORY_BYTES;
+    let bytes: usize = part.trajectories.iter().map(bytes).sum();
+    Amount { bytes: bytes as i64, samples: part.trajectories.len() as i64 }
 }
 
 // === impl Due ===
@@ -238,19 +246,28 @@ impl Due {
         self.committed = 0;
     }
 
-    fn received(&mut self, seq: u64) {
+    fn received(&mut self, seq: u64, last_of_step: bool) {
         if self.received == 0 {
             self.acked = seq.saturating_sub(1);
         }
         self.received = seq;
+        self.step_open = last_of_step.then_some(seq);
+    }
+
+    fn step_done(&mut self, seq: u64) {
+        self.step_open = self.step_open.filter(|open| *open > seq);
     }
 
     fn again(&mut self, seq: u64) {
         self.acked = self.acked.min(seq.saturating_sub(1));
     }
 
+    fn ack_to(&self) -> u64 {
+        self.step_open.map_or(self.received, |open| open - 1)
+    }
+
     fn any(&self) -> bool {
-        self.acked < self.received || self.commit_due().is_some()
+        self.acked < self.ack_to() || self.commit_due().is_some()
     }
 
     fn commit_due(&self) -> Option<(u64, Version)> {
@@ -258,7 +275,7 @@ impl Due {
     }
 
     fn next(&mut self) -> Out {
-        if self.acked < self.received {
+        if self.acked < self.ack_to() {
             self.acked += 1;
             return Out::Ack(pb::Ack { seq: self.acked });
         }
