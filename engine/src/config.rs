@@ -34,6 +34,8 @@ pub struct EngineConfig {
     pub incremental: bool,
     /// Serve `POST /fault`.
     pub faults: bool,
+    /// Where to keep count of what was made, for bench and chaos runs; it outlives a kill.
+    pub meter: Option<PathBuf>,
     /// Bearer token for everything but health, readiness and metrics.
     pub api_key: Option<String>,
     /// `weight_version` label before the first update.
@@ -56,6 +58,7 @@ impl EngineConfig {
             kv_tokens: 4 << 20,
             incremental: true,
             faults: false,
+            meter: None,
             api_key: None,
             weight_version: "default".to_owned(),
             return_original_logprob: false,
@@ -97,6 +100,8 @@ pub enum EngineError {
     Config { field: &'static str, why: &'static str },
     #[error("cannot listen on {addr}: {source}; choose another --listen, or port 0 for a free one")]
     Listen { addr: SocketAddr, source: std::io::Error },
+    #[error("cannot write the meter file {path}: {source}")]
+    Meter { path: PathBuf, source: std::io::Error },
     #[error("cannot start the engine thread: {0}")]
     Thread(std::io::Error),
     #[error("cannot load the model: {0}")]

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::EngineConfig;
+use crate::meter::Meter;
 use crate::model::{Loader, Model};
 use crate::sse::{self, Shape};
 use crate::step::{Action, Core, Counters, End, PauseMode, Request, Seq, Update, UpdateReply};
@@ -120,6 +121,7 @@ pub(crate) struct Driver<M: Model> {
     last_step: Instant,
     last_sweep: Instant,
     buf: Vec<u8>,
+    meter: Option<Meter>,
 }
 
 impl<M: Model> Driver<M> {
@@ -129,6 +131,7 @@ impl<M: Model> Driver<M> {
         model_path: String,
         (own_commands, commands): (SyncSender<Command>, Receiver<Command>),
         shared: Arc<Shared>,
+        meter: Option<Meter>,
     ) -> Self {
         let now = Instant::now();
         let loader = model.loader();
@@ -151,6 +154,7 @@ impl<M: Model> Driver<M> {
             last_step: now,
             last_sweep: now,
             buf: Vec::with_capacity(64 << 10),
+            meter,
         };
         driver.publish_labels();
         driver
@@ -209,6 +213,8 @@ impl<M: Model> Driver<M> {
         let now = Instant::now();
         self.last_step = now;
         self.core.step(now - self.started);
+        // Before anything leaves: what a client was sent is counted.
+        self.measure();
         self.deliver();
         if now.duration_since(self.last_sweep) >= SWEEP {
             self.last_sweep = now;
@@ -281,10 +287,17 @@ impl<M: Model> Driver<M> {
         let _ = sink.frames.try_send(frame);
     }
 
+    fn measure(&mut self) {
+        if let Some(meter) = &mut self.meter {
+            meter.write(self.core.counters().streamed_total);
+        }
+    }
+
     fn deliver(&mut self) {
         let label = self.core.label().clone();
         let (buf, incremental) = (&mut self.buf, self.incremental);
         let (lose_finish, corrupt) = (&mut self.lose_finish, &mut self.corrupt);
+        let meter = &mut self.meter;
         self.core.deliver(|seq, end| {
             let permit = match seq.sink.frames.try_reserve() {
                 Ok(permit) => permit,
@@ -295,6 +308,11 @@ impl<M: Model> Driver<M> {
             let lose =
                 matches!(end, Some(End::Stop { .. } | End::Length)) && spend(lose_finish, seq);
             let shape = Shape { incremental, label: &label, hide_end: lose };
+            if let (Some(meter), Some(End::Stop { .. } | End::Length), Some(seed)) =
+                (meter.as_mut(), end, seq.request.sampling.seed)
+            {
+                meter.finished(seed);
+            }
             if seq.request.stream {
                 sse::write_event(buf, seq, end, shape);
             } else {

@@ -15,6 +15,7 @@ mod driver;
 #[cfg(feature = "candle")]
 mod hf;
 mod http;
+mod meter;
 mod model;
 mod server;
 mod sse;

@@ -21,6 +21,7 @@ use tower::ServiceExt;
 use crate::config::{EngineConfig, EngineError, ModelSpec};
 use crate::driver::{Command, Driver, Shared};
 use crate::http::{self, App, ModelFacts};
+use crate::meter::Meter;
 use crate::model::{Model, Synthetic};
 
 /// Commands between two looks of the engine thread; above it calls get a 503.
@@ -134,7 +135,15 @@ fn launch<M: Model>(
 ) -> Result<(App, oneshot::Receiver<()>), EngineError> {
     let (commands, inbox) = sync_channel(COMMAND_QUEUE);
     let shared = Arc::new(Shared::default());
-    let driver = Driver::new(model, &config, path, (commands.clone(), inbox), shared.clone());
+    let meter = match &config.meter {
+        Some(path) => Some(
+            Meter::create(path)
+                .map_err(|source| EngineError::Meter { path: path.clone(), source })?,
+        ),
+        None => None,
+    };
+    let driver =
+        Driver::new(model, &config, path, (commands.clone(), inbox), shared.clone(), meter);
     let (end, ended) = oneshot::channel();
     let body = move || {
         driver.run();
@@ -163,9 +172,11 @@ async fn serve(stream: TcpStream, router: Router, faults: bool) {
         .timer(TokioTimer::new())
         .serve_connection(TokioIo::new(stream), service);
     tokio::select! {
+        // First, because the streams that a reset cuts end in the same moment and would say so properly.
+        biased;
+        () = reset.cancelled() => linger_off(handle),
         // Errors here are clients that left; their sequences are swept by the engine.
         _ = connection => {}
-        () = reset.cancelled() => linger_off(handle),
     }
 }
 

@@ -282,7 +282,7 @@ impl<M: Model, S> Core<M, S> {
         self.reply(update, true, "Succeeded to update model weights.".to_owned());
     }
 
-    fn advance_update(&mut self) {
+    pub(super) fn advance_update(&mut self) {
         if matches!(self.control.update, UpdateState::Idle)
             && let Some(update) = self.control.queue.pop_front()
         {
