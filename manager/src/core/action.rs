@@ -1,0 +1,429 @@
+//! Everything the deciding core can ask for, in the imperative. The driver carries it out in order.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anabranch_proto::{
+    Attempt, BatchSeq, EngineId, Incarnation, OrderId, SampleId, SessionId, Step, Version,
+};
+use bytes::Bytes;
+
+use super::event::{
+    ConsumerId, Held, LinkId, OnRunning, ProbeResult, PublisherId, ReplyTo, Sampling,
+};
+use crate::ledger::{Maker, StopRules};
+
+#[derive(Debug)]
+pub enum Action {
+    // Ledger
+    /// A sample was admitted: the ledger opens its page.
+    OpenPage {
+        sample: SampleId,
+        rules: Arc<StopRules>,
+    },
+    /// `Ledger::begin`, then send `Start` with the kept tokens it returns (and the prompt, if this session
+    /// has not had it). If the ledger says the sample is finished already, do nothing: the fact is on its way.
+    Start(Box<StartOrder>),
+    /// The page's tokens are thrown away: the sample restarts from its prompt.
+    ClearPage {
+        sample: SampleId,
+    },
+    /// Nobody will ask for these again.
+    Forget {
+        samples: Vec<SampleId>,
+    },
+
+    // Engines
+    Welcome {
+        link: LinkId,
+        session: SessionId,
+        lease: Duration,
+        keep: Vec<Held>,
+        drop: Vec<Held>,
+        serve_key: [u8; 32],
+    },
+    /// Says why, then closes the link.
+    Refuse {
+        link: LinkId,
+        why: String,
+        retry_after: Option<Duration>,
+    },
+    /// Closes the link of a session that is over; forget its prompts and unsent messages.
+    EndSession {
+        session: SessionId,
+        why: String,
+    },
+    Stop {
+        session: SessionId,
+        sample: SampleId,
+        attempt: Attempt,
+        why: &'static str,
+    },
+    ForgetPrompt {
+        session: SessionId,
+        digest: u64,
+    },
+    OrderLoad(Box<LoadOrder>),
+    CancelLoad {
+        session: SessionId,
+        order: OrderId,
+    },
+    OrderMode {
+        session: SessionId,
+        order: OrderId,
+        mode: ModeKind,
+        deadline: Duration,
+        why: String,
+    },
+
+    // Trainer
+    Reply {
+        to: ReplyTo,
+        answer: Answer,
+    },
+    /// Build the parts of a batch (or of a shard of it) from the ledger and send them.
+    Deliver {
+        consumer: ConsumerId,
+        batch: Arc<Batch>,
+        samples: Vec<usize>,
+    },
+    StepDone {
+        consumer: ConsumerId,
+        report: Arc<StepReport>,
+    },
+    CloseConsumer {
+        consumer: ConsumerId,
+        why: String,
+    },
+    /// Tell the publisher how a version is doing.
+    TellPublisher {
+        publisher: PublisherId,
+        status: VersionStatus,
+    },
+
+    // The world
+    Emit(Notice),
+}
+
+#[derive(Clone, Debug)]
+pub struct StartOrder {
+    pub session: SessionId,
+    pub maker: Arc<Maker>,
+    pub sample: SampleId,
+    pub attempt: Attempt,
+    pub prompt: Bytes,
+    pub prompt_digest: u64,
+    pub sampling: Arc<Sampling>,
+    /// EOS and stop ids together.
+    pub stop_ids: Arc<[u32]>,
+    pub seed: u64,
+    pub min_version: Version,
+    pub max_version: Option<Version>,
+    pub conversation: String,
+}
+
+#[derive(Clone, Debug)]
+pub struct LoadOrder {
+    pub session: SessionId,
+    pub order: OrderId,
+    pub version: Version,
+    pub sources: Vec<Holder>,
+    pub directory: Option<String>,
+    pub bytes: u64,
+    pub on_running: OnRunning,
+    pub deadline: Duration,
+    pub reference: Option<ProbeResult>,
+    /// For the grants: who will fetch.
+    pub receiver: EngineId,
+    pub job: String,
+}
+
+/// Who can give a version's bytes. The driver mints the grant with `serve_key`.
+#[derive(Clone, Debug)]
+pub struct Holder {
+    pub name: String,
+    pub addresses: Vec<String>,
+    pub serve_key: [u8; 32],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModeKind {
+    Drain,
+    ReleaseMemory,
+    ResumeMemory,
+    Leave,
+}
+
+#[derive(Debug)]
+pub enum Answer {
+    Opened {
+        session: SessionId,
+        floor: BatchSeq,
+        current: Version,
+        serve_key: [u8; 32],
+        resumed: bool,
+    },
+    Submitted(Vec<SubmitResult>),
+    Cancelled {
+        groups: u32,
+        samples: u32,
+    },
+    ModeSet(Vec<EngineModeSet>),
+    Done,
+    /// For `engines drain|remove`: what happened, for a person.
+    Said(String),
+    /// The request was wrong or came too late; `retry` says whether the same request can succeed later.
+    Failed {
+        why: String,
+        kind: FailKind,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailKind {
+    BadRequest,
+    NotFound,
+    /// Another job runs, an older epoch, a session that is over.
+    Conflict,
+    /// Not now.
+    Unavailable,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct SubmitResult {
+    pub key: String,
+    pub verdict: SubmitVerdict,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum SubmitVerdict {
+    Accepted,
+    Duplicate,
+    Rejected { why: String, retry_after: Option<Duration> },
+}
+
+#[derive(Clone, Debug)]
+pub struct EngineModeSet {
+    pub engine: EngineId,
+    pub drained: bool,
+    pub memory_released: bool,
+    pub moved: u32,
+    pub error: String,
+}
+
+/// A micro-batch: named samples in order. Tokens are in the ledger until it is committed.
+#[derive(Debug)]
+pub struct Batch {
+    pub seq: BatchSeq,
+    pub step: Step,
+    pub last_of_step: bool,
+    pub samples: Vec<BatchSample>,
+}
+
+#[derive(Clone, Debug)]
+pub struct BatchSample {
+    pub sample: SampleId,
+    pub key: Arc<str>,
+    pub meta: Bytes,
+    pub seed: u64,
+    pub attempts: u32,
+    pub finish: Finish,
+    pub offered_at: Version,
+    pub discarded_tokens: u32,
+    /// As the ledger counted when it ended.
+    pub tokens: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case", tag = "how", content = "detail")]
+pub enum Finish {
+    Stop(String),
+    Length,
+    Cancelled,
+    Abandoned(String),
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct StepReport {
+    pub step: u64,
+    pub seq: BatchSeq,
+    pub delivered: u64,
+    pub tokens: u64,
+    pub discarded_tokens: u64,
+    pub max_lag: u64,
+    pub short: Vec<ShortGroup>,
+    pub dropped: Vec<ShortGroup>,
+}
+
+#[derive(Clone, Debug)]
+pub struct ShortGroup {
+    pub key: Arc<str>,
+    pub delivered: u32,
+    pub n: u32,
+    pub why: String,
+    pub lengths: Vec<u32>,
+}
+
+#[derive(Clone, Debug)]
+pub struct VersionStatus {
+    pub version: Version,
+    pub state: &'static str,
+    pub bytes: u64,
+    pub engines: Vec<OnEngine>,
+    pub settled: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct OnEngine {
+    pub engine: EngineId,
+    pub stage: super::event::LoadStage,
+    pub bytes: u64,
+    pub since_sealed: Duration,
+    pub error: String,
+}
+
+/// A change of state worth telling: logs at info, server-sent events, the ZeroMQ feed, metrics.
+#[derive(Clone, Debug, serde::Serialize)]
+#[serde(rename_all = "snake_case", tag = "event")]
+pub enum Notice {
+    JobOpened {
+        job: String,
+        epoch: u32,
+        resumed: bool,
+    },
+    TrainerLost {
+        running: u32,
+    },
+    EngineAttached {
+        engine: EngineId,
+        incarnation: Incarnation,
+        kind: String,
+        kv_tokens: u64,
+        colocated: bool,
+    },
+    EngineRefused {
+        engine: EngineId,
+        why: String,
+    },
+    EngineReattached {
+        engine: EngineId,
+        kept: u32,
+        dropped: u32,
+    },
+    EngineSuspect {
+        engine: EngineId,
+        why: String,
+        running: u32,
+    },
+    EngineServing {
+        engine: EngineId,
+        version: Version,
+        probe: Option<Verdict>,
+    },
+    EngineDraining {
+        engine: EngineId,
+        deadline_ms: u64,
+        why: String,
+    },
+    EngineReleased {
+        engine: EngineId,
+    },
+    EngineGone {
+        engine: EngineId,
+        why: String,
+    },
+    EngineQuarantined {
+        engine: EngineId,
+        for_ms: u64,
+        why: String,
+    },
+    SamplesMoved {
+        from: EngineId,
+        samples: u32,
+        kept_tokens: u64,
+        why: String,
+    },
+    SamplesPlaced {
+        engine: EngineId,
+        samples: u32,
+        resumed: u32,
+    },
+    SampleHeld {
+        sample: String,
+        key: String,
+        deaths: u32,
+    },
+    SampleAbandoned {
+        sample: String,
+        key: String,
+        why: String,
+    },
+    VersionAnnounced {
+        version: Version,
+        bytes: u64,
+    },
+    VersionAvailable {
+        version: Version,
+    },
+    VersionCurrent {
+        version: Version,
+        waited_for_groups: u32,
+    },
+    VersionSettled {
+        version: Version,
+        engines: u32,
+        ms: u64,
+    },
+    LoadOrdered {
+        engine: EngineId,
+        version: Version,
+        sources: Vec<String>,
+    },
+    LoadStage {
+        engine: EngineId,
+        version: Version,
+        stage: super::event::LoadStage,
+        bytes: u64,
+        ms: u64,
+        error: String,
+        fetched_from: BTreeMap<String, u64>,
+    },
+    StepSubmitted {
+        step: u64,
+        groups: u32,
+        samples: u32,
+    },
+    BatchOffered {
+        seq: BatchSeq,
+        step: u64,
+        samples: u32,
+        tokens: u64,
+        last: bool,
+    },
+    BatchAcked {
+        seq: BatchSeq,
+    },
+    StepDone {
+        step: u64,
+        delivered: u64,
+        tokens: u64,
+        short: u32,
+        dropped: u32,
+        discarded_tokens: u64,
+        max_lag: u64,
+    },
+    ModeSwitched {
+        train: bool,
+        engines: u32,
+        moved: u32,
+        ms: u64,
+    },
+    PeerMisbehaved {
+        engine: EngineId,
+        what: String,
+    },
+}
+
+use super::event::Verdict;

@@ -1,0 +1,379 @@
+//! Everything that can happen to the deciding core, in the past tense. The driver makes these out of
+//! messages; the simulation makes them out of a seed. No token is ever in one.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anabranch_proto::{
+    BatchSeq, EngineId, Incarnation, OrderId, SampleId, SessionId, Step, Version,
+};
+use bytes::Bytes;
+
+use crate::ledger::Fact;
+
+/// Whom an answer goes to. The driver keeps the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ReplyTo(pub u64);
+
+/// One Control stream. A re-attached agent has a new link and, if it was in time, its old session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LinkId(pub u64);
+
+/// One Consume stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ConsumerId(pub u64);
+
+/// One Publish stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PublisherId(pub u64);
+
+#[derive(Debug)]
+pub enum Event {
+    // The trainer
+    JobOpened {
+        open: Box<OpenJob>,
+        reply: ReplyTo,
+    },
+    /// A trainer said anything at all (driver: at most every 100 ms).
+    TrainerHeard,
+    JobClosed {
+        session: SessionId,
+        cancel_running: bool,
+        reply: ReplyTo,
+    },
+    GroupsSubmitted {
+        session: SessionId,
+        step: Step,
+        is_final: bool,
+        groups: Vec<NewGroup>,
+        reply: ReplyTo,
+    },
+    GroupsCancelled {
+        session: SessionId,
+        what: CancelWhat,
+        keep_partial: bool,
+        reply: ReplyTo,
+    },
+    ConsumerAttached {
+        session: SessionId,
+        consumer: ConsumerId,
+        pack: Pack,
+        shard: Shard,
+    },
+    ConsumerLost {
+        consumer: ConsumerId,
+    },
+    CreditGranted {
+        consumer: ConsumerId,
+        bytes: u64,
+        samples: u64,
+    },
+    BatchAcked {
+        consumer: ConsumerId,
+        seq: BatchSeq,
+    },
+    BatchCommitted {
+        consumer: ConsumerId,
+        seq: BatchSeq,
+    },
+    ModeRequested {
+        session: SessionId,
+        train: bool,
+        deadline: Duration,
+        reply: ReplyTo,
+    },
+    EngineReported {
+        session: SessionId,
+        engine: EngineId,
+        version: Version,
+        reply: ReplyTo,
+    },
+    VersionAnnounced {
+        publisher: PublisherId,
+        announce: Box<Announce>,
+        reply: ReplyTo,
+    },
+    VersionSealed {
+        publisher: PublisherId,
+        version: Version,
+        reply: ReplyTo,
+    },
+    PublisherLost {
+        publisher: PublisherId,
+    },
+
+    // Engines
+    EngineAttached {
+        link: LinkId,
+        hello: Box<EngineHello>,
+    },
+    LinkLost {
+        link: LinkId,
+        why: &'static str,
+    },
+    /// Any byte came from it (driver: at most every 100 ms).
+    EngineHeard {
+        session: SessionId,
+    },
+    EngineBeat {
+        session: SessionId,
+        running: u32,
+        waiting: u32,
+        kv_used: f32,
+    },
+    EngineDied {
+        session: SessionId,
+        why: String,
+    },
+    PreemptionNoticed {
+        session: SessionId,
+        within: Duration,
+        why: String,
+    },
+    LoadReported {
+        session: SessionId,
+        report: Box<LoadReport>,
+    },
+    ModeReported {
+        session: SessionId,
+        order: OrderId,
+        report: ModeReport,
+    },
+    /// What the ledger made of a tick.
+    FactsFound {
+        session: SessionId,
+        facts: Vec<Fact>,
+    },
+
+    // People
+    DrainRequested {
+        engine: EngineId,
+        deadline: Duration,
+        reply: ReplyTo,
+    },
+    RemoveRequested {
+        engine: EngineId,
+        reply: ReplyTo,
+    },
+
+    // The clock
+    /// A deadline may have come. Also sent after the process itself was stopped for `gap`: leases are extended by it.
+    TimePassed {
+        gap: Duration,
+    },
+}
+
+#[derive(Clone, Debug)]
+pub struct OpenJob {
+    pub job: String,
+    pub epoch: u32,
+    pub model: ModelFacts,
+    pub convention: Convention,
+    pub staleness: Staleness,
+    pub on_running: OnRunning,
+    pub on_trainer_lost: Duration,
+    pub resume: Option<BatchSeq>,
+    pub seed: u64,
+    /// `None`: all engines at once; else how many keep serving while others load.
+    pub rolling: Option<u32>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ModelFacts {
+    pub id: String,
+    pub tokenizer_digest: String,
+    /// 0: not known.
+    pub vocab: u32,
+    pub max_context: u32,
+    pub eos_ids: Vec<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Convention {
+    Raw,
+    Tempered,
+    Processed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Staleness {
+    /// `None`: unbounded. `Some(0)`: on-policy.
+    pub max_lag: Option<u64>,
+    pub on_exceed: OnExceed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnExceed {
+    Wait,
+    Restart,
+    Drop,
+}
+
+/// What a new version does to running samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnRunning {
+    Finish,
+    Continue,
+    Abort,
+}
+
+#[derive(Clone, Debug)]
+pub struct NewGroup {
+    pub key: String,
+    /// u32 LE column.
+    pub prompt: Bytes,
+    pub n: u32,
+    pub sampling: Arc<Sampling>,
+    pub pin: Option<Version>,
+    pub priority: i32,
+    pub deadline: Option<Duration>,
+    pub meta: Bytes,
+    pub session: String,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    pub max_tokens: u32,
+    pub min_tokens: u32,
+    pub temperature: f32,
+    pub top_p: f32,
+    pub top_k: u32,
+    pub min_p: f32,
+    pub stop_ids: Vec<u32>,
+    pub stop_strings: Vec<String>,
+    pub ignore_eos: bool,
+    pub presence_penalty: f32,
+    pub frequency_penalty: f32,
+    pub repetition_penalty: f32,
+    pub seed: Option<u64>,
+    /// Restart from the prompt where a resume would not be exact; else such a group is refused.
+    pub restart_ok: bool,
+    pub extra: BTreeMap<String, String>,
+}
+
+#[derive(Clone, Debug)]
+pub enum CancelWhat {
+    Keys(Vec<String>),
+    Step(Step),
+    All,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pack {
+    /// Samples, >= 1.
+    pub min: u32,
+    /// >= 1.
+    pub multiple_of: u32,
+    pub whole_groups: bool,
+    pub max_wait: Option<Duration>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Shard {
+    pub index: u32,
+    pub count: u32,
+}
+
+#[derive(Clone, Debug)]
+pub struct Announce {
+    pub session: SessionId,
+    /// Root not known yet.
+    pub version: Version,
+    pub addresses: Vec<String>,
+    pub bytes: u64,
+    /// Every engine host can read it; then nothing is fetched.
+    pub directory: Option<String>,
+}
+
+#[derive(Clone, Debug)]
+pub struct EngineHello {
+    pub id: EngineId,
+    pub incarnation: Incarnation,
+    pub model: ModelFacts,
+    pub conventions: Vec<Convention>,
+    pub seed_keying: SeedKeying,
+    pub columns: Vec<String>,
+    pub release_memory: bool,
+    /// The trainer loads and attests it; it never gets a load order.
+    pub weights_by_trainer: bool,
+    pub kv_tokens: u64,
+    pub max_running: u32,
+    pub gpus: u32,
+    pub labels: BTreeMap<String, String>,
+    pub addresses: Vec<String>,
+    pub held: Vec<Held>,
+    pub loaded: Version,
+    /// The session it had before its link broke.
+    pub resume: Option<SessionId>,
+    pub manager_epoch: u64,
+    pub kind: String,
+    pub proto: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    pub sample: SampleId,
+    pub attempt: anabranch_proto::Attempt,
+    pub upto: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SeedKeying {
+    AbsolutePosition,
+    Stream,
+    Unkeyed,
+}
+
+#[derive(Clone, Debug)]
+pub struct LoadReport {
+    pub order: OrderId,
+    pub version: Version,
+    pub stage: LoadStage,
+    pub bytes: u64,
+    pub error: String,
+    pub probe: Option<ProbeResult>,
+    pub fetched_from: BTreeMap<String, u64>,
+    pub holds: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LoadStage {
+    Ordered,
+    Fetching,
+    Staged,
+    Quiescing,
+    Loading,
+    Probing,
+    Active,
+    Failed,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProbeResult {
+    pub ids: Vec<u32>,
+    pub logprobs: Vec<f32>,
+    pub verdict: Verdict,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    Agrees,
+    First,
+    Inconclusive,
+    Disagrees,
+}
+
+#[derive(Clone, Debug)]
+pub struct ModeReport {
+    pub ok: bool,
+    pub drained: bool,
+    pub memory_released: bool,
+    pub error: String,
+}

@@ -1,0 +1,294 @@
+//! Load orders: who loads the current version now, from whom, and how far each engine is.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anabranch_proto::{EngineId, SessionId, Version};
+use anabranch_runtime::clock::Now;
+
+use super::Core;
+use super::action::{Action, Holder, LoadOrder, Notice};
+use super::event::{LoadReport, LoadStage, ProbeResult, Verdict};
+use super::timer::Timer;
+use crate::fleet::{EngineState, Load};
+use crate::rollforward::{self, Pins, Standing, Standpoint};
+use crate::versions::Progress;
+
+impl Core {
+    /// Orders the current version where it is missing, as the roll-forward allows.
+    pub(super) fn order_loads(&mut self, now: Now) {
+        let target = self.current;
+        if target.is_base() || self.job.is_none() {
+            return;
+        }
+        let standings = self.standings(now, target);
+        let keep_serving = self.job.as_ref().and_then(|job| job.rolling);
+        let wave = rollforward::wave(target, &standings, &self.pins(), keep_serving);
+        for session in wave {
+            self.order_load(now, session, target);
+        }
+    }
+
+    fn standings(&mut self, _now: Now, target: Version) -> Vec<Standing> {
+        let mut standings = Vec::new();
+        let mut outdated = Vec::new();
+        for (&session, engine) in &self.engines {
+            if engine.link.is_none() || engine.hello.weights_by_trainer {
+                continue;
+            }
+            let at = match engine.state {
+                EngineState::Joining | EngineState::Syncing { .. } => Standpoint::Idle,
+                EngineState::Serving { at } | EngineState::Updating { from: at, .. } => {
+                    Standpoint::Serving(at)
+                }
+                _ => continue,
+            };
+            let mut loading = engine.load.is_some();
+            if let Some(load) = &engine.load
+                && load.version != target
+                && load.stage < LoadStage::Quiescing
+            {
+                // Still fetching something older: skip to the newest.
+                outdated.push((session, load.order));
+                loading = false;
+            }
+            loading |= self.timers.get(Timer::LoadRetry(session)).is_some();
+            standings.push(Standing { session, at, loading });
+        }
+        for (session, order) in outdated {
+            if let Some(engine) = self.engines.get_mut(&session) {
+                engine.load = None;
+            }
+            self.timers.clear(Timer::Load(session));
+            self.act(Action::CancelLoad { session, order });
+        }
+        standings
+    }
+
+    fn pins(&self) -> Pins {
+        let mut pins = Pins::new();
+        for group in self.groups.values() {
+            if let Some(pin) = group.pin {
+                let open = group.open_samples();
+                if open > 0 {
+                    *pins.entry(pin).or_default() += open;
+                }
+            }
+        }
+        pins
+    }
+
+    fn order_load(&mut self, now: Now, session: SessionId, version: Version) {
+        let Some(record) = self.versions.get(version.number) else { return };
+        let (bytes, directory) = (record.bytes, record.directory.clone());
+        let sources = self.sources(session, version);
+        if sources.is_empty() && directory.is_none() {
+            return;
+        }
+        let names: Vec<String> = sources.iter().map(|source| source.name.clone()).collect();
+        let order = self.fresh_order();
+        let deadline = Duration::from_millis(self.config.load_deadline_ms);
+        let reference = self.reference_probe(session, version);
+        let job = self.job.as_ref().expect("order_loads has checked it");
+        let (job_name, on_running) = (job.name.clone(), job.on_running);
+        let engine = self.engines.get_mut(&session).expect("it is in the wave");
+        let receiver = engine.id.clone();
+        engine.load = Some(Load {
+            order,
+            version,
+            stage: LoadStage::Ordered,
+            bytes: 0,
+            total: bytes,
+            ordered: now,
+            error: String::new(),
+            fetched_from: BTreeMap::new(),
+        });
+        if matches!(engine.state, EngineState::Joining | EngineState::Syncing { .. }) {
+            engine.state = EngineState::Syncing { to: version };
+        }
+        self.timers.set(Timer::Load(session), now + deadline);
+        self.note_progress(now, &receiver, version, LoadStage::Ordered, 0, "");
+        self.tell(Notice::LoadOrdered { engine: receiver.clone(), version, sources: names });
+        self.act(Action::OrderLoad(Box::new(LoadOrder {
+            session,
+            order,
+            version,
+            sources,
+            directory,
+            bytes,
+            on_running,
+            deadline,
+            reference,
+            receiver,
+            job: job_name,
+        })));
+    }
+
+    /// Peers first, so that the trainer sends a version as few times as can be; then the trainer.
+    fn sources(&self, receiver: SessionId, version: Version) -> Vec<Holder> {
+        let peers = self.engines.values().filter(|engine| {
+            engine.session != receiver
+                && engine.link.is_some()
+                && engine.holds.contains(&version)
+                && !engine.hello.addresses.is_empty()
+        });
+        let mut holders: Vec<Holder> = peers
+            .map(|engine| Holder {
+                name: engine.id.to_string(),
+                addresses: engine.hello.addresses.clone(),
+                serve_key: engine.serve_key,
+            })
+            .collect();
+        if let Some(record) = self.versions.get(version.number)
+            && record.publisher.is_some()
+            && !record.addresses.is_empty()
+        {
+            holders.push(Holder {
+                name: "trainer".into(),
+                addresses: record.addresses.clone(),
+                serve_key: record.serve_key,
+            });
+        }
+        holders
+    }
+
+    /// What another engine's probe at this version gave, if one of the same kind has it.
+    fn reference_probe(&self, session: SessionId, version: Version) -> Option<ProbeResult> {
+        let kind = &self.engines.get(&session)?.hello.kind;
+        let replica = self.engines.values().find(|engine| {
+            engine.session != session
+                && engine.hello.kind == *kind
+                && engine.probe.as_ref().is_some_and(|(at, _)| *at == version)
+        })?;
+        replica.probe.as_ref().map(|(_, probe)| probe.clone())
+    }
+
+    pub(super) fn load_reported(&mut self, now: Now, session: SessionId, report: LoadReport) {
+        self.engine_heard(now, session);
+        let Some(engine) = self.engines.get_mut(&session) else { return };
+        let Some(load) = engine.load.as_mut().filter(|load| load.order == report.order) else {
+            return;
+        };
+        let changed = load.stage != report.stage;
+        load.stage = report.stage;
+        load.bytes = report.bytes.max(load.bytes);
+        load.error.clone_from(&report.error);
+        load.fetched_from.clone_from(&report.fetched_from);
+        let (version, bytes, ms) =
+            (load.version, load.bytes, now.since(load.ordered).as_millis() as u64);
+        if report.holds {
+            engine.holds.insert(version);
+            while engine.holds.len() > 2 {
+                engine.holds.pop_first();
+            }
+        }
+        let id = engine.id.clone();
+        self.note_progress(now, &id, version, report.stage, bytes, &report.error);
+        if changed {
+            self.tell(Notice::LoadStage {
+                engine: id,
+                version,
+                stage: report.stage,
+                bytes,
+                ms,
+                error: report.error.clone(),
+                fetched_from: report.fetched_from.clone(),
+            });
+        }
+        match report.stage {
+            LoadStage::Quiescing => self.begin_update(session, version),
+            LoadStage::Active => self.load_done(now, session, version, report),
+            LoadStage::Failed => self.load_failed(now, session),
+            _ => {}
+        }
+    }
+
+    fn begin_update(&mut self, session: SessionId, to: Version) {
+        let Some(engine) = self.engines.get_mut(&session) else { return };
+        if let EngineState::Serving { at } = engine.state {
+            engine.state = EngineState::Updating { from: at, to };
+        }
+    }
+
+    fn load_done(&mut self, now: Now, session: SessionId, version: Version, report: LoadReport) {
+        let Some(engine) = self.engines.get_mut(&session) else { return };
+        if report.version != version {
+            let what = format!("was ordered {version}, reports {} active", report.version);
+            let engine = engine.id.clone();
+            self.tell(Notice::PeerMisbehaved { engine, what });
+            return self.load_failed(now, session);
+        }
+        engine.load = None;
+        engine.failed_loads = 0;
+        engine.hello.loaded = version;
+        let verdict = report.probe.as_ref().map(|probe| probe.verdict);
+        engine.probe = report.probe.map(|probe| (version, probe));
+        self.timers.clear(Timer::Load(session));
+        self.serve(now, session, version, verdict);
+        self.check_settled(now, version);
+    }
+
+    pub(super) fn set_serving(&mut self, now: Now, session: SessionId, version: Version) {
+        self.serve(now, session, version, None);
+    }
+
+    fn serve(&mut self, _now: Now, session: SessionId, version: Version, probe: Option<Verdict>) {
+        let Some(engine) = self.engines.get_mut(&session) else { return };
+        let live = matches!(
+            engine.state,
+            EngineState::Joining
+                | EngineState::Syncing { .. }
+                | EngineState::Updating { .. }
+                | EngineState::Serving { .. }
+                | EngineState::Suspect { .. }
+        );
+        if !live {
+            return;
+        }
+        engine.state = EngineState::Serving { at: version };
+        let engine = engine.id.clone();
+        self.placeable = true;
+        self.tell(Notice::EngineServing { engine, version, probe });
+    }
+
+    /// The old version keeps serving, and the load is ordered again after a while.
+    fn load_failed(&mut self, now: Now, session: SessionId) {
+        let base = self.config.load_retry_ms;
+        let Some(engine) = self.engines.get_mut(&session) else { return };
+        engine.load = None;
+        engine.failed_loads += 1;
+        if let EngineState::Updating { from, .. } = engine.state {
+            engine.state = EngineState::Serving { at: from };
+        }
+        let wait = Duration::from_millis(base << engine.failed_loads.saturating_sub(1).min(5));
+        self.timers.clear(Timer::Load(session));
+        self.timers.set(Timer::LoadRetry(session), now + wait);
+        self.placeable = true;
+    }
+
+    pub(super) fn load_overdue(&mut self, now: Now, session: SessionId) {
+        let Some(engine) = self.engines.get(&session) else { return };
+        let Some(load) = engine.load.clone() else { return };
+        let id = engine.id.clone();
+        self.act(Action::CancelLoad { session, order: load.order });
+        let error = format!("not done within {} ms", self.config.load_deadline_ms);
+        self.note_progress(now, &id, load.version, LoadStage::Failed, load.bytes, &error);
+        self.load_failed(now, session);
+    }
+
+    fn note_progress(
+        &mut self,
+        now: Now,
+        engine: &EngineId,
+        version: Version,
+        stage: LoadStage,
+        bytes: u64,
+        error: &str,
+    ) {
+        let Some(record) = self.versions.get_mut(version.number) else { return };
+        let since_sealed = record.sealed.map_or(Duration::ZERO, |sealed| now.since(sealed));
+        let progress = Progress { stage, bytes, since_sealed, error: error.to_owned() };
+        record.engines.insert(engine.clone(), progress);
+        self.tell_publisher(version);
+    }
+}

@@ -1,0 +1,140 @@
+//! Weight versions: which exist, who has them, and which one is current.
+//!
+//! ```text
+//! Announced ──seal──▶ Available ──(nobody is made too old)──▶ Current ──next──▶ Superseded ──no holder──▶ Retired
+//! ```
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anabranch_proto::{EngineId, Version};
+use anabranch_runtime::clock::Now;
+
+use crate::core::event::{LoadStage, PublisherId};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VersionState {
+    Announced,
+    /// Sealed; becomes current when it makes no unfinished group too old.
+    Available,
+    Current,
+    Superseded,
+    /// No holder is left.
+    Retired,
+}
+
+impl VersionState {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Announced => "announced",
+            Self::Available => "available",
+            Self::Current => "current",
+            Self::Superseded => "superseded",
+            Self::Retired => "retired",
+        }
+    }
+}
+
+pub(crate) struct VersionRecord {
+    pub version: Version,
+    pub state: VersionState,
+    /// While the trainer serves it.
+    pub publisher: Option<PublisherId>,
+    pub addresses: Vec<String>,
+    pub directory: Option<String>,
+    pub serve_key: [u8; 32],
+    pub bytes: u64,
+    pub sealed: Option<Now>,
+    pub settled: bool,
+    /// How each engine got on with it, since the seal.
+    pub engines: BTreeMap<EngineId, Progress>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Progress {
+    pub stage: LoadStage,
+    pub bytes: u64,
+    pub since_sealed: Duration,
+    pub error: String,
+}
+
+#[derive(Default)]
+pub(crate) struct Versions {
+    /// By number, within the job's epoch.
+    records: BTreeMap<u64, VersionRecord>,
+}
+
+/// A version cannot be announced.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum NotNewer {
+    #[error(
+        "version {number} is not newer than {newest}, the newest of epoch {epoch}; publish a higher number, or \
+         open the job with a higher epoch if the trainer was restarted from an older checkpoint"
+    )]
+    Regression { number: u64, newest: u64, epoch: u32 },
+    #[error("number 0 is reserved for the weights that engines start with; begin at 1")]
+    Zero,
+}
+
+/// Versions older than this many are forgotten once superseded; pinned groups keep theirs.
+const KEPT: usize = 16;
+
+impl Versions {
+    pub fn check(&self, version: Version) -> Result<(), NotNewer> {
+        let newest = self.records.keys().next_back().copied().unwrap_or(0);
+        match version.number {
+            0 => Err(NotNewer::Zero),
+            number if number <= newest => {
+                Err(NotNewer::Regression { number, newest, epoch: version.epoch })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub fn insert(&mut self, record: VersionRecord) {
+        self.records.insert(record.version.number, record);
+        while self.records.len() > KEPT {
+            let oldest = self
+                .records
+                .iter()
+                .find(|(_, r)| matches!(r.state, VersionState::Superseded | VersionState::Retired));
+            let Some((&number, _)) = oldest else { break };
+            self.records.remove(&number);
+        }
+    }
+
+    pub fn get(&self, number: u64) -> Option<&VersionRecord> {
+        self.records.get(&number)
+    }
+
+    pub fn get_mut(&mut self, number: u64) -> Option<&mut VersionRecord> {
+        self.records.get_mut(&number)
+    }
+
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &VersionRecord> {
+        self.records.values()
+    }
+
+    pub fn iter_mut(&mut self) -> impl DoubleEndedIterator<Item = &mut VersionRecord> {
+        self.records.values_mut()
+    }
+
+    /// The one announced (or available) by this publisher that is not sealed yet.
+    pub fn unsealed(&mut self, publisher: PublisherId) -> Option<&mut VersionRecord> {
+        self.records.values_mut().find(|record| {
+            record.publisher == Some(publisher) && record.state == VersionState::Announced
+        })
+    }
+
+    /// The newest sealed version that is waiting to become current.
+    pub fn pending(&self) -> Option<Version> {
+        let waits = |r: &&VersionRecord| r.state == VersionState::Available;
+        self.records.values().rev().find(waits).map(|record| record.version)
+    }
+
+    /// An announced version whose trainer went away is no version.
+    pub fn remove(&mut self, number: u64) {
+        self.records.remove(&number);
+    }
+}
