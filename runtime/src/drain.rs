@@ -226,7 +226,7 @@ mod tests {
     async fn a_panic_ends_the_task_and_shows_in_its_handle() {
         let drain = Drain::new();
         let task = drain.spawn("doomed", async { panic!("as planned") });
-        let error: tokio::task::JoinError = task.await.map(|()| ()).expect_err("it panicked");
+        let error = task.await.expect_err("it panicked");
         assert!(error.is_panic());
         assert!(drain.running().is_empty());
         drain.close(Duration::from_secs(1)).await.expect("nothing left");

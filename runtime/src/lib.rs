@@ -16,7 +16,7 @@ pub mod token;
 // the network
 pub mod connect;
 pub mod endpoint;
-mod limits;
+pub mod limits;
 pub mod listen;
 pub mod safety;
 pub mod tls;
