@@ -1,6 +1,7 @@
 //! The link to one manager: the channel, the token on every call, and trying again. Knows no job.
 
 use std::future::Future;
+use std::net::{IpAddr, ToSocketAddrs};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ use tonic::{Request, Status};
 use crate::config::JobConfig;
 use crate::error::{Error, Failure};
 use crate::job::Job;
+use crate::publish::address_facing;
 
 /// Quick at first: most losses are a restart of the manager on the same machine.
 const RETRY: BackoffConfig =
@@ -96,6 +98,19 @@ impl Client {
 
     pub(crate) fn rpc(&self) -> Rpc {
         self.shared.channel.read().expect("no code panics while it holds this lock").clone()
+    }
+
+    /// The address of this host that the manager, and so its engines, are likely to reach.
+    pub(crate) fn facing_address(&self) -> Result<IpAddr, Error> {
+        let bad = |why: String| Error::Address { manager: self.shared.manager.clone(), why };
+        let (endpoint, _) = self.shared.endpoint.resolve().map_err(|e| bad(e.to_string()))?;
+        let (Endpoint::Plain(at) | Endpoint::Tls(at)) = endpoint else {
+            return Err(bad("it names no host".into()));
+        };
+        let mut found =
+            (at.host.as_str(), at.port).to_socket_addrs().map_err(|e| bad(e.to_string()))?;
+        let to = found.next().ok_or_else(|| bad("its host has no address".into()))?;
+        address_facing(to).map_err(|error| bad(format!("no route to it: {error}")))
     }
 
     /// The channel dials a URL again by itself; an announce file may name a new one.

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use anabranch_proto::{Version, pb};
 
+use crate::publish::WeightServer;
+
 /// One training job. `JobConfig::new("name")` is on-policy and starts from the engines' own weights.
 #[derive(Clone, Debug, PartialEq)]
 pub struct JobConfig {
@@ -24,6 +26,8 @@ pub struct JobConfig {
     /// Sample seeds derive from it. Default 0.
     pub seed: u64,
     pub roll: Roll,
+    /// Where the weights that this process publishes are served.
+    pub weights: WeightServer,
 }
 
 /// Which distribution a log-probability is of. An engine that cannot give it is refused at attach.
@@ -103,6 +107,7 @@ impl JobConfig {
             resume: None,
             seed: 0,
             roll: Roll::default(),
+            weights: WeightServer::default(),
         }
     }
 

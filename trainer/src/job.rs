@@ -2,8 +2,9 @@
 //! again; a manager that lost the job's state is an error, never silently a new job.
 
 use std::future::Future;
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anabranch_proto::{Version, pb};
@@ -15,6 +16,7 @@ use crate::config::{JobConfig, millis};
 use crate::consume::{Consumer, Pack, Shard, Window};
 use crate::error::{Error, Failure};
 use crate::group::{Group, SubmitResult};
+use crate::publish::{NamedTensor, Publications, Published, Weights};
 use crate::submit::Pending;
 use crate::trajectory::version;
 use crate::versions::VersionWatch;
@@ -28,13 +30,14 @@ pub struct Job {
     inner: Arc<Inner>,
 }
 
-struct Inner {
+pub(crate) struct Inner {
     client: Client,
     config: JobConfig,
     session: Mutex<Session>,
     /// Newest committed batch: where a reopened session takes up.
     committed: AtomicU64,
     closed: CancellationToken,
+    publications: Publications,
 }
 
 /// What the manager answered to the last open.
@@ -92,6 +95,7 @@ impl Job {
             config,
             session: Mutex::new(session),
             closed: CancellationToken::new(),
+            publications: Publications::default(),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -226,6 +230,21 @@ impl Job {
         VersionWatch::new(self.clone())
     }
 
+    /// Publishes `tensors` as version `number`, which grows within the epoch. Returns when the snapshot
+    /// was taken; engines fetch it from here meanwhile. See [`Published::settled`].
+    pub async fn publish(
+        &self,
+        number: u64,
+        tensors: Vec<NamedTensor>,
+    ) -> Result<Published, Error> {
+        self.inner.publications.publish(self, number, Weights::Tensors(tensors)).await
+    }
+
+    /// Publishes a safetensors directory (sharded or not) as version `number`.
+    pub async fn publish_directory(&self, number: u64, path: &Path) -> Result<Published, Error> {
+        self.inner.publications.publish(self, number, Weights::Directory(path.to_owned())).await
+    }
+
     /// Ends this trainer's session; `cancel_running` also gives up what is still open.
     pub async fn close(self, cancel_running: bool) -> Result<(), Error> {
         self.inner.closed.cancel();
@@ -235,6 +254,7 @@ impl Job {
             })
             .await
             .map(|_| ());
+        self.inner.publications.close().await;
         closed
     }
 }
@@ -243,6 +263,14 @@ impl Job {
 impl Job {
     pub(crate) async fn session(&self) -> Session {
         *self.inner.session.lock().await
+    }
+
+    pub(crate) fn downgrade(&self) -> Weak<Inner> {
+        Arc::downgrade(&self.inner)
+    }
+
+    pub(crate) fn upgrade(weak: &Weak<Inner>) -> Option<Self> {
+        weak.upgrade().map(|inner| Self { inner })
     }
 
     pub(crate) fn client(&self) -> &Client {

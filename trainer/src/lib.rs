@@ -37,9 +37,12 @@ mod submit;
 mod consume;
 mod trajectory;
 // weights
+mod announce;
+mod publish;
 mod versions;
 
 pub use anabranch_proto::Version;
+pub use anabranch_proto::manifest::DType;
 pub use anabranch_proto::pb::Model;
 
 pub use client::{Client, Trainer};
@@ -48,6 +51,7 @@ pub use consume::{Advice, Batch, Consumer, Delivery, Pack, Shard, Short, StepDon
 pub use error::Error;
 pub use group::{Group, Outcome, SubmitResult};
 pub use job::{Cancelled, Job, Mode, PerEngine, Which};
+pub use publish::{NamedTensor, Published, WeightServer};
 pub use sampling::{Replay, Sampling};
 pub use trajectory::{AttestedBy, Column, Finish, Span, Trajectory};
 pub use versions::{OnEngine, VersionState, VersionStatus, VersionWatch};

@@ -5,7 +5,8 @@ mod fake;
 use std::time::Duration;
 
 use anabranch_trainer::{
-    Delivery, Error, Group, JobConfig, Outcome, Pack, Sampling, Shard, Trainer, Version, Window,
+    DType, Delivery, Error, Group, JobConfig, NamedTensor, Outcome, Pack, Sampling, Shard, Trainer,
+    Version, VersionState, Window,
 };
 use fake::{Fake, Heard, Say};
 
@@ -145,6 +146,40 @@ async fn a_trajectory_that_contradicts_itself_ends_the_stream_unacknowledged() {
     );
     assert!(matches!(next(&mut consumer).await, Err(Error::Closed)));
     assert_eq!(fake.count(|heard| matches!(heard, Heard::Ack(_))), 0);
+}
+
+fn tensor() -> NamedTensor {
+    let data = vec![7; 1 << 20].into();
+    NamedTensor { name: "w".into(), dtype: DType::F32, shape: vec![512, 512], data }
+}
+
+#[tokio::test]
+async fn a_version_is_announced_sealed_and_announced_again_after_a_lost_link() {
+    let fake = Fake::start().await;
+    let job = job(&fake).await;
+    let published = job.publish(1, vec![tensor()]).await.expect("the snapshot fits");
+    let sealed = published.sealed().await.expect("hashed");
+    let status = tokio::time::timeout(SOON, published.settled()).await.expect("soon");
+    let status = status.expect("settled");
+    assert_eq!((status.version, status.state), (sealed, VersionState::Current));
+    assert_eq!(fake.count(|heard| matches!(heard, Heard::Begin(1, 1_048_576..))), 2);
+    assert_eq!(fake.count(|heard| matches!(heard, Heard::Seal(32))), 2);
+    let older = job.publish(1, vec![tensor()]).await.expect_err("numbers grow");
+    assert!(older.to_string().contains("version 1 after 1"), "{older}");
+}
+
+#[tokio::test]
+async fn a_refused_version_says_why_and_bad_tensors_are_refused_here() {
+    let fake = Fake::start().await;
+    let job = job(&fake).await;
+    let published = job.publish(13, vec![tensor()]).await.expect("the snapshot fits");
+    let error = tokio::time::timeout(SOON, published.settled()).await.expect("soon");
+    let error = error.expect_err("the manager refuses it").to_string();
+    assert!(error.contains("version 13") && error.contains("not published here"), "{error}");
+    let short = NamedTensor { shape: vec![512, 513], ..tensor() };
+    let error = job.publish(14, vec![short]).await.expect_err("too few bytes").to_string();
+    assert!(error.contains("`w`"), "{error}");
+    assert!(job.publish(0, vec![tensor()]).await.is_err());
 }
 
 #[tokio::test]

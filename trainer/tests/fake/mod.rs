@@ -8,6 +8,8 @@ use anabranch_proto::pb::trainer_server::{Trainer, TrainerServer};
 use anabranch_proto::{pb, tokens};
 use futures_util::Stream;
 use pb::from_consumer::Kind as In;
+use pb::publish_event::Kind as Event;
+use pb::publish_part::Kind as Part;
 use pb::to_consumer::Kind as Out;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
@@ -29,6 +31,10 @@ pub enum Heard {
     Credit(u64),
     Ack(u64),
     Commit(u64),
+    /// Addresses and bytes.
+    Begin(usize, u64),
+    /// Bytes of the root.
+    Seal(usize),
 }
 
 #[derive(Clone)]
@@ -46,6 +52,8 @@ struct Shared {
     full: AtomicU32,
     session: AtomicU64,
     epoch: AtomicU64,
+    /// Publish streams so far; the first is cut at its seal.
+    cut_publish: AtomicU32,
 }
 
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -110,6 +118,7 @@ impl Fake {
             full: AtomicU32::new(0),
             session: AtomicU64::new(1),
             epoch: AtomicU64::new(1),
+            cut_publish: AtomicU32::new(0),
         });
         let fake = Fake { shared, port };
         let service = TrainerServer::new(fake.clone());
@@ -274,9 +283,40 @@ impl Trainer for Fake {
 
     async fn publish(
         &self,
-        _: Request<Streaming<pb::PublishPart>>,
+        request: Request<Streaming<pb::PublishPart>>,
     ) -> Result<Response<Self::PublishStream>, Status> {
-        Err(Status::unimplemented("not in this fake"))
+        let cut = self.shared.cut_publish.fetch_add(1, Ordering::SeqCst) == 0;
+        let fake = self.clone();
+        let mut version = pb::Version::default();
+        let events = request.into_inner().map(move |part| {
+            let kind = match part?.kind.expect("a kind") {
+                Part::Begin(begin) => {
+                    fake.hear(Heard::Begin(begin.addresses.len(), begin.bytes));
+                    version = begin.version.expect("a version");
+                    if version.number == 13 {
+                        return Err(Status::failed_precondition("13 is not published here"));
+                    }
+                    Event::Accepted(pb::publish_event::Accepted {})
+                }
+                Part::Seal(seal) => {
+                    fake.hear(Heard::Seal(seal.root.len()));
+                    if cut {
+                        return Err(Status::unavailable("cut"));
+                    }
+                    version.root = seal.root;
+                    let (version, state) = (Some(version.clone()), "current".to_owned());
+                    let settled = true;
+                    Event::Status(pb::VersionStatus {
+                        version,
+                        state,
+                        settled,
+                        ..Default::default()
+                    })
+                }
+            };
+            Ok(pb::PublishEvent { kind: Some(kind) })
+        });
+        Ok(Response::new(Box::pin(events)))
     }
 
     async fn watch_versions(
