@@ -38,3 +38,30 @@ pub mod versions;
 // the deciding core, which owns all of the above
 pub mod core;
 pub mod state;
+
+// the driver: sockets, clock, and the loop that owns the core
+pub mod announce;
+pub mod config;
+mod deliver;
+mod driver;
+mod effects;
+pub mod error;
+mod gate;
+pub mod server;
+
+// calls
+mod admin;
+mod agent_link;
+mod auth;
+mod http;
+mod ingress;
+
+// what others see
+mod feed;
+mod metrics;
+mod notice_log;
+mod notices;
+
+pub use config::{ManagerConfig, RawConfig};
+pub use error::ManagerError;
+pub use server::{Manager, run};

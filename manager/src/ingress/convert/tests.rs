@@ -1,0 +1,122 @@
+use anabranch_proto::tokens::encode_ids;
+
+use super::*;
+
+fn good() -> pb::Group {
+    pb::Group {
+        key: "k1".into(),
+        prompt: encode_ids(&[1, 2, 3]),
+        n: 4,
+        sampling: Some(pb::Sampling { max_tokens: 16, ..pb::Sampling::default() }),
+        ..pb::Group::default()
+    }
+}
+
+fn refused(change: impl FnOnce(&mut pb::Group)) -> String {
+    let mut group = good();
+    change(&mut group);
+    groups(vec![good(), group]).expect_err("refused").to_string()
+}
+
+fn sampled(change: impl FnOnce(&mut pb::Sampling)) -> String {
+    refused(|group| change(group.sampling.as_mut().expect("set")))
+}
+
+#[test]
+fn what_is_left_out_has_its_documented_default() {
+    let read = groups(vec![good()]).expect("valid");
+    let sampling = &read[0].sampling;
+    assert_eq!(
+        (sampling.temperature, sampling.top_p, sampling.repetition_penalty),
+        (1.0, 1.0, 1.0)
+    );
+    assert!(!sampling.restart_ok);
+    assert_eq!((read[0].deadline, read[0].pin), (None, None));
+}
+
+#[test]
+fn each_fault_of_a_group_is_named_with_group_field_and_rule() {
+    for (error, says) in [
+        (refused(|g| g.key = String::new()), "group 1 (key \"\"): key: empty"),
+        (refused(|g| g.key = "a\u{7}".into()), "unprintable"),
+        (refused(|g| g.key = "x".repeat(300)), "300 bytes, at most 200"),
+        (refused(|g| g.prompt = Default::default()), "prompt: empty"),
+        (refused(|g| g.prompt = vec![1; 7].into()), "prompt: 7 bytes are not whole token ids"),
+        (refused(|g| g.n = 0), "n: 0 is not between 1 and 4096"),
+        (refused(|g| g.n = 5000), "n: 5000"),
+        (refused(|g| g.sampling = None), "sampling: missing"),
+        (refused(|g| g.meta = vec![0; MAX_META_BYTES + 1].into()), "meta: 1048577 bytes"),
+        (
+            refused(|g| g.pin = Some(pb::Version { root: vec![1].into(), ..Default::default() })),
+            "pin:",
+        ),
+        (sampled(|s| s.max_tokens = 0), "sampling: max_tokens: must be at least 1"),
+        (sampled(|s| s.min_tokens = 17), "min_tokens: 17 is above max_tokens, 16"),
+        (sampled(|s| s.temperature = Some(f32::NAN)), "temperature: NaN"),
+        (sampled(|s| s.temperature = Some(-1.0)), "temperature: -1 is not between 0 and 100"),
+        (sampled(|s| s.top_p = Some(0.0)), "top_p: must be above 0"),
+        (sampled(|s| s.top_p = Some(1.5)), "top_p: 1.5"),
+        (sampled(|s| s.min_p = f32::INFINITY), "min_p: inf"),
+        (sampled(|s| s.presence_penalty = 3.0), "presence_penalty: 3"),
+        (sampled(|s| s.repetition_penalty = Some(0.0)), "repetition_penalty: 0"),
+        (sampled(|s| s.stop_strings = vec![String::new()]), "stop_strings: one has 0 bytes"),
+        (sampled(|s| s.replay = 9), "replay: 9 is unknown"),
+    ] {
+        assert!(error.contains(says), "{says}: {error}");
+    }
+}
+
+#[test]
+fn a_job_without_policies_is_on_policy_tempered_and_continues() {
+    let job = open(pb::OpenRequest { job: "j".into(), ..Default::default() }).expect("valid");
+    assert_eq!(job.staleness, Staleness { max_lag: Some(0), on_exceed: OnExceed::Wait });
+    assert_eq!((job.convention, job.on_running), (Convention::Tempered, OnRunning::Continue));
+    assert_eq!((job.on_trainer_lost, job.resume, job.rolling), (TRAINER_LOST, None, None));
+    let error = open(pb::OpenRequest { job: "a b".into(), ..Default::default() });
+    assert!(error.expect_err("a space").to_string().contains("job"));
+}
+
+#[test]
+fn cancel_names_exactly_one_thing() {
+    let request = |keys: &[&str], step, all| pb::CancelRequest {
+        keys: keys.iter().map(|key| key.to_string()).collect(),
+        step,
+        all,
+        ..Default::default()
+    };
+    assert!(matches!(cancel(request(&["a"], None, false)), Ok(CancelWhat::Keys(_))));
+    assert!(matches!(cancel(request(&[], Some(3), false)), Ok(CancelWhat::Step(Step(3)))));
+    assert!(matches!(cancel(request(&[], None, true)), Ok(CancelWhat::All)));
+    assert!(cancel(request(&[], None, false)).is_err());
+    assert!(cancel(request(&["a"], None, true)).is_err());
+}
+
+#[test]
+fn a_version_that_nobody_could_fetch_is_refused() {
+    let begin = |number, addresses: &[&str], directory: &str, kind| pb::publish_part::Begin {
+        version: Some(pb::Version { number, ..Default::default() }),
+        addresses: addresses.iter().map(|at| at.to_string()).collect(),
+        directory: directory.into(),
+        kind,
+        ..Default::default()
+    };
+    let read = |begin| announce(begin, SessionId(1)).map_err(|error| error.to_string());
+    assert!(read(begin(1, &["h:1"], "", 1)).is_ok());
+    assert!(read(begin(1, &[], "/shared/v1", 0)).is_ok());
+    for (begin, says) in [
+        (begin(0, &["h:1"], "", 1), "publish from 1"),
+        (begin(1, &[], "", 1), "nobody could fetch it"),
+        (begin(1, &[], "v1", 1), "not an absolute path"),
+        (begin(1, &["h:1"], "", 2), "full versions only"),
+    ] {
+        let error = read(begin).expect_err(says);
+        assert!(error.contains(says), "{says}: {error}");
+    }
+}
+
+#[test]
+fn shards_are_counted_from_zero() {
+    assert_eq!(shard(0, 0), Ok(Shard { index: 0, count: 1 }));
+    assert_eq!(shard(3, 4), Ok(Shard { index: 3, count: 4 }));
+    assert!(shard(4, 4).is_err());
+}
