@@ -1,0 +1,244 @@
+//! Does to the processes what the plan says, and undoes it when its time is over. Owns what is broken at present.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anabranch_runtime::process::Signal;
+use anyhow::Context;
+use serde_json::json;
+
+use super::faults::{Fault, Kind, Plan};
+use crate::cluster::{Cluster, Node};
+use crate::proxy::Link;
+
+/// An engine that does not answer its fault switch by then is broken already.
+const SWITCH: Duration = Duration::from_millis(500);
+/// An agent killed so long after a version was sealed is in the middle of fetching it, or about to load it.
+const IN_FETCH_MS: std::ops::Range<u64> = 2..40;
+/// A drained agent leaves by itself; one that does not is put down so that its engine can come back.
+const DRAIN_WAIT: Duration = Duration::from_secs(6);
+
+pub struct Breaker {
+    plan: Plan,
+    http: reqwest::Client,
+    counts: BTreeMap<&'static str, u64>,
+    /// The engine did not take the fault: it was gone or frozen.
+    missed: u64,
+    kills: u64,
+    last: &'static str,
+    mends: Vec<Mend>,
+    in_fetch: Vec<InFetch>,
+}
+
+/// Something to undo.
+#[derive(Debug)]
+struct Mend {
+    due: Instant,
+    at: usize,
+    how: How,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    Continue,
+    Link,
+    Clear,
+    /// The agent's life that was drained: not one that came after it.
+    Drained {
+        life: u32,
+    },
+}
+
+/// An agent to be killed soon after the next version is sealed.
+#[derive(Debug)]
+enum InFetch {
+    Armed { at: usize, seen: u64 },
+    Due { at: usize, when: Instant },
+}
+
+impl Breaker {
+    pub fn new(seed: u64) -> Self {
+        Self {
+            plan: Plan::new(seed),
+            http: reqwest::Client::new(),
+            counts: BTreeMap::new(),
+            missed: 0,
+            kills: 0,
+            last: "none",
+            mends: Vec::new(),
+            in_fetch: Vec::new(),
+        }
+    }
+
+    pub fn counts(&self) -> BTreeMap<&'static str, u64> {
+        let mut counts = self.counts.clone();
+        if self.missed > 0 {
+            counts.insert("missed", self.missed);
+        }
+        counts
+    }
+
+    pub fn total(&self) -> u64 {
+        self.counts.values().sum()
+    }
+
+    pub fn kills(&self) -> u64 {
+        self.kills
+    }
+
+    pub fn last(&self) -> &'static str {
+        self.last
+    }
+
+    /// One fault from the plan.
+    pub async fn strike(&mut self, cluster: &mut Cluster) -> anyhow::Result<()> {
+        let whole: Vec<usize> =
+            (0..cluster.nodes.len()).filter(|&at| self.is_whole(&cluster.nodes[at], at)).collect();
+        let fault = self.plan.next(&whole, cluster.nodes.len());
+        self.last = fault.kind.name();
+        tracing::info!(kind = fault.kind.name(), engine = cluster.nodes[fault.at].id, "fault");
+        let done = self.inject(cluster, fault).await?;
+        match done {
+            true => {
+                *self.counts.entry(fault.kind.name()).or_default() += 1;
+                self.kills += u64::from(fault.kind.is_kill());
+            }
+            false => self.missed += 1,
+        }
+        Ok(())
+    }
+
+    async fn inject(&mut self, cluster: &mut Cluster, fault: Fault) -> anyhow::Result<bool> {
+        let at = fault.at;
+        let node = &mut cluster.nodes[at];
+        match fault.kind {
+            Kind::EngineKill => {
+                let was_up = node.engine.is_up();
+                node.engine.kill().await?;
+                return Ok(was_up);
+            }
+            Kind::AgentKill => {
+                let was_up = node.agent.is_up();
+                node.agent.kill().await?;
+                return Ok(was_up);
+            }
+            Kind::AgentKillMidFetch => self.in_fetch.push(InFetch::Armed { at, seen: u64::MAX }),
+            Kind::EngineStop => {
+                node.engine.signal(Signal::STOP)?;
+                self.mend_later(fault, How::Continue);
+            }
+            Kind::LinkCut | Kind::LinkStall => {
+                let link = if fault.kind == Kind::LinkCut { Link::Cut } else { Link::Stall };
+                node.proxy.as_ref().context("the chaos cluster has proxies")?.set(link);
+                self.mend_later(fault, How::Link);
+            }
+            Kind::Drain => return self.drain(cluster, at).await,
+            Kind::CleanEnd => return Ok(self.switch(node, json!({"kind": "end_early"})).await),
+            Kind::Reset => return Ok(self.switch(node, json!({"kind": "reset"})).await),
+            Kind::LostFinish => {
+                return Ok(self
+                    .switch(node, json!({"kind": "lose_finish", "count": fault.much}))
+                    .await);
+            }
+            Kind::SlowEngine => {
+                let done =
+                    self.switch(node, json!({"kind": "slow", "factor": fault.much as f64})).await;
+                self.mend_later(fault, How::Clear);
+                return Ok(done);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Undoes what is over by now.
+    pub async fn mend_due(&mut self, cluster: &mut Cluster) -> anyhow::Result<()> {
+        let now = Instant::now();
+        let (due, later) =
+            std::mem::take(&mut self.mends).into_iter().partition(|mend| mend.due <= now);
+        self.mends = later;
+        self.mend(cluster, due).await
+    }
+
+    /// Undoes everything: the run is to finish now.
+    pub async fn mend_all(&mut self, cluster: &mut Cluster) -> anyhow::Result<()> {
+        self.in_fetch.clear();
+        let (now, later): (Vec<Mend>, Vec<Mend>) = std::mem::take(&mut self.mends)
+            .into_iter()
+            .partition(|mend| !matches!(mend.how, How::Drained { .. }));
+        self.mends = later;
+        self.mend(cluster, now).await
+    }
+
+    /// `sealed` is the newest version that engines may load.
+    pub async fn kill_in_fetch(
+        &mut self,
+        cluster: &mut Cluster,
+        sealed: u64,
+    ) -> anyhow::Result<()> {
+        let now = Instant::now();
+        for waiting in std::mem::take(&mut self.in_fetch) {
+            match waiting {
+                InFetch::Armed { at, seen: u64::MAX } => {
+                    self.in_fetch.push(InFetch::Armed { at, seen: sealed })
+                }
+                InFetch::Armed { at, seen } if sealed > seen => {
+                    let delay = self.plan.rng().range(IN_FETCH_MS.start, IN_FETCH_MS.end);
+                    self.in_fetch
+                        .push(InFetch::Due { at, when: now + Duration::from_millis(delay) });
+                }
+                InFetch::Due { at, when } if when <= now => cluster.nodes[at].agent.kill().await?,
+                waiting => self.in_fetch.push(waiting),
+            }
+        }
+        Ok(())
+    }
+
+    async fn mend(&mut self, cluster: &mut Cluster, mends: Vec<Mend>) -> anyhow::Result<()> {
+        for Mend { at, how, .. } in mends {
+            let node = &mut cluster.nodes[at];
+            match how {
+                How::Continue => node.engine.signal(Signal::CONT)?,
+                How::Link => {
+                    node.proxy.as_ref().context("the chaos cluster has proxies")?.set(Link::Pass)
+                }
+                How::Clear => {
+                    self.switch(node, json!({"kind": "clear"})).await;
+                }
+                How::Drained { life } if node.agent.is_up() && node.agent.lives() == life => {
+                    node.agent.kill().await?
+                }
+                How::Drained { .. } => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// As a person would: `anabranch engines drain ID`.
+    async fn drain(&mut self, cluster: &mut Cluster, at: usize) -> anyhow::Result<bool> {
+        let (id, life) = (cluster.nodes[at].id.clone(), cluster.nodes[at].agent.lives());
+        let url = cluster.url().to_owned();
+        let args = ["engines", "drain", &id, "--manager", &url, "--deadline-ms", "1000"];
+        cluster.run_aside(&format!("drain-{}", self.total()), &args).await?;
+        self.mends.push(Mend { due: Instant::now() + DRAIN_WAIT, at, how: How::Drained { life } });
+        Ok(true)
+    }
+
+    async fn switch(&self, node: &Node, body: serde_json::Value) -> bool {
+        let request = self
+            .http
+            .post(format!("http://{}/fault", node.engine_addr))
+            .json(&body)
+            .timeout(SWITCH);
+        request.send().await.is_ok_and(|reply| reply.status().is_success())
+    }
+
+    fn mend_later(&mut self, fault: Fault, how: How) {
+        // A second fault of the same kind at the same place takes the place of the first one's end.
+        self.mends.retain(|mend| (mend.at, mend.how) != (fault.at, how));
+        self.mends.push(Mend { due: Instant::now() + fault.lasts, at: fault.at, how });
+    }
+
+    fn is_whole(&self, node: &Node, at: usize) -> bool {
+        node.engine.is_up() && node.agent.is_up() && !self.mends.iter().any(|mend| mend.at == at)
+    }
+}

@@ -1,0 +1,157 @@
+//! Which fault comes next, and where: seeded, every kind equally often. Decides; breaks nothing itself.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::rng::Rng;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    EngineKill,
+    EngineStop,
+    CleanEnd,
+    LostFinish,
+    Reset,
+    AgentKill,
+    AgentKillMidFetch,
+    Drain,
+    LinkCut,
+    LinkStall,
+    SlowEngine,
+}
+
+pub const KINDS: [Kind; 11] = [
+    Kind::EngineKill,
+    Kind::EngineStop,
+    Kind::CleanEnd,
+    Kind::LostFinish,
+    Kind::Reset,
+    Kind::AgentKill,
+    Kind::AgentKillMidFetch,
+    Kind::Drain,
+    Kind::LinkCut,
+    Kind::LinkStall,
+    Kind::SlowEngine,
+];
+
+/// One thing to break.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Fault {
+    pub kind: Kind,
+    /// Index of the engine.
+    pub at: usize,
+    /// How long it lasts, where it is not over at once.
+    pub lasts: Duration,
+    /// `SlowEngine`: the rate is divided by it. `LostFinish`: so many.
+    pub much: u64,
+}
+
+pub struct Plan {
+    rng: Rng,
+    /// Kinds not yet used in this round.
+    bag: Vec<Kind>,
+}
+
+impl Kind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::EngineKill => "engine_kill",
+            Kind::EngineStop => "engine_stop",
+            Kind::CleanEnd => "clean_end",
+            Kind::LostFinish => "lost_finish",
+            Kind::Reset => "reset",
+            Kind::AgentKill => "agent_kill",
+            Kind::AgentKillMidFetch => "agent_kill_mid_fetch",
+            Kind::Drain => "drain",
+            Kind::LinkCut => "link_cut",
+            Kind::LinkStall => "link_stall",
+            Kind::SlowEngine => "slow_engine",
+        }
+    }
+
+    /// Ends streams at any token, without a chance to hand over what was made: what a kill is for the tokens.
+    pub fn is_kill(self) -> bool {
+        match self {
+            Kind::EngineKill
+            | Kind::AgentKill
+            | Kind::AgentKillMidFetch
+            | Kind::CleanEnd
+            | Kind::Reset => true,
+            Kind::EngineStop
+            | Kind::LostFinish
+            | Kind::Drain
+            | Kind::LinkCut
+            | Kind::LinkStall
+            | Kind::SlowEngine => false,
+        }
+    }
+}
+
+impl Plan {
+    pub fn new(seed: u64) -> Self {
+        Self { rng: Rng::new(seed), bag: Vec::new() }
+    }
+
+    /// `whole` are the engines that nothing is wrong with at present, out of `all`; broken ones are hit only where no
+    /// other is left.
+    pub fn next(&mut self, whole: &[usize], all: usize) -> Fault {
+        if self.bag.is_empty() {
+            self.bag = KINDS.to_vec();
+            self.rng.shuffle(&mut self.bag);
+        }
+        let kind = self.bag.pop().expect("it was just filled");
+        let at = match whole {
+            [] => self.rng.range(0, all as u64) as usize,
+            whole => whole[self.rng.range(0, whole.len() as u64) as usize],
+        };
+        let lasts_ms = match kind {
+            Kind::LinkCut | Kind::LinkStall => 3000,
+            Kind::EngineStop => self.rng.range(500, 5000),
+            Kind::SlowEngine => self.rng.range(1000, 4000),
+            _ => 0,
+        };
+        let much = match kind {
+            Kind::SlowEngine => self.rng.range(3, 20),
+            _ => self.rng.range(1, 8),
+        };
+        Fault { kind, at, lasts: Duration::from_millis(lasts_ms), much }
+    }
+
+    pub fn rng(&mut self) -> &mut Rng {
+        &mut self.rng
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn every_kind_comes_equally_often_and_whole_engines_are_preferred() {
+        let mut plan = Plan::new(1);
+        let mut counts = BTreeMap::new();
+        for _ in 0..KINDS.len() * 5 {
+            let fault = plan.next(&[2], 4);
+            assert_eq!(fault.at, 2);
+            *counts.entry(fault.kind).or_insert(0) += 1;
+        }
+        assert!(
+            counts.len() == KINDS.len() && counts.values().all(|&count| count == 5),
+            "{counts:?}"
+        );
+        assert!((0..50).all(|_| plan.next(&[], 4).at < 4));
+    }
+
+    #[test]
+    fn the_same_seed_plans_the_same_faults() {
+        let series = |seed| {
+            let mut plan = Plan::new(seed);
+            (0..40).map(|_| plan.next(&[0, 1, 2, 3], 4)).collect::<Vec<_>>()
+        };
+        assert_eq!(series(5), series(5));
+        assert_ne!(series(5), series(6));
+    }
+}

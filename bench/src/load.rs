@@ -1,0 +1,286 @@
+//! The trainer's side of a run: keeps a number of samples in flight, writes what was asked and what came back to disk,
+//! acknowledges. Two tasks over one job. What is asked, and when to stop, is the run's business.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use anabranch_runtime::Drain;
+use anabranch_trainer::{
+    Batch, Consumer, Delivery, Group, Job as TrainerJob, JobConfig, OnRunning, Outcome, Pack,
+    Sampling, Shard, Staleness, Trainer, Version,
+};
+use anyhow::{Context, bail};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::meter::monotonic_ns;
+use crate::records::{Asked, Files, Job, PromptLog, TrajectoryLog};
+
+/// Groups of one submit call.
+const SUBMIT_GROUPS: usize = 32;
+/// Submit calls of one step.
+const STEP_SUBMITS: u64 = 8;
+const SUBMIT_WITHIN: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(50);
+
+/// What the next group is: called with 0, 1, 2, ...
+pub type MakeGroup = Box<dyn FnMut(u64) -> Asked + Send>;
+
+pub struct Spec {
+    pub job: Job,
+    /// Samples asked for and not yet back.
+    pub in_flight: usize,
+    pub pack: Pack,
+    pub make: MakeGroup,
+}
+
+pub struct Load {
+    pub job: TrainerJob,
+    state: Arc<Shared>,
+    stop: CancellationToken,
+}
+
+struct Shared {
+    progress: Mutex<Progress>,
+    room: Semaphore,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    pub asked_samples: u64,
+    pub back_samples: u64,
+    pub back_tokens: u64,
+    pub batches: u64,
+    pub steps_done: u64,
+    /// A sample's seed and when its batch was in this process's hands.
+    pub arrivals: Vec<(u64, u64)>,
+    /// The first thing that went wrong in a task; the run cannot go on then.
+    pub failed: Option<String>,
+    /// No more groups come.
+    pub closed: bool,
+}
+
+impl Load {
+    pub async fn start(
+        manager: &str,
+        files: &Files,
+        spec: Spec,
+        drain: &Drain,
+    ) -> anyhow::Result<Self> {
+        let client = Trainer::connect(manager, None).await?;
+        let config = JobConfig {
+            seed: spec.job.seed,
+            staleness: Staleness::Unbounded,
+            on_running: OnRunning::Continue,
+            ..JobConfig::new(format!("bench-{}", std::process::id()))
+        };
+        let job = client.open(config).await.context("opening the job")?;
+        let consumer = job.consume(spec.pack, Shard::ALL).context("attaching to the stream")?;
+        let prompts = PromptLog::create(&files.prompts, &spec.job)?;
+        let trajectories = TrajectoryLog::create(&files.trajectories)?;
+        let state =
+            Arc::new(Shared { progress: Mutex::default(), room: Semaphore::new(spec.in_flight) });
+        let stop = CancellationToken::new();
+        let submitter = Submitter {
+            job: job.clone(),
+            state: state.clone(),
+            prompts,
+            make: spec.make,
+            next: 0,
+            submits: 0,
+        };
+        drain.spawn("submit", submitter.run(stop.clone()));
+        let receiver = Receiver { state: state.clone(), trajectories, consumer };
+        drain.spawn("consume", receiver.run(drain.token()));
+        Ok(Self { job, state, stop })
+    }
+
+    pub fn progress(&self) -> Progress {
+        self.state.lock().clone()
+    }
+
+    /// Cheaper than [`Load::progress`]: no arrivals.
+    pub fn counts(&self) -> Progress {
+        let p = self.state.lock();
+        Progress { arrivals: Vec::new(), failed: p.failed.clone(), ..*p }
+    }
+
+    pub fn check(&self) -> anyhow::Result<()> {
+        match &self.state.lock().failed {
+            Some(why) => bail!("the load failed: {why}"),
+            None => Ok(()),
+        }
+    }
+
+    /// Asks for nothing more.
+    pub fn stop_asking(&self) {
+        self.stop.cancel();
+    }
+
+    /// True where everything asked for came back in time.
+    pub async fn all_back(&self, deadline: Instant) -> anyhow::Result<bool> {
+        loop {
+            self.check()?;
+            if self.counts().is_all_back() {
+                return Ok(true);
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+}
+
+impl Progress {
+    pub fn is_all_back(&self) -> bool {
+        self.closed && self.back_samples >= self.asked_samples
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().expect("no code panics while it holds this lock")
+    }
+
+    fn ended(&self, what: &str, result: anyhow::Result<()>) {
+        if let Err(error) = result {
+            self.lock().failed.get_or_insert(format!("{what}: {error:#}"));
+        }
+    }
+}
+
+// === submitting ===
+
+struct Submitter {
+    job: TrainerJob,
+    state: Arc<Shared>,
+    prompts: PromptLog,
+    make: MakeGroup,
+    next: u64,
+    submits: u64,
+}
+
+impl Submitter {
+    async fn run(mut self, stop: CancellationToken) {
+        let state = self.state.clone();
+        let mut result = Ok(());
+        while result.is_ok() && !stop.is_cancelled() {
+            let asked = tokio::select! {
+                asked = self.gather() => asked,
+                () = stop.cancelled() => break,
+            };
+            result = self.submit(asked).await;
+        }
+        if result.is_ok() {
+            result = self.close_step().await;
+        }
+        state.ended("submitting", result);
+        state.lock().closed = true;
+    }
+
+    /// As many groups as there is room for, at least one.
+    async fn gather(&mut self) -> Vec<Asked> {
+        let mut out = Vec::new();
+        let first = (self.make)(self.next);
+        let room = self.state.room.acquire_many(first.n).await.expect("never closed");
+        room.forget();
+        out.push(first);
+        self.next += 1;
+        while out.len() < SUBMIT_GROUPS {
+            let n = out[0].n;
+            let Ok(room) = self.state.room.try_acquire_many(n) else { break };
+            room.forget();
+            out.push((self.make)(self.next));
+            self.next += 1;
+        }
+        out
+    }
+
+    async fn submit(&mut self, asked: Vec<Asked>) -> anyhow::Result<()> {
+        for group in &asked {
+            self.prompts.append(group)?;
+            self.state.lock().asked_samples += u64::from(group.n);
+        }
+        self.submits += 1;
+        let (step, last) = (self.step(), self.submits.is_multiple_of(STEP_SUBMITS));
+        let groups = asked.into_iter().map(group).collect();
+        for result in self.job.submit(step, groups, last, SUBMIT_WITHIN).await? {
+            if result.outcome != Outcome::Accepted {
+                bail!("group {}: {:?}", result.key, result.outcome);
+            }
+        }
+        Ok(())
+    }
+
+    async fn close_step(&mut self) -> anyhow::Result<()> {
+        if !self.submits.is_multiple_of(STEP_SUBMITS) {
+            self.job.submit(self.step(), Vec::new(), true, SUBMIT_WITHIN).await?;
+        }
+        Ok(())
+    }
+
+    /// From 1; `submits` has counted the call that asks.
+    fn step(&self) -> u64 {
+        self.submits.div_ceil(STEP_SUBMITS)
+    }
+}
+
+fn group(asked: Asked) -> Group {
+    let sampling =
+        Sampling::new(asked.max_tokens).min_tokens(asked.min_tokens).ignore_eos(asked.ignore_eos);
+    Group::new(asked.key, asked.prompt, asked.n, sampling)
+}
+
+// === receiving ===
+
+struct Receiver {
+    state: Arc<Shared>,
+    trajectories: TrajectoryLog,
+    consumer: Consumer,
+}
+
+impl Receiver {
+    async fn run(mut self, stop: CancellationToken) {
+        let state = self.state.clone();
+        tokio::select! {
+            result = self.receive() => state.ended("consuming", result),
+            () = stop.cancelled() => {}
+        }
+    }
+
+    async fn receive(&mut self) -> anyhow::Result<()> {
+        loop {
+            match self.consumer.next().await? {
+                Delivery::Batch(batch) => self.take(batch).await?,
+                Delivery::StepDone(done) => {
+                    let mut progress = self.state.lock();
+                    progress.steps_done += 1;
+                    if !done.short.is_empty() || !done.dropped.is_empty() {
+                        let (short, dropped) = (&done.short, &done.dropped);
+                        tracing::warn!(step = done.step, ?short, ?dropped, "a step came short");
+                    }
+                }
+                Delivery::Advice(_) => {}
+            }
+        }
+    }
+
+    async fn take(&mut self, batch: Batch) -> anyhow::Result<()> {
+        let now_ns = monotonic_ns();
+        for trajectory in &batch.trajectories {
+            self.trajectories.append(trajectory)?;
+        }
+        self.trajectories.flush()?;
+        self.consumer.commit(batch.seq, Version::default()).await?;
+        let mut progress = self.state.lock();
+        progress.batches += 1;
+        for trajectory in &batch.trajectories {
+            progress.back_samples += 1;
+            progress.back_tokens += trajectory.tokens.len() as u64;
+            progress.arrivals.push((trajectory.seed, now_ns));
+        }
+        self.state.room.add_permits(batch.trajectories.len());
+        Ok(())
+    }
+}

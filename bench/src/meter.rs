@@ -1,0 +1,79 @@
+//! Reads what an embedded engine told of itself (`anabranch engine --meter FILE`): tokens made, and when streams had
+//! their last token. The file outlives the engine's death; its format is the engine's.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use rustix::time::{ClockId, clock_gettime};
+
+const ENTRIES_AT: usize = 64;
+const ENTRY_BYTES: usize = 16;
+
+/// The file of one life of an engine.
+#[derive(Clone, Debug)]
+pub struct Meter {
+    path: PathBuf,
+}
+
+/// A sample's seed, and when its engine made its last token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LastToken {
+    pub seed: u64,
+    pub at_ns: u64,
+}
+
+/// The clock that all processes of this machine share.
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+impl Meter {
+    pub fn at(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    /// Tokens made for streams; zero where the engine died before it could open the file.
+    pub fn made(&self) -> anyhow::Result<u64> {
+        Ok(self.bytes()?.get(..8).map_or(0, word))
+    }
+
+    pub fn last_tokens(&self) -> anyhow::Result<Vec<LastToken>> {
+        let bytes = self.bytes()?;
+        let entries = bytes.get(ENTRIES_AT..).unwrap_or_default().chunks_exact(ENTRY_BYTES);
+        Ok(entries.map(|e| LastToken { seed: word(&e[..8]), at_ns: word(&e[8..]) }).collect())
+    }
+
+    fn bytes(&self) -> anyhow::Result<Vec<u8>> {
+        match std::fs::read(&self.path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            read => read.with_context(|| format!("reading the meter {}", self.path.display())),
+        }
+    }
+}
+
+fn word(bytes: &[u8]) -> u64 {
+    u64::from_le_bytes(bytes.try_into().expect("eight bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_and_ends_are_read_and_a_missing_file_is_no_token() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m");
+        assert_eq!(Meter::at(path.clone()).made().unwrap(), 0);
+        let mut bytes = vec![0u8; 64];
+        bytes[0] = 9;
+        for word in [7u64, 100, 8, 200] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        std::fs::write(&path, bytes).unwrap();
+        let meter = Meter::at(path);
+        assert_eq!(meter.made().unwrap(), 9);
+        let want = [LastToken { seed: 7, at_ns: 100 }, LastToken { seed: 8, at_ns: 200 }];
+        assert_eq!(meter.last_tokens().unwrap(), want);
+    }
+}

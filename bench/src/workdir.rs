@@ -1,0 +1,45 @@
+//! Where a run keeps its logs and records: a folder that is given, or one of its own that is removed after a run that
+//! passed. Owns the folder, and the last words of a run.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+
+use crate::report::Report;
+
+pub struct WorkDir {
+    path: PathBuf,
+    ours: bool,
+}
+
+impl WorkDir {
+    pub fn new(given: Option<PathBuf>, run: &str) -> anyhow::Result<Self> {
+        let ours = given.is_none();
+        let name = format!("anabranch-{run}-{}", std::process::id());
+        let path = given.unwrap_or_else(|| std::env::temp_dir().join(name));
+        std::fs::create_dir_all(&path)
+            .with_context(|| format!("making the work folder {}", path.display()))?;
+        Ok(Self { path, ours })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Prints the table, writes the report, and removes the folder where nothing is left to look into.
+#[allow(clippy::print_stdout)]
+pub fn finish(report: &Report, file: Option<&Path>, dir: WorkDir) -> anyhow::Result<()> {
+    print!("{}", report.table());
+    if let Some(file) = file {
+        report.write(file)?;
+        println!("report: {}", file.display());
+    }
+    if dir.ours && report.pass {
+        std::fs::remove_dir_all(&dir.path)
+            .with_context(|| format!("removing {}", dir.path.display()))?;
+    } else {
+        println!("logs and records: {}", dir.path.display());
+    }
+    Ok(())
+}
