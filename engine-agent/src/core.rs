@@ -1,0 +1,271 @@
+//! What an agent decides: attach and re-attach, which sample runs, when a version is loaded, how to leave.
+//! A pure state machine: no sockets, no clock, no tasks. It owns every sample's ledger on this engine.
+//!
+//! How to drive it: [`Core::handle`] with what happened, [`Core::tokens`] with what a stream brought,
+//! [`Core::on_timeout`] at [`Core::next_timeout`]; after each, take actions from [`Core::poll_action`].
+//!
+//! ```text
+//!              engine answers             drain order, notice, SIGTERM
+//!   Booting ──────────────────► Serving ───────────────────────────────► Draining ──► Stopped
+//!      ▲      engine died          │                                         ▲
+//!      └───────────────────────────┘                                         │
+//!      └─────────────────────────────────────────────────────────────────────┘
+//!
+//!   link:  Down ──dial──► Greeting ──Welcome──► Joined{lease} ──Data stream──► Bound{lease}
+//!           ▲                 │                     │                            │
+//!           └─────────────────┴─────────────────────┴── lost, silent, refused ───┘
+//! ```
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use anabranch_proto::pb;
+use anabranch_runtime::{Now, TimerTable};
+
+use crate::engine::{EngineInfo, Loads};
+
+pub mod action;
+pub mod event;
+mod link;
+mod load;
+mod mode;
+mod outbox;
+mod prompts;
+mod runs;
+mod timer;
+
+pub use action::{Action, Exit, FetchOrder};
+pub use event::{Call, Event, LinkId, ProbeResult, RunEnd, Staged};
+pub use link::DIAL_PATIENCE;
+pub use outbox::WINDOW_TICKS;
+pub use runs::Verdict;
+
+use link::{LinkState, Session};
+use load::Loader;
+use mode::{Drain, Memory};
+use outbox::Outbox;
+use prompts::Prompts;
+use runs::Runs;
+use timer::Timer;
+
+/// What does not change while the agent lives.
+#[derive(Clone, Debug)]
+pub struct CoreConfig {
+    pub id: String,
+    /// Larger than that of every former life of an agent with this id.
+    pub incarnation: u64,
+    pub token: String,
+    pub labels: BTreeMap<String, String>,
+    pub gpus: u32,
+    pub addresses: Vec<String>,
+    pub weights_by_trainer: bool,
+    /// Unacknowledged bytes above which samples are given back, newest first.
+    pub buffer_bytes: usize,
+}
+
+pub struct Core {
+    config: CoreConfig,
+    state: AgentState,
+    link: LinkState,
+    session: Option<Session>,
+    next_link: u64,
+    /// Dials since the last Welcome.
+    dials: u32,
+    incarnation: u64,
+    /// `None` while the engine is down.
+    engine: Option<EngineInfo>,
+    loads: Loads,
+    /// Made by engines since the agent started.
+    engine_tokens: u64,
+    outbox: Outbox,
+    prompts: Prompts,
+    runs: Runs,
+    loader: Loader,
+    memory: Memory,
+    paused: bool,
+    /// The order that paused or resumed last.
+    paused_by: u64,
+    /// Outcomes that the manager must learn and that no link could take; bounded by [`MAX_UNSENT`].
+    unsent: VecDeque<pb::from_agent::Kind>,
+    timers: TimerTable<Timer>,
+    /// Drained after each event; bounded by what one event causes.
+    actions: VecDeque<Action>,
+}
+
+#[derive(Debug)]
+enum AgentState {
+    Booting,
+    Serving,
+    Draining(Drain),
+    Stopped,
+}
+
+const MAX_UNSENT: usize = 64;
+
+/// Until the manager says otherwise.
+const TICK: Duration = Duration::from_millis(20);
+
+impl Core {
+    pub fn new(config: CoreConfig) -> Core {
+        Core {
+            incarnation: config.incarnation,
+            config,
+            state: AgentState::Booting,
+            link: LinkState::Down,
+            session: None,
+            next_link: 1,
+            dials: 0,
+            engine: None,
+            loads: Loads::default(),
+            engine_tokens: 0,
+            outbox: Outbox::new(),
+            prompts: Prompts::default(),
+            runs: Runs::default(),
+            loader: Loader::default(),
+            memory: Memory::Held,
+            paused: false,
+            paused_by: 0,
+            unsent: VecDeque::new(),
+            timers: TimerTable::new(),
+            actions: VecDeque::new(),
+        }
+    }
+
+    pub fn handle(&mut self, now: Now, event: Event) {
+        match event {
+            Event::EngineUp { info, probe } => self.engine_up(now, *info, probe),
+            Event::EngineDown { why, will_restart } => self.engine_down(now, &why, will_restart),
+            Event::LoadsPolled(loads) => self.loads = loads,
+            Event::RunEnded { run, end } => self.run_ended(now, run, end),
+            Event::ManagerSaid { link, kind } => self.manager_said(now, link, kind),
+            Event::DataCame { link, kind } => self.data_came(now, link, kind),
+            Event::Bound { link } => self.bound(link),
+            Event::LinkLost { link, why, fatal } => self.link_lost(now, link, &why, fatal),
+            Event::FetchProgressed { order, bytes } => self.fetch_progressed(order, bytes),
+            Event::Fetched { order, result } => self.fetched(now, order, result),
+            Event::Called { call, result } => self.called(now, call, result),
+            Event::Probed { result } => self.probed(now, result),
+            Event::LeaveAsked { why, within } => self.leave_asked(now, &why, within),
+        }
+        self.settle(now);
+    }
+
+    pub fn on_timeout(&mut self, now: Now) {
+        while let Some(timer) = self.timers.pop_due(now) {
+            match timer {
+                Timer::Tick => self.tick(now),
+                Timer::Beat => self.beat(now),
+                Timer::LinkSilent => self.link_silent(now),
+                Timer::Redial => self.dial(),
+                Timer::Rejoin => self.rejoin(),
+                Timer::LoadDeadline => self.load_deadline(now),
+                Timer::Quiesce => self.quiesce_gave_up(now),
+                Timer::DrainCut => self.drain_cut(now),
+                Timer::DrainGiveUp => self.drain_gave_up(),
+                Timer::MemoryDeadline => self.memory_deadline(),
+            }
+        }
+        self.settle(now);
+    }
+
+    pub fn next_timeout(&self) -> Option<Now> {
+        self.timers.next()
+    }
+
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    pub fn has_actions(&self) -> bool {
+        !self.actions.is_empty()
+    }
+
+    /// What the engine must call its weights; `None` while that changes, or when it is not our business.
+    pub fn expected_label(&self) -> Option<String> {
+        let ours = !self.config.weights_by_trainer;
+        self.loader.settled_label().filter(|_| ours).map(str::to_owned)
+    }
+
+    pub fn vocab(&self) -> u32 {
+        self.engine.as_ref().map_or(0, |engine| engine.model.vocab)
+    }
+
+    pub fn streams_at_engine(&self) -> usize {
+        self.runs.at_engine()
+    }
+
+    /// What every event may have made possible.
+    fn settle(&mut self, now: Now) {
+        self.settle_load();
+        self.settle_memory();
+        self.settle_drain(now);
+        self.arm_tick(now);
+        self.send_ticks(now);
+        self.settle_rejoin();
+    }
+
+    fn act(&mut self, action: Action) {
+        self.actions.push_back(action);
+    }
+
+    fn engine_up(&mut self, now: Now, info: EngineInfo, probe: Option<ProbeResult>) {
+        if matches!(self.state, AgentState::Stopped) || self.engine.is_some() {
+            return;
+        }
+        let came_back = self.session.is_some();
+        self.incarnation += u64::from(came_back);
+        self.loader.engine_started(&info, probe);
+        self.memory = Memory::Held;
+        self.paused = false;
+        self.engine = Some(info);
+        match self.state {
+            AgentState::Booting => self.state = AgentState::Serving,
+            AgentState::Serving | AgentState::Draining(_) | AgentState::Stopped => return,
+        }
+        match came_back {
+            true => self.begin_rejoin(now),
+            false => self.dial(),
+        }
+    }
+
+    /// Nothing of the engine's memory is left: not the samples, not the weights.
+    fn engine_down(&mut self, now: Now, why: &str, will_restart: bool) {
+        if self.engine.take().is_none() {
+            return;
+        }
+        self.lose_all_runs(now, why);
+        self.engine_lost_in_load(why);
+        self.memory = Memory::Held;
+        self.loads = Loads::default();
+        self.outbox.seal();
+        // The tokens first, as far as two streams have an order: the manager takes both.
+        self.send_ticks(now);
+        self.tell(pb::from_agent::Kind::EngineDown(pb::EngineDown {
+            why: why.to_owned(),
+            will_restart,
+        }));
+        if matches!(self.state, AgentState::Serving) {
+            self.state = AgentState::Booting;
+        }
+    }
+
+    fn tick(&mut self, now: Now) {
+        self.outbox.seal();
+        if self.outbox.bytes() > self.config.buffer_bytes {
+            self.shed(now);
+        }
+    }
+
+    fn arm_tick(&mut self, now: Now) {
+        if self.outbox.has_open() && self.timers.get(Timer::Tick).is_none() {
+            self.timers.set(Timer::Tick, now + self.tick_length());
+        }
+    }
+
+    fn tick_length(&self) -> Duration {
+        self.session.as_ref().map_or(TICK, |session| session.tick)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,224 @@
+//! What an SGLang server says of itself, with the model directory's `config.json` where it stays silent.
+
+use std::path::{Path, PathBuf};
+
+use anabranch_proto::pb;
+use serde::Deserialize;
+
+use crate::config::Convention;
+use crate::engine::{EngineError, EngineInfo, Loads};
+
+pub(super) fn parse(
+    model: &[u8],
+    server: &[u8],
+    convention: Option<Convention>,
+) -> Result<EngineInfo, EngineError> {
+    let model: ModelInfo = json("model_info", model)?;
+    let server: ServerInfo = json("server_info", server)?;
+    let directory = Some(PathBuf::from(&model.model_path)).filter(|path| path.is_dir());
+    let files = directory.as_deref().map(ModelFiles::read).unwrap_or_default();
+    let embedded = server.version.starts_with(EMBEDDED);
+    let incremental = server.incremental_streaming_output || server.stream_output;
+    Ok(EngineInfo {
+        kind: match embedded {
+            true => server.version.clone(),
+            false => format!("sglang {}", server.version),
+        },
+        caps: caps(&server, embedded, convention),
+        kv_tokens: server.max_total_num_tokens.or_else(|| server.state(|s| s.max_total_num_tokens)).unwrap_or(0),
+        max_running: server.max_running_requests.or_else(|| server.state(|s| s.max_running_requests)).unwrap_or(0),
+        model: pb::Model {
+            id: model.served_model_name.unwrap_or_else(|| model.model_path.clone()),
+            tokenizer_digest: files.tokenizer_digest,
+            vocab: server.vocab_size.or(files.config.vocab()).unwrap_or(0),
+            max_context: server.context_length.or(files.config.context()).unwrap_or(0),
+            eos_ids: server.eos_token_ids.clone().unwrap_or(files.eos_ids),
+            dtype: server.dtype.clone().or(files.config.dtype).unwrap_or_default(),
+            quant: server.quantization.clone().unwrap_or_default(),
+        },
+        incremental,
+        model_directory: directory,
+        weight_label: model.weight_version.unwrap_or_default(),
+    })
+}
+
+/// How the embedded engine's version begins.
+const EMBEDDED: &str = "anabranch-engine";
+
+fn caps(server: &ServerInfo, embedded: bool, convention: Option<Convention>) -> pb::Caps {
+    use pb::caps::SeedKeying;
+    // Without deterministic inference SGLang ignores the seed.
+    let keying = match embedded || server.enable_deterministic_inference {
+        true => SeedKeying::AbsolutePosition,
+        false => SeedKeying::None,
+    };
+    let said = match server.return_original_logprob {
+        true => Convention::Raw,
+        false => Convention::Tempered,
+    };
+    pb::Caps {
+        seed_keying: keying.into(),
+        logprob_conventions: vec![pb::Convention::from(convention.unwrap_or(said)).into()],
+        spans: true,
+        pause_modes: ["abort", "retract", "in_place"].map(str::to_owned).into(),
+        release_memory: server.enable_memory_saver,
+        modalities: vec!["text".to_owned()],
+        ..Default::default()
+    }
+}
+
+pub(super) fn parse_label(body: &[u8]) -> Result<String, EngineError> {
+    let model: ModelInfo = json("model_info", body)?;
+    Ok(model.weight_version.unwrap_or_default())
+}
+
+pub(super) fn parse_loads(body: &[u8]) -> Result<Loads, EngineError> {
+    let raw: RawLoads = json("v1/loads", body)?;
+    let ranks = raw.loads.len().max(1) as f32;
+    Ok(Loads {
+        running: raw.loads.iter().map(|load| load.num_running_reqs).sum(),
+        waiting: raw.loads.iter().map(|load| load.num_waiting_reqs).sum(),
+        kv_used: raw.loads.iter().map(|load| load.token_usage).sum::<f32>() / ranks,
+    })
+}
+
+fn json<'a, T: Deserialize<'a>>(call: &'static str, body: &'a [u8]) -> Result<T, EngineError> {
+    serde_json::from_slice(body)
+        .map_err(|error| EngineError::Malformed { call, what: error.to_string() })
+}
+
+#[derive(Deserialize)]
+struct ModelInfo {
+    model_path: String,
+    served_model_name: Option<String>,
+    weight_version: Option<String>,
+}
+
+/// The few of some 556 keys that matter.
+#[derive(Deserialize)]
+struct ServerInfo {
+    #[serde(default)]
+    version: String,
+    vocab_size: Option<u32>,
+    context_length: Option<u32>,
+    eos_token_ids: Option<Vec<u32>>,
+    max_total_num_tokens: Option<u64>,
+    max_running_requests: Option<u32>,
+    dtype: Option<String>,
+    quantization: Option<String>,
+    #[serde(default)]
+    incremental_streaming_output: bool,
+    /// What the same flag was called until 0.5.6.
+    #[serde(default)]
+    stream_output: bool,
+    #[serde(default)]
+    enable_deterministic_inference: bool,
+    #[serde(default)]
+    enable_memory_saver: bool,
+    #[serde(default)]
+    return_original_logprob: bool,
+    #[serde(default)]
+    internal_states: Vec<InternalState>,
+}
+
+#[derive(Deserialize)]
+struct InternalState {
+    max_total_num_tokens: Option<u64>,
+    max_running_requests: Option<u32>,
+}
+
+impl ServerInfo {
+    fn state<T>(&self, pick: impl Fn(&InternalState) -> Option<T>) -> Option<T> {
+        self.internal_states.first().and_then(pick)
+    }
+}
+
+#[derive(Deserialize)]
+struct RawLoads {
+    loads: Vec<RawLoad>,
+}
+
+#[derive(Deserialize)]
+struct RawLoad {
+    #[serde(default)]
+    num_running_reqs: u32,
+    #[serde(default)]
+    num_waiting_reqs: u32,
+    #[serde(default)]
+    token_usage: f32,
+}
+
+/// What a Hugging Face model directory tells. Empty where a file is missing or unreadable.
+#[derive(Default)]
+struct ModelFiles {
+    config: HfConfig,
+    eos_ids: Vec<u32>,
+    tokenizer_digest: String,
+}
+
+#[derive(Deserialize, Default)]
+struct HfConfig {
+    vocab_size: Option<u32>,
+    max_position_embeddings: Option<u32>,
+    #[serde(alias = "torch_dtype")]
+    dtype: Option<String>,
+    eos_token_id: Option<Ids>,
+    text_config: Option<Box<HfConfig>>,
+}
+
+#[derive(Deserialize, Default)]
+struct HfGeneration {
+    eos_token_id: Option<Ids>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Ids {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+impl ModelFiles {
+    fn read(directory: &Path) -> ModelFiles {
+        let config: HfConfig = file(directory, "config.json");
+        let generation: HfGeneration = file(directory, "generation_config.json");
+        let mut eos_ids: Vec<u32> = [&config.eos_token_id, &generation.eos_token_id]
+            .into_iter()
+            .flatten()
+            .flat_map(Ids::list)
+            .collect();
+        eos_ids.sort_unstable();
+        eos_ids.dedup();
+        let tokenizer_digest = std::fs::read(directory.join("tokenizer.json"))
+            .map(|bytes| blake3::hash(&bytes).to_hex().to_string())
+            .unwrap_or_default();
+        ModelFiles { config, eos_ids, tokenizer_digest }
+    }
+}
+
+fn file<T: for<'a> Deserialize<'a> + Default>(directory: &Path, name: &str) -> T {
+    let Ok(bytes) = std::fs::read(directory.join(name)) else { return T::default() };
+    serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+        tracing::warn!(file = %directory.join(name).display(), %error, "ignored: not the expected JSON");
+        T::default()
+    })
+}
+
+impl HfConfig {
+    fn vocab(&self) -> Option<u32> {
+        self.vocab_size.or_else(|| self.text_config.as_ref()?.vocab())
+    }
+
+    fn context(&self) -> Option<u32> {
+        self.max_position_embeddings.or_else(|| self.text_config.as_ref()?.context())
+    }
+}
+
+impl Ids {
+    fn list(&self) -> Vec<u32> {
+        match self {
+            Ids::One(id) => vec![*id],
+            Ids::Many(ids) => ids.clone(),
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! One request at the engine, from its start to its terminal chunk. Where its tokens belong is decided in
+//! the core, at the moment they are handed over.
+
+use std::sync::Arc;
+
+use crate::core::{Event, RunEnd, Verdict};
+use crate::engine::{Chunk, Engine, Generate, RunId, StreamError, TokenStream};
+use crate::shared::Shared;
+
+pub async fn stream_task<E: Engine>(shared: Arc<Shared>, engine: Arc<E>, request: Box<Generate>) {
+    let run = request.run;
+    let end = match engine.generate(&request).await {
+        Ok(stream) => pump(&shared, stream, run).await,
+        Err(error) => Some(RunEnd::Failed(error)),
+    };
+    shared.stream_ended(run);
+    if let Some(end) = end {
+        shared.handle(Event::RunEnded { run, end });
+    }
+}
+
+/// `None`: nobody waits for the end.
+async fn pump(shared: &Shared, mut stream: impl TokenStream, run: RunId) -> Option<RunEnd> {
+    let mut chunk = Chunk::default();
+    loop {
+        let next = stream.next(&mut chunk).await;
+        // What came before an error in the same read is good.
+        if shared.tokens(run, &chunk) == Verdict::Drop {
+            return None;
+        }
+        if let Err(error) = next {
+            return Some(RunEnd::Failed(error));
+        }
+        if let Some(finish) = chunk.finish.take() {
+            stream.close().await;
+            let usage = chunk.usage;
+            return Some(RunEnd::Finished {
+                finish,
+                prompt_tokens: usage.prompt_tokens,
+                cached_tokens: usage.cached_tokens,
+            });
+        }
+    }
+}
+
+/// As [`pump`], into memory: for the probe.
+pub async fn collect<E: Engine>(
+    engine: &E,
+    request: &Generate,
+) -> Result<(Vec<u32>, Vec<f32>), StreamError> {
+    let mut stream = engine.generate(request).await?;
+    let (mut tokens, mut logprobs) = (Vec::new(), Vec::new());
+    let mut chunk = Chunk::default();
+    loop {
+        stream.next(&mut chunk).await?;
+        tokens.extend_from_slice(&chunk.tokens);
+        logprobs.extend_from_slice(&chunk.logprobs);
+        if chunk.finish.take().is_some() {
+            stream.close().await;
+            return Ok((tokens, logprobs));
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! The engine calls of a load, in time: pause and let the streams run dry, load, go on, probe. When each
+//! is due is the core's business.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anabranch_proto::pb;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::core::{Call, ProbeResult};
+use crate::engine::{Engine, EngineError, Generate, RunId};
+use crate::generate;
+use crate::shared::Shared;
+
+/// After a pause a stream is taken for dry when nothing came on any for so long.
+const QUIET: Duration = Duration::from_millis(30);
+/// Then the load goes on anyway: tokens that come later are of the old weights, and so marked.
+const MAX_QUIET_WAIT: Duration = Duration::from_secs(1);
+
+const PROBE_TOKENS: u32 = 8;
+const PROBE_PROMPT_TOKENS: u32 = 16;
+/// The first tokens of a fresh engine may wait for compilation.
+const PROBE_PATIENCE: Duration = Duration::from_secs(180);
+
+pub async fn call<E: Engine>(shared: &Shared, engine: &E, call: Call) -> Result<(), EngineError> {
+    match call {
+        Call::Freeze => {
+            engine.pause().await?;
+            if shared.streams_at_engine() > 0 {
+                run_dry(shared).await;
+            }
+            Ok(())
+        }
+        Call::Thaw | Call::Resume => engine.resume().await,
+        Call::Pause => engine.pause().await,
+        Call::ReleaseMemory => engine.release_memory().await,
+        Call::ResumeMemory => engine.resume_memory().await,
+        // It has arguments, so it is an action of its own.
+        Call::Load => Ok(()),
+    }
+}
+
+async fn run_dry(shared: &Shared) {
+    let give_up = Instant::now() + MAX_QUIET_WAIT;
+    let mut seen = shared.chunks.load(Ordering::Relaxed);
+    while Instant::now() < give_up {
+        sleep(QUIET).await;
+        let now = shared.chunks.load(Ordering::Relaxed);
+        if now == seen {
+            return;
+        }
+        seen = now;
+    }
+}
+
+/// A few greedy tokens of a fixed prompt: equal weights give equal log-probabilities.
+pub async fn probe<E: Engine>(engine: &E, vocab: u32) -> Result<ProbeResult, String> {
+    let request = probe_request(vocab);
+    match timeout(PROBE_PATIENCE, generate::collect(engine, &request)).await {
+        Ok(Ok((ids, logprobs))) => Ok(ProbeResult { ids, logprobs }),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("no answer within {} s", PROBE_PATIENCE.as_secs())),
+    }
+}
+
+fn probe_request(vocab: u32) -> Generate {
+    // Spread over small ids, which every vocabulary has.
+    let prompt: Vec<u32> = (0..PROBE_PROMPT_TOKENS).map(|i| (i * 7 + 3) % vocab.clamp(1, 97)).collect();
+    let sampling = pb::Sampling {
+        max_tokens: PROBE_TOKENS,
+        temperature: Some(0.0),
+        ignore_eos: true,
+        ..Default::default()
+    };
+    Generate {
+        run: RunId(0),
+        rid: "ab-probe".to_owned(),
+        prompt: prompt.into(),
+        tail: Vec::new(),
+        sampling: Arc::new(sampling),
+        max_tokens: PROBE_TOKENS,
+        min_tokens: 0,
+        stop_ids: Arc::from([]),
+        seed: None,
+        adapter: String::new(),
+    }
+}

@@ -1,0 +1,125 @@
+//! The core behind its lock, and the way to wake the driver. Streams hand their tokens over right here,
+//! without a hop through the driver: the lock is held for a copy of some hundred bytes.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+use anabranch_runtime::{Clock, Now};
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+
+use crate::core::{Action, Core, Event, Verdict};
+use crate::engine::{Chunk, RunId};
+
+pub struct Shared {
+    pub clock: Clock,
+    inner: Mutex<Inner>,
+    /// The driver has something to do before it would wake by itself.
+    pub wake: Notify,
+    /// The watcher is to look at the engine now.
+    pub check_engine: Notify,
+    /// Chunks of all streams: stands still once they are quiet.
+    pub chunks: AtomicU64,
+    streams: Mutex<BTreeMap<RunId, AbortHandle>>,
+}
+
+struct Inner {
+    core: Core,
+    /// Until when the driver sleeps.
+    sleeps_until: Option<Now>,
+}
+
+impl Shared {
+    pub fn new(core: Core, clock: Clock) -> Shared {
+        Shared {
+            clock,
+            inner: Mutex::new(Inner { core, sleeps_until: None }),
+            wake: Notify::new(),
+            check_engine: Notify::new(),
+            chunks: AtomicU64::new(0),
+            streams: Mutex::default(),
+        }
+    }
+
+    pub fn handle(&self, event: Event) {
+        let now = self.clock.now();
+        let mut inner = self.lock();
+        inner.core.handle(now, event);
+        self.wake_if_needed(&inner);
+    }
+
+    /// The hot path.
+    pub fn tokens(&self, run: RunId, chunk: &Chunk) -> Verdict {
+        self.chunks.fetch_add(1, Ordering::Relaxed);
+        let now = self.clock.now();
+        let mut inner = self.lock();
+        let verdict = inner.core.tokens(now, run, chunk);
+        self.wake_if_needed(&inner);
+        verdict
+    }
+
+    /// For the driver: fires what is due, hands over the actions, and notes until when it will sleep.
+    pub fn turn(&self, actions: &mut Vec<Action>) -> Option<Now> {
+        let now = self.clock.now();
+        let mut inner = self.lock();
+        if inner.core.next_timeout().is_some_and(|at| at <= now) {
+            inner.core.on_timeout(now);
+        }
+        actions.extend(std::iter::from_fn(|| inner.core.poll_action()));
+        inner.sleeps_until = inner.core.next_timeout();
+        inner.sleeps_until
+    }
+
+    /// What the engine must call its weights, where that is settled.
+    pub fn expected_label(&self) -> Option<String> {
+        self.lock().core.expected_label()
+    }
+
+    pub fn vocab(&self) -> u32 {
+        self.lock().core.vocab()
+    }
+
+    pub fn streams_at_engine(&self) -> usize {
+        self.lock().core.streams_at_engine()
+    }
+
+    /// `start` spawns the stream's task; the entry is there before the task can remove it.
+    pub fn open_stream(&self, run: RunId, start: impl FnOnce() -> AbortHandle) {
+        let mut streams = self.lock_streams();
+        streams.insert(run, start());
+    }
+
+    pub fn is_open(&self, run: RunId) -> bool {
+        self.lock_streams().contains_key(&run)
+    }
+
+    pub fn stream_ended(&self, run: RunId) {
+        self.lock_streams().remove(&run);
+    }
+
+    pub fn drop_stream(&self, run: RunId) {
+        if let Some(task) = self.lock_streams().remove(&run) {
+            task.abort();
+        }
+    }
+
+    fn wake_if_needed(&self, inner: &Inner) {
+        let sooner = match (inner.core.next_timeout(), inner.sleeps_until) {
+            (Some(next), Some(until)) => next < until,
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        if sooner || inner.core.has_actions() {
+            self.wake.notify_one();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no code panics while it holds this lock")
+    }
+
+    fn lock_streams(&self) -> MutexGuard<'_, BTreeMap<RunId, AbortHandle>> {
+        self.streams.lock().expect("no code panics while it holds this lock")
+    }
+}

@@ -1,0 +1,283 @@
+//! The agent's end of the transfer: fetches versions into staging, checks them against what the engine was
+//! started with, keeps what the engine may still read, and lends it to peers. Knows no engine calls.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use anabranch_proto::manifest::{DType, Manifest};
+use anabranch_proto::{Version, pb};
+use anabranch_transfer::checkpoint::{Baseline, Checkpoint, LayoutDiff, Mismatch};
+use anabranch_transfer::{
+    FetchProgress, FetchRequest, FetchRules, Fetcher, Holder, ServeLimits, Server, SourceRef,
+    StageError, Staging,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::core::{FetchOrder, Staged};
+
+/// Called with verified bytes, about ten times a second.
+pub type Progress = Arc<dyn Fn(u64) + Send + Sync>;
+
+pub struct Weights {
+    staging: Staging,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    /// Until the manager says which job this is, nothing can be lent.
+    link: Link,
+    /// What the engine's tensors are called; `None`: the first loaded version will tell.
+    baseline: Option<Table>,
+    /// Versions the engine serves, loads, or may have to go back to.
+    kept: BTreeMap<PathBuf, anabranch_transfer::Staged>,
+    serving: Option<PathBuf>,
+}
+
+enum Link {
+    /// The listener only keeps the port that Hello announces.
+    Reserved { listener: Option<TcpListener> },
+    Open { job: String, fetcher: Fetcher, holder: Holder, server: Option<Server> },
+}
+
+type Table = BTreeMap<String, (DType, Vec<u64>)>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    #[error(transparent)]
+    Stage(#[from] StageError),
+    #[error("cannot listen on {addr}: {source}; choose another address or port")]
+    Listen { addr: SocketAddr, source: std::io::Error },
+}
+
+/// Streams of one fetch; more only help where one TCP stream does not fill the path.
+const STREAMS: usize = 4;
+
+impl Weights {
+    /// `name` must be the agent's own on this host: a second one is refused.
+    pub fn open(
+        shm: &Path,
+        name: &str,
+        listen: Option<SocketAddr>,
+    ) -> Result<Weights, WeightsError> {
+        let staging = Staging::open(shm, name)?;
+        let listener = listen.map(|addr| {
+            TcpListener::bind(addr).map_err(|source| WeightsError::Listen { addr, source })
+        });
+        let inner = Inner {
+            link: Link::Reserved { listener: listener.transpose()? },
+            baseline: None,
+            kept: BTreeMap::new(),
+            serving: None,
+        };
+        Ok(Weights { staging, inner: Mutex::new(inner) })
+    }
+
+    /// Where peers will find what this agent holds.
+    pub fn address(&self) -> Option<SocketAddr> {
+        match &self.lock().link {
+            Link::Reserved { listener } => listener.as_ref()?.local_addr().ok(),
+            Link::Open { server, .. } => server.as_ref().map(Server::addr),
+        }
+    }
+
+    /// The manager named the job and the key that its grants are made with.
+    pub fn serve(&self, job: &str, key: &[u8]) {
+        let mut inner = self.lock();
+        if let Link::Reserved { listener } = &mut inner.link {
+            let listener = listener.take();
+            inner.link = self.open_link(job, listener);
+        }
+        let Link::Open { job: known, holder, .. } = &inner.link else { return };
+        if known != job {
+            tracing::warn!(job, known, "the manager changed the job; peers are served for the old one");
+        }
+        match key.try_into() {
+            Ok(key) => holder.set_key(key),
+            Err(_) if key.is_empty() => {}
+            Err(_) => tracing::warn!(bytes = key.len(), "ignored a serve key that is not 32 bytes"),
+        }
+    }
+
+    fn open_link(&self, job: &str, listener: Option<TcpListener>) -> Link {
+        let holder = Holder::new(job);
+        let addr = listener.as_ref().and_then(|listener| listener.local_addr().ok());
+        // The port was ours until here; the server takes it over.
+        drop(listener);
+        let server = addr.and_then(|addr| {
+            Server::start(addr, holder.clone(), ServeLimits::default())
+                .inspect_err(|error| tracing::error!(%error, "peers cannot fetch from this agent"))
+                .ok()
+        });
+        let fetcher = Fetcher::new(self.staging.clone(), holder.clone(), FetchRules::default());
+        Link::Open { job: job.to_owned(), fetcher, holder, server }
+    }
+
+    /// A new engine process: its own files are the baseline, if they can be read here.
+    pub fn engine_started(&self, model_directory: Option<&Path>) {
+        let table = model_directory.and_then(|directory| match Checkpoint::open(directory) {
+            Ok(checkpoint) => Some(table_of(&checkpoint)),
+            Err(error) => {
+                tracing::warn!(%error, "the engine's start-up weights cannot be read here: the first loaded version sets names, shapes and dtypes");
+                None
+            }
+        });
+        let mut inner = self.lock();
+        inner.kept.clear();
+        inner.serving = None;
+        if let Some(table) = &table
+            && let Err(error) = self.staging.check_space(image_bytes(table))
+        {
+            tracing::warn!(%error, "weight updates will not fit");
+        }
+        inner.baseline = table.or(inner.baseline.take());
+    }
+
+    /// Verified and checked; the engine was not told anything.
+    pub async fn fetch(
+        &self,
+        order: &FetchOrder,
+        progress: Progress,
+        cancel: CancellationToken,
+    ) -> Result<Staged, String> {
+        match &order.directory {
+            Some(directory) => self.check_directory(directory.clone()),
+            None => self.pull(order, progress, cancel).await,
+        }
+    }
+
+    async fn pull(
+        &self,
+        order: &FetchOrder,
+        progress: Progress,
+        cancel: CancellationToken,
+    ) -> Result<Staged, String> {
+        let (fetcher, baseline) = {
+            let inner = &mut *self.lock();
+            // What an earlier order brought here and the engine did not take.
+            inner.kept.retain(|directory, _| Some(directory) == inner.serving.as_ref());
+            let Link::Open { fetcher, .. } = &inner.link else {
+                return Err("not attached to a manager yet".to_owned());
+            };
+            (fetcher.clone(), inner.baseline.clone())
+        };
+        let request = FetchRequest {
+            version: order.version,
+            sources: order.sources.iter().filter_map(source).collect(),
+            streams: STREAMS,
+            baseline: baseline.map(|table| {
+                let tensors = table.into_iter().map(|(name, (dtype, shape))| (name, dtype, shape));
+                Arc::new(Baseline::from_tensors(tensors))
+            }),
+            progress: Some(Arc::new(move |at: FetchProgress| progress(at.bytes))),
+            cancel,
+        };
+        let staged = fetcher.fetch(request).await.map_err(|error| error.to_string())?;
+        let report = &staged.report;
+        let seconds = report.took.as_secs_f64().max(1e-6);
+        tracing::info!(
+            version = %staged.version,
+            bytes = report.bytes,
+            carried_bytes = report.carried_bytes,
+            took_ms = report.took.as_millis() as u64,
+            mib_per_s = (report.bytes as f64 / seconds / f64::from(1 << 20)) as u64,
+            "fetched"
+        );
+        let told = Staged {
+            directory: staged.dir().to_owned(),
+            bytes: report.bytes,
+            from: report.bytes_by_holder.iter().cloned().collect(),
+            holds: self.address().is_some(),
+        };
+        self.lock().kept.insert(told.directory.clone(), staged);
+        Ok(told)
+    }
+
+    /// The trainer's own directory: nothing is copied, everything is checked.
+    fn check_directory(&self, directory: PathBuf) -> Result<Staged, String> {
+        let checkpoint = Checkpoint::open(&directory).map_err(|error| error.to_string())?;
+        let table = table_of(&checkpoint);
+        if let Some(baseline) = &self.lock().baseline {
+            let diff = differences(baseline, &table);
+            if diff != LayoutDiff::default() {
+                let at = directory.display();
+                return Err(format!("{at} does not fit this engine, which keeps its old weights: {diff}"));
+            }
+        }
+        let bytes = image_bytes(&table);
+        Ok(Staged { directory, bytes, from: BTreeMap::new(), holds: false })
+    }
+
+    /// The engine serves `directory` now: memory of all others may be used again.
+    pub fn keep(&self, version: Version, directory: &Path) {
+        let mut inner = self.lock();
+        let gone: Vec<Version> =
+            inner.kept.iter().filter(|(dir, _)| *dir != directory).map(|(_, staged)| staged.version).collect();
+        inner.kept.retain(|dir, _| dir == directory);
+        inner.serving = Some(directory.to_owned());
+        if inner.baseline.is_none() {
+            let manifest = inner.kept.get(directory).map(|staged| staged.manifest().clone());
+            inner.baseline = match manifest {
+                Some(manifest) => Some(table_of_manifest(&manifest)),
+                None => Checkpoint::open(directory).ok().as_ref().map(table_of),
+            };
+        }
+        tracing::debug!(%version, released = gone.len(), "staging kept for the engine");
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no code panics while it holds this lock")
+    }
+}
+
+/// A source that must dial us is of no use yet: it would need a listener of its own kind.
+fn source(source: &pb::Source) -> Option<SourceRef> {
+    if source.dial() == pb::source::Dial::Source {
+        tracing::debug!(holder = source.holder, "skipped a source that wants to dial this agent");
+        return None;
+    }
+    Some(SourceRef {
+        holder: source.holder.clone(),
+        addr: source.addr.clone(),
+        grant: source.grant.to_vec(),
+    })
+}
+
+fn table_of(checkpoint: &Checkpoint) -> Table {
+    let row = |t: &anabranch_transfer::checkpoint::StoredTensor| {
+        (t.name.clone(), (t.dtype, t.shape.clone()))
+    };
+    checkpoint.tensors().iter().map(row).collect()
+}
+
+fn table_of_manifest(manifest: &Manifest) -> Table {
+    manifest.tensors.iter().map(|t| (t.name.clone(), (t.dtype, t.shape.clone()))).collect()
+}
+
+fn image_bytes(table: &Table) -> u64 {
+    let bytes = |(dtype, shape): &(DType, Vec<u64>)| {
+        anabranch_proto::manifest::tensor_bytes(*dtype, shape).unwrap_or(u64::MAX)
+    };
+    table.values().map(bytes).fold(0, u64::saturating_add)
+}
+
+fn differences(baseline: &Table, version: &Table) -> LayoutDiff {
+    let mut diff = LayoutDiff::default();
+    for (tensor, (dtype, shape)) in baseline {
+        let Some((new_dtype, new_shape)) = version.get(tensor) else {
+            diff.missing.push(tensor.clone());
+            continue;
+        };
+        let tensor = || tensor.clone();
+        if new_dtype != dtype {
+            diff.dtypes.push(Mismatch { tensor: tensor(), baseline: *dtype, version: *new_dtype });
+        }
+        if new_shape != shape {
+            let (baseline, version) = (shape.clone(), new_shape.clone());
+            diff.shapes.push(Mismatch { tensor: tensor(), baseline, version });
+        }
+    }
+    diff.extra.extend(version.keys().filter(|name| !baseline.contains_key(*name)).cloned());
+    diff
+}
