@@ -1,0 +1,228 @@
+//! Sets of chunks, and the ledger of verified ones that only grows. Knows neither bytes nor peers.
+
+use std::ops::Range;
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+/// Which of `len` chunks are in the set.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct ChunkSet {
+    words: Vec<u64>,
+    len: u32,
+    count: u32,
+}
+
+/// The verified chunks of one image. Shared by the receiver that fills it and the server that lends
+/// from it; a chunk only ever goes from absent to present.
+#[derive(Debug)]
+pub struct Ledger {
+    set: Mutex<ChunkSet>,
+    grown: Condvar,
+}
+
+// === impl ChunkSet ===
+
+impl ChunkSet {
+    pub fn empty(len: u32) -> ChunkSet {
+        ChunkSet { words: vec![0; len.div_ceil(64) as usize], len, count: 0 }
+    }
+
+    pub fn full(len: u32) -> ChunkSet {
+        let mut set = ChunkSet::empty(len);
+        set.insert_range(0..len);
+        set
+    }
+
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    pub fn count(&self) -> u32 {
+        self.count
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.count == self.len
+    }
+
+    pub fn contains(&self, index: u32) -> bool {
+        index < self.len && self.words[index as usize / 64] >> (index % 64) & 1 == 1
+    }
+
+    /// True if it was absent.
+    pub fn insert(&mut self, index: u32) -> bool {
+        let absent = index < self.len && !self.contains(index);
+        if absent {
+            self.words[index as usize / 64] |= 1 << (index % 64);
+            self.count += 1;
+        }
+        absent
+    }
+
+    /// True if it was present.
+    pub fn remove(&mut self, index: u32) -> bool {
+        let present = self.contains(index);
+        if present {
+            self.words[index as usize / 64] &= !(1 << (index % 64));
+            self.count -= 1;
+        }
+        present
+    }
+
+    /// Ignores what lies beyond the end.
+    pub fn insert_range(&mut self, range: Range<u32>) {
+        for index in range.start..range.end.min(self.len) {
+            self.insert(index);
+        }
+    }
+
+    pub fn union(&mut self, other: &ChunkSet) {
+        for (word, theirs) in self.words.iter_mut().zip(&other.words) {
+            *word |= theirs;
+        }
+        if let (Some(last), 1..) = (self.words.last_mut(), self.len % 64) {
+            *last &= (1 << (self.len % 64)) - 1;
+        }
+        self.count = self.words.iter().map(|w| w.count_ones()).sum();
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
+        self.words.iter().enumerate().flat_map(|(at, &word)| {
+            let mut rest = word;
+            std::iter::from_fn(move || {
+                let bit = (rest != 0).then(|| rest.trailing_zeros())?;
+                rest &= rest - 1;
+                Some(at as u32 * 64 + bit)
+            })
+        })
+    }
+
+    /// The first chunk at or after `from`, then from the start, that is in `self` and in `other`.
+    pub fn first_common(&self, other: &ChunkSet, from: u32) -> Option<u32> {
+        let words = self.words.len().min(other.words.len());
+        if words == 0 {
+            return None;
+        }
+        let start = (from as usize / 64) % words;
+        let common = |at: usize| self.words[at] & other.words[at];
+        let pick = |at: usize, word: u64| at as u32 * 64 + word.trailing_zeros();
+        let head = common(start) & (u64::MAX << (from % 64));
+        if head != 0 {
+            return Some(pick(start, head));
+        }
+        (1..=words).map(|step| (start + step) % words).find_map(|at| {
+            let word = common(at);
+            (word != 0).then(|| pick(at, word))
+        })
+    }
+
+    /// Maximal runs, in order: the form that crosses the wire.
+    pub fn ranges(&self) -> Vec<Range<u32>> {
+        let mut out: Vec<Range<u32>> = Vec::new();
+        for index in self.iter() {
+            match out.last_mut() {
+                Some(run) if run.end == index => run.end += 1,
+                _ => out.push(index..index + 1),
+            }
+        }
+        out
+    }
+}
+
+// === impl Ledger ===
+
+impl Ledger {
+    pub fn new(set: ChunkSet) -> Ledger {
+        Ledger { set: Mutex::new(set), grown: Condvar::new() }
+    }
+
+    pub fn insert(&self, index: u32) -> bool {
+        let new = self.lock().insert(index);
+        if new {
+            self.grown.notify_all();
+        }
+        new
+    }
+
+    pub fn contains(&self, index: u32) -> bool {
+        self.lock().contains(index)
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.lock().is_full()
+    }
+
+    pub fn snapshot(&self) -> ChunkSet {
+        self.lock().clone()
+    }
+
+    /// The set once it holds more than `count` chunks, or as it is after `patience`.
+    pub fn wait_beyond(&self, count: u32, patience: Duration) -> ChunkSet {
+        let waited = self.grown.wait_timeout_while(self.lock(), patience, |s| s.count() <= count);
+        waited.expect("no holder of the ledger's lock panics").0.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ChunkSet> {
+        self.set.lock().expect("no holder of the ledger's lock panics")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_chunk_set_behaves_like_a_set(
+            len in 1u32..300,
+            a in proptest::collection::btree_set(0u32..300, 0..80),
+            b in proptest::collection::btree_set(0u32..300, 0..80),
+            from in 0u32..300,
+        ) {
+            let build = |s: &std::collections::BTreeSet<u32>| {
+                let mut set = ChunkSet::empty(len);
+                for &i in s { set.insert(i); }
+                set
+            };
+            let (x, y) = (build(&a), build(&b));
+            let in_a: Vec<u32> = a.iter().copied().filter(|i| *i < len).collect();
+            prop_assert_eq!(x.iter().collect::<Vec<_>>(), in_a.clone());
+            prop_assert_eq!(x.count() as usize, in_a.len());
+            prop_assert_eq!(x.ranges().into_iter().flatten().collect::<Vec<_>>(), in_a);
+            let common: Vec<u32> = x.iter().filter(|i| y.contains(*i)).collect();
+            let first = common.iter().copied().find(|i| *i >= from % len).or(common.first().copied());
+            prop_assert_eq!(x.first_common(&y, from % len), first);
+            let mut u = x.clone();
+            u.union(&y);
+            prop_assert_eq!(u.count() as usize, u.iter().count());
+            prop_assert!(u.iter().all(|i| x.contains(i) || y.contains(i)));
+        }
+    }
+
+    #[test]
+    fn a_full_set_is_one_range_and_nothing_lies_beyond_it() {
+        let mut set = ChunkSet::full(130);
+        assert!(
+            set.is_full() && set.ranges() == [0..130] && !set.contains(130) && !set.insert(130)
+        );
+        assert!(set.remove(64) && !set.remove(64));
+        assert_eq!(set.ranges(), [0..64, 65..130]);
+    }
+
+    #[test]
+    fn a_waiter_is_woken_by_growth() {
+        let ledger = Ledger::new(ChunkSet::empty(3));
+        std::thread::scope(|s| {
+            let waiter = s.spawn(|| ledger.wait_beyond(1, Duration::from_secs(20)).count());
+            ledger.insert(0);
+            ledger.insert(2);
+            assert_eq!(waiter.join().expect("waiter"), 2);
+        });
+    }
+}

@@ -1,0 +1,359 @@
+//! The receiver's driver: gets a version from several sources into a staging slot, every chunk
+//! verified. Owns the streams and their threads; which stream asks for what is decided by `queue`,
+//! where bytes lie by `staging`.
+//!
+//! ```text
+//!   manifest (from any source, checked against the root) -> layout against the baseline -> slot
+//!   -> carry over equal chunks -> N streams pull the rest -> directory for the engine
+//! ```
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anabranch_proto::manifest::{Manifest, ManifestError};
+use anabranch_proto::version::{Root, Version};
+use tokio_util::sync::CancellationToken;
+
+use crate::checkpoint::{Baseline, LayoutDiff};
+use crate::holder::{Held, Holder};
+use crate::link::LinkError;
+use crate::queue::{QueueRules, QueueStats};
+use crate::staging::{Filling, StageError, StagedSlot, Staging};
+use crate::wire::{BlobId, FailCode, Message};
+
+mod pool;
+mod pull;
+
+use pool::{Pool, Session};
+
+/// Gets versions into one staging area and lends them to peers. Clones are the same fetcher.
+#[derive(Clone)]
+pub struct Fetcher {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    staging: Staging,
+    holder: Holder,
+    pool: Pool,
+    rules: FetchRules,
+}
+
+/// Deadlines and bounds of all fetches.
+#[derive(Clone, Debug)]
+pub struct FetchRules {
+    pub connect: Duration,
+    /// A stream that moves no byte for so long is given up.
+    pub progress: Duration,
+    /// The fetch fails when no chunk was verified for so long.
+    pub give_up: Duration,
+    /// Chunks asked for ahead, per stream.
+    pub window: u32,
+    /// Failures in a row before a source is dropped.
+    pub strikes: u32,
+    /// An idle stream takes over from one that verified nothing for so long.
+    pub rescue_after: Duration,
+    /// How long to wait for an engine to let go of the slot.
+    pub slot_wait: Duration,
+}
+
+/// A holder of the version, and the permission to read from it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceRef {
+    /// For logs and reports: `trainer`, an engine id.
+    pub holder: String,
+    /// `host:port`.
+    pub addr: String,
+    pub grant: Vec<u8>,
+}
+
+#[derive(Clone)]
+pub struct FetchRequest {
+    pub version: Version,
+    /// Best first.
+    pub sources: Vec<SourceRef>,
+    /// Streams in total, at least one per source.
+    pub streams: usize,
+    /// The engine's tensors: anything else is refused before a byte is staged.
+    pub baseline: Option<Arc<Baseline>>,
+    /// Called about ten times a second from a transfer thread; must not block.
+    pub progress: Option<Arc<dyn Fn(FetchProgress) + Send + Sync>>,
+    pub cancel: CancellationToken,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FetchProgress {
+    /// Verified, in place.
+    pub bytes: u64,
+    pub total_bytes: u64,
+}
+
+/// A version that an engine can load from `dir()`. Keep it while the engine loads or serves it.
+pub struct Staged {
+    slot: StagedSlot,
+    pub version: Version,
+    pub report: FetchReport,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct FetchReport {
+    pub bytes: u64,
+    /// Equal to chunks that were here already.
+    pub carried_bytes: u64,
+    /// Received, wrong and repeated chunks included.
+    pub received_bytes: u64,
+    /// (holder, verified bytes).
+    pub bytes_by_holder: Vec<(String, u64)>,
+    pub queue: QueueStats,
+    pub took: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    #[error("{0} has no root yet: it can be fetched after its seal")]
+    Unsealed(Version),
+    #[error("no path to any holder of {version}: {}", story(.tried))]
+    NoSource { version: Version, tried: Vec<Tried> },
+    #[error("{version}: {holder} sent a manifest with another root ({got})")]
+    OtherRoot { version: Version, holder: String, got: Root },
+    #[error("{version}: the manifest from {holder} is bad: {error}")]
+    Manifest { version: Version, holder: String, error: ManifestError },
+    #[error("{version} does not fit this engine, which keeps its old weights: {diff}")]
+    Layout { version: Version, diff: LayoutDiff },
+    #[error("{version}: {error}")]
+    Stage { version: Version, error: StageError },
+    #[error(
+        "{version}: no chunk arrived for {waited:?}, {verified} of {chunks} are here: {}",
+        story(.tried)
+    )]
+    Stalled { version: Version, waited: Duration, verified: u32, chunks: u32, tried: Vec<Tried> },
+    #[error("{0}: the fetch was cancelled")]
+    Cancelled(Version),
+    #[error("{0}: the fetch ended early because its thread failed")]
+    Thread(Version),
+}
+
+/// What was tried and how it went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tried {
+    pub holder: String,
+    pub addr: String,
+    pub why: String,
+}
+
+/// Why a stream to a source failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StreamError {
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error("it refused ({code:?}): {text}")]
+    Refused { code: FailCode, text: String },
+    #[error("it answered with an unexpected {0}")]
+    Unexpected(String),
+}
+
+// === impl Fetcher ===
+
+impl Fetcher {
+    /// `holder` lends what is fetched, from its first verified chunk on.
+    pub fn new(staging: Staging, holder: Holder, rules: FetchRules) -> Fetcher {
+        let pool = Pool::default();
+        Fetcher { shared: Arc::new(Shared { staging, holder, pool, rules }) }
+    }
+
+    pub fn staging(&self) -> &Staging {
+        &self.shared.staging
+    }
+
+    /// Dropping the future cancels the fetch. Verified chunks are kept for the next one.
+    pub async fn fetch(&self, mut request: FetchRequest) -> Result<Staged, FetchError> {
+        let version = request.version;
+        request.cancel = request.cancel.child_token();
+        let guard = request.cancel.clone().drop_guard();
+        let fetcher = self.clone();
+        let blocking = tokio::task::spawn_blocking(move || fetcher.fetch_blocking(&request));
+        let outcome = blocking.await.map_err(|_| FetchError::Thread(version))?;
+        drop(guard);
+        outcome
+    }
+
+    /// As [`Fetcher::fetch`], on this thread.
+    pub fn fetch_blocking(&self, request: &FetchRequest) -> Result<Staged, FetchError> {
+        let started = Instant::now();
+        let version = request.version;
+        if version.root == Root::default() {
+            return Err(FetchError::Unsealed(version));
+        }
+        let (manifest, encoded) = self.manifest(request)?;
+        if let Some(baseline) = &request.baseline {
+            baseline.compare(&manifest).map_err(|diff| FetchError::Layout { version, diff })?;
+        }
+        let stage = |error| FetchError::Stage { version, error };
+        let filling = self.slot(request, &manifest)?;
+        let held = Arc::new(Held::new(version, filling.blob(encoded)));
+        self.shared.holder.offer(held);
+        let mut report = FetchReport { bytes: manifest.image_bytes, ..FetchReport::default() };
+        report.carried_bytes = carried(&filling, &manifest).map_err(stage)?;
+        let pulled = pull::pull(&self.shared, request, &manifest, filling.filler(), &mut report);
+        if let Err(error) = pulled {
+            self.shared.holder.withdraw(version);
+            return Err(error);
+        }
+        let slot = filling.publish(version).map_err(stage)?;
+        report.took = started.elapsed();
+        Ok(Staged { slot, version, report })
+    }
+
+    /// Waits a while for an engine that still maps the older version.
+    fn slot(
+        &self,
+        request: &FetchRequest,
+        manifest: &Arc<Manifest>,
+    ) -> Result<Filling, FetchError> {
+        let version = request.version;
+        let until = Instant::now() + self.shared.rules.slot_wait;
+        loop {
+            match self.shared.staging.begin(manifest) {
+                Ok(filling) => return Ok(filling),
+                Err(StageError::Busy { .. })
+                    if Instant::now() < until && !request.cancel.is_cancelled() =>
+                {
+                    std::thread::park_timeout(SLOT_POLL);
+                }
+                Err(error) => return Err(FetchError::Stage { version, error }),
+            }
+        }
+    }
+
+    /// From the first source that gives one; the root decides, so any source is as good.
+    fn manifest(&self, request: &FetchRequest) -> Result<(Arc<Manifest>, Arc<[u8]>), FetchError> {
+        let version = request.version;
+        let mut tried = Vec::new();
+        for source in &request.sources {
+            if request.cancel.is_cancelled() {
+                return Err(FetchError::Cancelled(version));
+            }
+            let (holder, addr) = (source.holder.clone(), source.addr.clone());
+            let bytes = match self.ask_manifest(source) {
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    tried.push(Tried { holder, addr, why: error.to_string() });
+                    continue;
+                }
+            };
+            let got = Root::of(&bytes);
+            if got != version.root {
+                return Err(FetchError::OtherRoot { version, holder, got });
+            }
+            let manifest = Manifest::decode(&bytes).map_err(|error| FetchError::Manifest {
+                version,
+                holder,
+                error,
+            })?;
+            return Ok((Arc::new(manifest), bytes.into()));
+        }
+        Err(FetchError::NoSource { version, tried })
+    }
+
+    fn ask_manifest(&self, source: &SourceRef) -> Result<Vec<u8>, StreamError> {
+        let mut session = Session::open(&self.shared, source, Root::default())?;
+        let blob = BlobId::Image;
+        session.link.send(&Message::WantManifest { blob })?;
+        let bytes = match session.link.receive()? {
+            Message::Manifest { bytes, .. } => bytes,
+            other => return Err(StreamError::from_reply(other)),
+        };
+        self.shared.pool.put(&source.addr, session.link);
+        Ok(bytes)
+    }
+}
+
+const SLOT_POLL: Duration = Duration::from_millis(50);
+
+/// Chunks that the slot still had from an earlier version or try, and those of the staged version.
+fn carried(filling: &Filling, manifest: &Manifest) -> Result<u64, StageError> {
+    let kept = filling.filler().ledger.snapshot();
+    let len = |ix| {
+        let range = manifest.chunk_range(ix);
+        range.end - range.start
+    };
+    Ok(kept.iter().map(len).sum::<u64>() + filling.carry_over()?)
+}
+
+fn story(tried: &[Tried]) -> String {
+    if tried.is_empty() {
+        return "no source was named".to_owned();
+    }
+    let one = |t: &Tried| format!("{} at {}: {}", t.holder, t.addr, t.why);
+    tried.iter().map(one).collect::<Vec<_>>().join("; ")
+}
+
+// === impl FetchRules ===
+
+impl Default for FetchRules {
+    fn default() -> FetchRules {
+        FetchRules {
+            connect: Duration::from_secs(5),
+            progress: Duration::from_secs(5),
+            give_up: Duration::from_secs(60),
+            window: 4,
+            strikes: 3,
+            rescue_after: Duration::from_secs(1),
+            slot_wait: Duration::from_secs(10),
+        }
+    }
+}
+
+impl FetchRules {
+    fn queue(&self) -> QueueRules {
+        let rest = Duration::from_millis(100);
+        QueueRules { strikes: self.strikes, rest, rescue_after: self.rescue_after }
+    }
+}
+
+// === impl Staged ===
+
+impl Staged {
+    /// The directory to tell the engine.
+    pub fn dir(&self) -> &std::path::Path {
+        self.slot.dir()
+    }
+
+    pub fn manifest(&self) -> &Arc<Manifest> {
+        self.slot.manifest()
+    }
+
+    /// The tensors, as the baseline of later versions.
+    pub fn baseline(&self) -> Baseline {
+        Baseline::of_manifest(self.slot.manifest())
+    }
+
+    /// A tensor's bytes, from the staged image.
+    pub fn tensor(&self, name: &str) -> Option<Vec<u8>> {
+        let t = self.slot.manifest().tensors.iter().find(|t| t.name == name)?;
+        Some(self.slot.map().read(t.offset..t.offset + t.len, <[u8]>::to_vec))
+    }
+}
+
+// === impl StreamError ===
+
+impl StreamError {
+    fn from_reply(message: Message) -> StreamError {
+        match message {
+            Message::Fail { code, text } => StreamError::Refused { code, text },
+            other => StreamError::Unexpected(format!("{other:?}").chars().take(100).collect()),
+        }
+    }
+
+    /// Asking this source again for this version is useless.
+    fn is_final(&self) -> bool {
+        match self {
+            StreamError::Refused { code, .. } => match code {
+                FailCode::Grant | FailCode::UnknownVersion => true,
+                FailCode::Revoked | FailCode::Protocol => true,
+                FailCode::NotHeld | FailCode::Busy => false,
+            },
+            StreamError::Link(_) | StreamError::Unexpected(_) => false,
+        }
+    }
+}

@@ -1,0 +1,457 @@
+//! The streams of one fetch: each a thread that asks the queue for chunks, receives them straight into
+//! the slot and reports what came.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use anabranch_proto::manifest::Manifest;
+use anabranch_proto::version::Root;
+
+use super::{
+    FetchError, FetchProgress, FetchReport, FetchRequest, Session, Shared, SourceRef, StreamError,
+    Tried,
+};
+use crate::queue::{Assign, ChunkQueue, SourceId, StreamId, Take};
+use crate::staging::{Filler, StageError};
+use crate::wire::{BlobId, Message};
+
+/// Wakes idle streams to look at the clock; also bounds how late a cancel is noticed.
+const TICK: Duration = Duration::from_millis(50);
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// One fetch, seen by all its threads. Those may outlive it for a moment (one that waits for a dead
+/// host to accept): they find it ended and go.
+struct Pull {
+    shared: Arc<Shared>,
+    request: FetchRequest,
+    manifest: Arc<Manifest>,
+    filler: Filler,
+    state: Mutex<State>,
+    changed: Condvar,
+    received_bytes: AtomicU64,
+}
+
+struct State {
+    queue: ChunkQueue,
+    /// For closing a stream from outside: cancel, rescue, the end.
+    handles: BTreeMap<usize, TcpStream>,
+    next_handle: usize,
+    of_stream: BTreeMap<StreamId, usize>,
+    verified_bytes: u64,
+    /// Verified bytes by source.
+    bytes_of: Vec<u64>,
+    /// When a chunk was last verified.
+    moved: Instant,
+    failures: BTreeMap<SourceId, String>,
+    watched: BTreeMap<SourceId, ()>,
+    outcome: Outcome,
+}
+
+enum Outcome {
+    Running,
+    Complete,
+    Failed(FetchError),
+    /// Reported.
+    Over,
+}
+
+/// What a stream ended with.
+enum StreamEnd {
+    Done,
+    /// No more for this source now: let another take the place.
+    Left,
+}
+
+pub(super) fn pull(
+    shared: &Arc<Shared>,
+    request: &FetchRequest,
+    manifest: &Arc<Manifest>,
+    filler: &Filler,
+    report: &mut FetchReport,
+) -> Result<(), FetchError> {
+    let held = filler.ledger.snapshot();
+    let queue = ChunkQueue::new(shared.rules.queue(), &held, request.sources.len());
+    let outcome = if queue.is_done() { Outcome::Complete } else { Outcome::Running };
+    let state = State {
+        queue,
+        handles: BTreeMap::new(),
+        next_handle: 0,
+        of_stream: BTreeMap::new(),
+        verified_bytes: report.carried_bytes,
+        bytes_of: vec![0; request.sources.len()],
+        moved: Instant::now(),
+        failures: BTreeMap::new(),
+        watched: BTreeMap::new(),
+        outcome,
+    };
+    let pull = Arc::new(Pull {
+        shared: Arc::clone(shared),
+        request: request.clone(),
+        manifest: Arc::clone(manifest),
+        filler: filler.clone(),
+        state: Mutex::new(state),
+        changed: Condvar::new(),
+        received_bytes: AtomicU64::new(0),
+    });
+    pull.start();
+    pull.supervise();
+    pull.finish(report)
+}
+
+// === impl Pull ===
+
+impl Pull {
+    fn start(self: &Arc<Self>) {
+        if !matches!(self.lock().outcome, Outcome::Running) {
+            return;
+        }
+        for id in 0..self.request.streams.max(self.request.sources.len()).max(1) {
+            let pull = Arc::clone(self);
+            let name = format!("transfer-recv-{id}");
+            let spawned =
+                std::thread::Builder::new().name(name).spawn(move || pull.stream_task(id));
+            if let Err(error) = spawned {
+                // Fewer streams are slower, not wrong; without any, the fetch gives up in time.
+                tracing::warn!(%error, "no thread for a transfer stream");
+            }
+        }
+    }
+
+    /// Deadlines and the progress callback, until the outcome is known; then ends waits on sockets.
+    fn supervise(&self) {
+        let mut told = Instant::now();
+        let mut state = self.lock();
+        while matches!(state.outcome, Outcome::Running) {
+            let waited = self.changed.wait_timeout(state, TICK);
+            state = waited.expect("no panic under the lock").0;
+            if self.request.cancel.is_cancelled() {
+                self.end(&mut state, Outcome::Failed(FetchError::Cancelled(self.request.version)));
+            } else if state.moved.elapsed() > self.shared.rules.give_up {
+                let stalled = self.stalled(&state);
+                self.end(&mut state, Outcome::Failed(stalled));
+            }
+            if told.elapsed() >= PROGRESS_EVERY {
+                told = Instant::now();
+                let bytes = state.verified_bytes;
+                drop(state);
+                self.tell(bytes);
+                state = self.lock();
+            }
+        }
+        // Streams of a complete fetch have nothing in flight and go back to the pool.
+        let complete = matches!(state.outcome, Outcome::Complete);
+        for (key, handle) in &state.handles {
+            let is_stream = state.of_stream.values().any(|k| k == key);
+            if !(complete && is_stream) {
+                handle.shutdown(Shutdown::Both).ok();
+            }
+        }
+        let bytes = state.verified_bytes;
+        drop(state);
+        self.tell(bytes);
+    }
+
+    fn tell(&self, bytes: u64) {
+        if let Some(progress) = &self.request.progress {
+            progress(FetchProgress { bytes, total_bytes: self.manifest.image_bytes });
+        }
+    }
+
+    fn end(&self, state: &mut State, outcome: Outcome) {
+        if matches!(state.outcome, Outcome::Running) {
+            state.outcome = outcome;
+        }
+        self.changed.notify_all();
+    }
+
+    fn stream_task(self: &Arc<Self>, id: StreamId) {
+        loop {
+            let source = {
+                let mut state = self.lock();
+                if !matches!(state.outcome, Outcome::Running) {
+                    return;
+                }
+                match state.queue.assign(id, Instant::now()) {
+                    Assign::To(source) => source,
+                    Assign::Done => return self.end(&mut state, Outcome::Complete),
+                    Assign::None => {
+                        let error = self.no_source(&state);
+                        return self.end(&mut state, Outcome::Failed(error));
+                    }
+                    Assign::Wait(until) => {
+                        let patience = until.saturating_duration_since(Instant::now());
+                        let waited = self.changed.wait_timeout(state, patience.min(TICK));
+                        drop(waited.expect("no panic under the lock"));
+                        continue;
+                    }
+                }
+            };
+            let ended = self.stream(id, source);
+            let mut state = self.lock();
+            state.of_stream.remove(&id);
+            match ended {
+                Ok(StreamEnd::Done | StreamEnd::Left) => {
+                    state.queue.release(id);
+                }
+                Err(error) => {
+                    let refused = error.is_final();
+                    let why = error.to_string();
+                    tracing::info!(
+                        holder = self.request.sources[source].holder, %error, "transfer stream lost"
+                    );
+                    state.failures.insert(source, why.clone());
+                    state.queue.lost(id, Instant::now(), &why, refused);
+                }
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// Until there is nothing left to do with this source.
+    fn stream(self: &Arc<Self>, id: StreamId, source: SourceId) -> Result<StreamEnd, StreamError> {
+        let at = &self.request.sources[source];
+        let mut session = Session::open(&self.shared, at, Root::default())?;
+        let handle = self.register(&session, Some(id))?;
+        self.learn(source, session.complete);
+        let ended = self.exchange(id, source, &mut session);
+        self.unregister(handle);
+        if matches!(ended, Ok(StreamEnd::Done)) {
+            self.shared.pool.put(&at.addr, session.link);
+        }
+        ended
+    }
+
+    fn register(&self, session: &Session, id: Option<StreamId>) -> Result<usize, StreamError> {
+        let handle = session.link.handle().map_err(crate::link::LinkError::Broken)?;
+        let mut state = self.lock();
+        let key = state.next_handle;
+        state.next_handle += 1;
+        if !matches!(state.outcome, Outcome::Running) {
+            handle.shutdown(Shutdown::Both).ok();
+        }
+        state.handles.insert(key, handle);
+        if let Some(id) = id {
+            state.of_stream.insert(id, key);
+        }
+        Ok(key)
+    }
+
+    fn unregister(&self, key: usize) {
+        self.lock().handles.remove(&key);
+    }
+
+    /// Keeps `Want`s in flight up to the window and takes in what answers them.
+    fn exchange(
+        &self,
+        id: StreamId,
+        source: SourceId,
+        session: &mut Session,
+    ) -> Result<StreamEnd, StreamError> {
+        let mut asked: VecDeque<u32> = VecDeque::new();
+        loop {
+            while asked.len() < self.shared.rules.window as usize {
+                match self.next(id, source, asked.is_empty()) {
+                    Next::Ask(index) => {
+                        let blob = BlobId::Image;
+                        session.link.send(&Message::Want { blob, first: index, count: 1 })?;
+                        asked.push_back(index);
+                    }
+                    Next::Receive => break,
+                    Next::End(StreamEnd::Done) if !asked.is_empty() => return Ok(StreamEnd::Left),
+                    Next::End(end) => return Ok(end),
+                }
+            }
+            if let Some(index) = asked.pop_front() {
+                self.receive(id, source, index, session)?;
+            }
+        }
+    }
+
+    /// What the stream does next. With nothing in flight it waits here for work.
+    fn next(&self, id: StreamId, source: SourceId, idle: bool) -> Next {
+        let mut state = self.lock();
+        loop {
+            if !matches!(state.outcome, Outcome::Running) {
+                return Next::End(StreamEnd::Done);
+            }
+            if idle && state.queue.is_dropped(source) {
+                return Next::End(StreamEnd::Left);
+            }
+            match state.queue.take(id, Instant::now()) {
+                Take::Chunk(index) => return Next::Ask(index),
+                Take::Done => {
+                    self.end(&mut state, Outcome::Complete);
+                    return Next::End(StreamEnd::Done);
+                }
+                _ if !idle => return Next::Receive,
+                Take::Rescue(slow) => {
+                    if let Some(handle) =
+                        state.of_stream.get(&slow).and_then(|key| state.handles.get(key))
+                    {
+                        handle.shutdown(Shutdown::Both).ok();
+                    }
+                }
+                Take::Wait => {}
+            }
+            let waited = self.changed.wait_timeout(state, TICK);
+            state = waited.expect("no panic under the lock").0;
+        }
+    }
+
+    fn receive(
+        &self,
+        id: StreamId,
+        source: SourceId,
+        index: u32,
+        session: &mut Session,
+    ) -> Result<(), StreamError> {
+        let range = self.manifest.chunk_range(index);
+        let len = range.end - range.start;
+        match session.link.receive()? {
+            Message::Chunk { blob: BlobId::Image, index: got, len: sent }
+                if got == index && u64::from(sent) == len => {}
+            other => return Err(StreamError::from_reply(other)),
+        }
+        let hash = session.link.receive_chunk(self.filler.map(), range)?;
+        self.received_bytes.fetch_add(len, Ordering::Relaxed);
+        let now = Instant::now();
+        if hash != self.manifest.chunk_hashes[index as usize] {
+            self.lock().queue.bad(id, index, now);
+            tracing::warn!(index, peer = %session.link.peer(), "chunk with a wrong hash");
+            return Ok(());
+        }
+        let mut state = self.lock();
+        if state.queue.verified(id, index, now) {
+            state.verified_bytes += len;
+            state.bytes_of[source] += len;
+            state.moved = now;
+            let recorded = self.filler.verified(index);
+            if let Err(error) = recorded {
+                self.fail_stage(&mut state, error);
+            }
+        }
+        Ok(())
+    }
+
+    fn fail_stage(&self, state: &mut State, error: std::io::Error) {
+        let version = self.request.version;
+        let path = self.shared.staging.root().to_owned();
+        let error = StageError::Io { path, error };
+        self.end(state, Outcome::Failed(FetchError::Stage { version, error }));
+    }
+
+    /// A source that has all needs no watching; another one gets a stream that tells what it has.
+    fn learn(self: &Arc<Self>, source: SourceId, complete: bool) {
+        let mut state = self.lock();
+        if complete {
+            state.queue.learned_all(source);
+        } else if state.watched.insert(source, ()).is_none() {
+            let pull = Arc::clone(self);
+            let spawned = std::thread::Builder::new()
+                .name(format!("transfer-watch-{source}"))
+                .spawn(move || pull.watch_task(source));
+            if let Err(error) = spawned {
+                tracing::warn!(%error, "no thread to watch a relay");
+                state.watched.remove(&source);
+            }
+        }
+    }
+
+    fn watch_task(&self, source: SourceId) {
+        let watched = self.watch(source);
+        let mut state = self.lock();
+        state.watched.remove(&source);
+        if let Err(error) = watched {
+            // The next stream to this source watches again.
+            state.failures.insert(source, error.to_string());
+        }
+        self.changed.notify_all();
+    }
+
+    fn watch(&self, source: SourceId) -> Result<(), StreamError> {
+        let at = &self.request.sources[source];
+        let mut session = Session::open(&self.shared, at, Root::default())?;
+        let handle = self.register(&session, None)?;
+        let told = session.link.send(&Message::WatchHave).map_err(StreamError::from);
+        let ended = told.and_then(|()| self.take_haves(source, &mut session));
+        self.unregister(handle);
+        ended
+    }
+
+    fn take_haves(&self, source: SourceId, session: &mut Session) -> Result<(), StreamError> {
+        let mut had = 0;
+        while had < self.manifest.chunk_count() {
+            match session.link.receive()? {
+                Message::Have { ranges } => {
+                    had += ranges.iter().map(|r| r.end - r.start).sum::<u32>();
+                    let mut state = self.lock();
+                    state.queue.learned(source, &ranges);
+                    if !matches!(state.outcome, Outcome::Running) {
+                        return Ok(());
+                    }
+                    drop(state);
+                    self.changed.notify_all();
+                }
+                other => return Err(StreamError::from_reply(other)),
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&self, report: &mut FetchReport) -> Result<(), FetchError> {
+        let mut state = self.lock();
+        report.queue = state.queue.stats();
+        report.received_bytes += self.received_bytes.load(Ordering::Relaxed);
+        for (source, bytes) in self.request.sources.iter().zip(&state.bytes_of) {
+            report.bytes_by_holder.push((source.holder.clone(), *bytes));
+        }
+        // Threads that are still on their way out must find the fetch ended.
+        match std::mem::replace(&mut state.outcome, Outcome::Over) {
+            Outcome::Complete => Ok(()),
+            Outcome::Failed(error) => Err(error),
+            Outcome::Running | Outcome::Over => Err(FetchError::Thread(self.request.version)),
+        }
+    }
+
+    fn no_source(&self, state: &State) -> FetchError {
+        let mut tried = self.tried(state);
+        for (source, why) in state.queue.dropped() {
+            if let Some(t) = tried.get_mut(source) {
+                t.why = why;
+            }
+        }
+        FetchError::NoSource { version: self.request.version, tried }
+    }
+
+    fn stalled(&self, state: &State) -> FetchError {
+        FetchError::Stalled {
+            version: self.request.version,
+            waited: state.moved.elapsed(),
+            verified: self.filler.ledger.snapshot().count(),
+            chunks: self.manifest.chunk_count(),
+            tried: self.tried(state),
+        }
+    }
+
+    fn tried(&self, state: &State) -> Vec<Tried> {
+        let one = |(ix, s): (usize, &SourceRef)| Tried {
+            holder: s.holder.clone(),
+            addr: s.addr.clone(),
+            why: state.failures.get(&ix).cloned().unwrap_or_else(|| "it had no more".to_owned()),
+        };
+        self.request.sources.iter().enumerate().map(one).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no transfer thread panics under the lock")
+    }
+}
+
+enum Next {
+    Ask(u32),
+    Receive,
+    End(StreamEnd),
+}

@@ -1,0 +1,273 @@
+//! What this process lends: versions by (epoch, number), each with its image, perhaps a delta, and the
+//! leases of those who read it. Decides who may read; the bytes themselves go through `serve`.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use anabranch_proto::grant::{Grant, GrantError, Role, ServeKey};
+use anabranch_proto::manifest::Manifest;
+use anabranch_proto::version::{Root, Version};
+
+use crate::chunks::Ledger;
+use crate::wire::{BlobId, FailCode};
+
+/// One image in a file, as far as it is verified, for as long as its memory belongs to it.
+#[derive(Clone, Debug)]
+pub struct Blob {
+    pub(crate) file: Arc<File>,
+    pub(crate) manifest: Arc<Manifest>,
+    pub(crate) encoded: Arc<[u8]>,
+    pub(crate) ledger: Arc<Ledger>,
+    pub(crate) stamp: Stamp,
+}
+
+/// A slot's generation as it was when the blob was made: another number means other bytes.
+#[derive(Clone, Debug)]
+pub struct Stamp {
+    cell: Arc<AtomicU64>,
+    seen: u64,
+}
+
+/// A version that this process lends.
+#[derive(Debug)]
+pub struct Held {
+    version: Version,
+    image: Blob,
+    /// Against one base: the version before.
+    delta: Mutex<Option<(Root, Blob)>>,
+    leases: AtomicU32,
+    sent_bytes: AtomicU64,
+}
+
+/// A receiver's right to read, while its stream is bound to the version.
+#[derive(Debug)]
+pub struct Lease {
+    held: Arc<Held>,
+    receiver: String,
+}
+
+/// Everything this process lends. Clones are the same holder.
+#[derive(Clone, Debug)]
+pub struct Holder {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    job: String,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The manager's present key and the one before: grants outlive a re-attach.
+    keys: Vec<ServeKey>,
+    versions: BTreeMap<(u32, u64), Arc<Held>>,
+    /// First use of each grant (by hash); those of withdrawn versions are forgotten.
+    first_use: BTreeMap<[u8; 32], FirstUse>,
+}
+
+#[derive(Debug)]
+struct FirstUse {
+    version: (u32, u64),
+    at: Instant,
+}
+
+/// Why a receiver is not let in.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    #[error(transparent)]
+    Grant(#[from] GrantError),
+    #[error("{asked} is not held here (held: {held})")]
+    Unknown { asked: Version, held: String },
+    #[error("{asked} has root {asked_root}, the {held} held here has root {held_root}", asked_root = .asked.root, held_root = .held.root)]
+    OtherRoot { asked: Version, held: Version },
+    #[error("this holder has no key from a manager yet")]
+    NoKey,
+}
+
+// === impl Holder ===
+
+impl Holder {
+    pub fn new(job: &str) -> Holder {
+        Holder { shared: Arc::new(Shared { job: job.to_owned(), state: Mutex::default() }) }
+    }
+
+    /// Grants made with `key` are honoured from now on; those of the key before remain valid.
+    pub fn set_key(&self, key: ServeKey) {
+        let mut state = self.lock();
+        if state.keys.last() != Some(&key) {
+            state.keys.retain(|k| *k != key);
+            state.keys.push(key);
+            let old = state.keys.len().saturating_sub(2);
+            state.keys.drain(..old);
+        }
+    }
+
+    pub(crate) fn offer(&self, held: Arc<Held>) {
+        let at = (held.version.epoch, held.version.number);
+        self.lock().versions.insert(at, held);
+    }
+
+    /// Lends `version` no more. Streams bound to it end at their next chunk once its memory is reused.
+    pub fn withdraw(&self, version: Version) {
+        let at = (version.epoch, version.number);
+        let mut state = self.lock();
+        if state.versions.get(&at).is_some_and(|h| h.version.root == version.root) {
+            state.versions.remove(&at);
+            state.first_use.retain(|_, used| used.version != at);
+        }
+    }
+
+    /// What is lent, oldest first.
+    pub fn versions(&self) -> Vec<Version> {
+        self.lock().versions.values().map(|h| h.version).collect()
+    }
+
+    pub fn held(&self, version: Version) -> Option<Arc<Held>> {
+        let found = self.lock().versions.get(&(version.epoch, version.number)).cloned();
+        found.filter(|h| h.version.root == version.root)
+    }
+
+    /// Lets the bearer of `grant` read the version that it names.
+    pub fn admit(&self, grant: &[u8], now: Instant) -> Result<Lease, Refusal> {
+        let mut state = self.lock();
+        let granted = state.verify(grant)?;
+        if granted.job != self.shared.job {
+            let serves = self.shared.job.clone();
+            return Err(GrantError::Job { granted: granted.job, serves }.into());
+        }
+        if granted.role != Role::Fetch {
+            return Err(GrantError::Role(granted.role).into());
+        }
+        let at = (granted.version.epoch, granted.version.number);
+        let Some(held) = state.versions.get(&at).cloned() else {
+            let held: Vec<String> =
+                state.versions.values().map(|h| h.version.to_string()).collect();
+            return Err(Refusal::Unknown { asked: granted.version, held: held.join(", ") });
+        };
+        if granted.version.root != held.version.root {
+            return Err(Refusal::OtherRoot { asked: granted.version, held: held.version });
+        }
+        let id = *blake3::hash(grant).as_bytes();
+        let first = state.first_use.entry(id).or_insert(FirstUse { version: at, at: now });
+        let ttl = Duration::from_millis(granted.ttl_ms);
+        let age = now.saturating_duration_since(first.at);
+        if let Some(over) = age.checked_sub(ttl).filter(|over| !over.is_zero()) {
+            let (receiver, ttl_ms, ago_ms) =
+                (granted.receiver, granted.ttl_ms, over.as_millis() as u64);
+            return Err(GrantError::Expired { receiver, ttl_ms, ago_ms }.into());
+        }
+        held.leases.fetch_add(1, Ordering::Relaxed);
+        Ok(Lease { held, receiver: granted.receiver })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().expect("no holder of the state's lock panics")
+    }
+}
+
+impl State {
+    fn verify(&self, grant: &[u8]) -> Result<Grant, Refusal> {
+        let mut outcome = Err(Refusal::NoKey);
+        for key in self.keys.iter().rev() {
+            outcome = Grant::verify(key, grant).map_err(Refusal::Grant);
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        outcome
+    }
+}
+
+// === impl Refusal ===
+
+impl Refusal {
+    pub fn code(&self) -> FailCode {
+        match self {
+            Refusal::Grant(_) | Refusal::NoKey => FailCode::Grant,
+            Refusal::Unknown { .. } | Refusal::OtherRoot { .. } => FailCode::UnknownVersion,
+        }
+    }
+}
+
+// === impl Held ===
+
+impl Held {
+    pub(crate) fn new(version: Version, image: Blob) -> Held {
+        let (leases, sent_bytes) = (AtomicU32::new(0), AtomicU64::new(0));
+        Held { version, image, delta: Mutex::new(None), leases, sent_bytes }
+    }
+
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// Streams bound to the version now.
+    pub fn leases(&self) -> u32 {
+        self.leases.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of chunks sent to receivers, of the image and of the delta.
+    pub fn sent_bytes(&self) -> u64 {
+        self.sent_bytes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_sent(&self, bytes: u64) {
+        self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_delta(&self, base: Root, blob: Blob) {
+        *self.delta.lock().expect("held only to copy") = Some((base, blob));
+    }
+
+    pub(crate) fn blob(&self, id: BlobId, base: Root) -> Option<Blob> {
+        match id {
+            BlobId::Image => Some(self.image.clone()),
+            BlobId::Delta => {
+                let delta = self.delta.lock().expect("held only to copy");
+                delta.as_ref().filter(|(b, _)| *b == base).map(|(_, blob)| blob.clone())
+            }
+        }
+    }
+}
+
+// === impl Lease ===
+
+impl Lease {
+    pub fn held(&self) -> &Held {
+        &self.held
+    }
+
+    pub fn receiver(&self) -> &str {
+        &self.receiver
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.held.leases.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+// === impl Stamp ===
+
+impl Stamp {
+    /// Of memory as it is now.
+    pub(crate) fn of(cell: &Arc<AtomicU64>) -> Stamp {
+        Stamp { cell: Arc::clone(cell), seen: cell.load(Ordering::Acquire) }
+    }
+
+    /// Of memory that is never given away.
+    pub(crate) fn forever() -> Stamp {
+        Stamp::of(&Arc::new(AtomicU64::new(0)))
+    }
+
+    /// False once the memory belongs to another version: what was read since may be torn.
+    pub(crate) fn is_valid(&self) -> bool {
+        self.cell.load(Ordering::Acquire) == self.seen
+    }
+}

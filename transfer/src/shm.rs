@@ -1,0 +1,114 @@
+//! Shared memory that is both a file (for `sendfile` and hard links) and a mapping (for copies and
+//! receives). Owns the mapping and all `unsafe` of the crate; who may touch which range is decided by
+//! its callers: the arena's slot protocol and the receiver's chunk queue.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::{Advice, MmapRaw};
+
+/// A prefaulted shared mapping of a whole file.
+pub(crate) struct SharedMap {
+    map: MmapRaw,
+    file: Arc<File>,
+}
+
+// === impl SharedMap ===
+
+impl SharedMap {
+    /// Anonymous shared memory, named `name` in `/proc/<pid>/maps`; not bounded by the size of /dev/shm.
+    pub(crate) fn anonymous(name: &str, len: u64) -> io::Result<SharedMap> {
+        let fd = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?;
+        SharedMap::over(File::from(fd), len)
+    }
+
+    /// The file at `path`, created with mode 0644 or cut to `len`.
+    pub(crate) fn file(path: &Path, len: u64) -> io::Result<SharedMap> {
+        use std::os::unix::fs::OpenOptionsExt;
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(false).mode(0o644);
+        SharedMap::over(options.open(path)?, len)
+    }
+
+    /// Every page is touched here, so that none faults on the update path.
+    fn over(file: File, len: u64) -> io::Result<SharedMap> {
+        // Allocating fails with ENOSPC where writing to a sparse file would raise SIGBUS.
+        if file.metadata()?.len() != len {
+            file.set_len(len)?;
+        }
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        if len > 0 {
+            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, len as u64)?;
+        }
+        let map = memmap2::MmapOptions::new().len(len.max(1)).map_raw(&file)?;
+        if len > 0 && map.advise(Advice::PopulateWrite).is_err() {
+            // Kernels before 5.14 do not know it: fault the pages in by reading them.
+            let shared = SharedMap { map, file: Arc::new(file) };
+            shared.read(0..len as u64, |bytes| bytes.iter().step_by(4096).fold(0u8, |a, b| a ^ b));
+            return Ok(shared);
+        }
+        Ok(SharedMap { map, file: Arc::new(file) })
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.file.metadata().map(|m| m.len()).unwrap_or(0).min(self.map.len() as u64)
+    }
+
+    pub(crate) fn backing(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Where it is mapped in this process: tells our own line in `/proc/self/maps` from a second one.
+    pub(crate) fn address(&self) -> usize {
+        self.map.as_ptr() as usize
+    }
+
+    /// Writes through `fill`. The caller owns the range: nobody else writes it, and readers of it know
+    /// that it is not valid (a generation, a ledger, a hash).
+    pub(crate) fn write<R>(&self, range: Range<u64>, fill: impl FnOnce(&mut [u8]) -> R) -> R {
+        let (at, len) = self.bounds(range);
+        // SAFETY: `bounds` keeps the range inside the mapping, which lives as long as `self`. The
+        // caller owns the range (above); other processes map the file read-only and after the seal.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(at), len) };
+        fill(bytes)
+    }
+
+    /// Reads through `f`. The caller knows that nobody writes the range meanwhile.
+    pub(crate) fn read<R>(&self, range: Range<u64>, f: impl FnOnce(&[u8]) -> R) -> R {
+        let (at, len) = self.bounds(range);
+        // SAFETY: as in `write`; the caller's protocol excludes a writer for the time of the call.
+        let bytes = unsafe { std::slice::from_raw_parts(self.map.as_ptr().add(at), len) };
+        f(bytes)
+    }
+
+    fn bounds(&self, range: Range<u64>) -> (usize, usize) {
+        let mapped = self.map.len() as u64;
+        assert!(range.start <= range.end && range.end <= mapped, "{range:?} of {mapped} bytes");
+        (range.start as usize, (range.end - range.start) as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_to_the_mapping_is_read_from_the_file() {
+        use std::os::unix::fs::FileExt;
+        let map = SharedMap::anonymous("anabranch-test", 10_000).expect("memfd");
+        map.write(5000..5003, |b| b.copy_from_slice(b"abc"));
+        let mut out = [0; 3];
+        map.backing().read_exact_at(&mut out, 5000).expect("read");
+        assert_eq!((&out, map.len()), (b"abc", 10_000));
+    }
+
+    #[test]
+    #[should_panic(expected = "of 4096 bytes")]
+    fn a_range_outside_the_mapping_is_never_touched() {
+        SharedMap::anonymous("anabranch-test", 4096).expect("memfd").read(4000..5000, |_| ());
+    }
+}

@@ -1,0 +1,415 @@
+//! The receiver's memory: two prefaulted slots as files on /dev/shm. A slot is written only while no
+//! engine can be reading it, and is given to the engine under a new directory name each time.
+//!
+//! ```text
+//!   slot:  Idle ── begin ──► Filling ── publish ──► Staged (until its guard is dropped) ──► Idle
+//!          Filling ── fetch failed, cancelled ──► Idle (verified chunks are kept for the next)
+//!   Idle -> Filling only if no process maps the slot's file.
+//! ```
+//! The hashes of what a slot holds stand in a file beside it, so that chunks outlive the process.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use anabranch_proto::manifest::{ChunkHash, Manifest};
+use anabranch_proto::version::Version;
+
+use crate::chunks::{ChunkSet, Ledger};
+use crate::holder::{Blob, Stamp};
+use crate::layout::expected_header;
+use crate::maps::{Mapper, mappers};
+use crate::shm::SharedMap;
+
+mod record;
+
+use record::Record;
+
+const SLOTS: usize = 2;
+
+/// The file that engines load inside a version's directory.
+pub const MODEL_FILE: &str = "model.safetensors";
+
+/// A staging area. Clones are the same area; a second process cannot open it.
+#[derive(Clone)]
+pub struct Staging {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    root: PathBuf,
+    /// Locked while this process lives.
+    _lock: File,
+    slots: Mutex<[Slot; SLOTS]>,
+    published: AtomicU64,
+}
+
+#[derive(Default)]
+struct Slot {
+    memory: Option<Arc<Memory>>,
+    generation: Arc<AtomicU64>,
+    state: SlotState,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum SlotState {
+    #[default]
+    Idle,
+    Filling,
+    Staged,
+}
+
+/// A slot's mapping, and the hash of each chunk that it is known to hold.
+struct Memory {
+    map: SharedMap,
+    record: Record,
+}
+
+/// A slot while a version is received into it.
+pub(crate) struct Filling {
+    staging: Staging,
+    slot: usize,
+    filler: Filler,
+    stamp: Stamp,
+}
+
+/// What a receiving thread needs. While one lives, its slot is not begun again: it may be writing.
+#[derive(Clone)]
+pub(crate) struct Filler {
+    memory: Arc<Memory>,
+    manifest: Arc<Manifest>,
+    pub(crate) ledger: Arc<Ledger>,
+}
+
+/// A complete version in a directory that an engine can load. Keep it while the engine loads or serves
+/// the version; the slot is reused some time after it is dropped.
+pub struct StagedSlot {
+    staging: Staging,
+    slot: usize,
+    dir: PathBuf,
+    memory: Arc<Memory>,
+    manifest: Arc<Manifest>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StageError {
+    #[error("cannot use {path} for staging: {error}")]
+    Io { path: PathBuf, error: io::Error },
+    #[error("{path} is in use by another agent; give each agent on a host its own name")]
+    Locked { path: PathBuf },
+    #[error(
+        "{path} is too small: a version needs {need} bytes more there, {free} of {size} are free. In a \
+         container start it with a larger --shm-size (Docker) or mount an emptyDir with medium: \
+         Memory at /dev/shm (Kubernetes); two versions must fit"
+    )]
+    TooSmall { path: PathBuf, need: u64, free: u64, size: u64 },
+    #[error("both staging slots are in use: {}", .users.join("; "))]
+    Busy { users: Vec<String> },
+    #[error("the image does not fit its manifest: {0}")]
+    Image(#[from] crate::layout::LayoutError),
+}
+
+// === impl Staging ===
+
+impl Staging {
+    /// Opens `<shm>/<name>`, creating it if needed. Directories of versions left there by an earlier
+    /// life are removed; the slots and what they hold are kept.
+    pub fn open(shm: &Path, name: &str) -> Result<Staging, StageError> {
+        let root = shm.join(name);
+        let failed = |error| StageError::Io { path: root.clone(), error };
+        fs::create_dir_all(&root).map_err(failed)?;
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(root.join("lock"))
+            .map_err(failed)?;
+        let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+        match rustix::fs::flock(&lock, exclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StageError::Locked { path: root }),
+            Err(error) => return Err(failed(error.into())),
+        }
+        for entry in fs::read_dir(&root).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            if path.is_dir() {
+                fs::remove_dir_all(&path).map_err(failed)?;
+            }
+        }
+        let slots = Mutex::default();
+        let published = AtomicU64::new(0);
+        Ok(Staging { shared: Arc::new(Shared { root, _lock: lock, slots, published }) })
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.shared.root
+    }
+
+    /// Says at start whether two versions of `image_bytes` will fit.
+    pub fn check_space(&self, image_bytes: u64) -> Result<(), StageError> {
+        let slots = self.lock();
+        let have: u64 = (0..SLOTS).map(|ix| self.slot_bytes(&slots[ix], ix)).sum();
+        self.require((SLOTS as u64 * image_bytes).saturating_sub(have))
+    }
+
+    /// Takes a slot for `manifest`: the one that already holds most of it, unless it is staged or some
+    /// process maps it.
+    pub(crate) fn begin(&self, manifest: &Arc<Manifest>) -> Result<Filling, StageError> {
+        let mut slots = self.lock();
+        let mut users = Vec::new();
+        let mut best: Option<(u32, usize)> = None;
+        for ix in 0..SLOTS {
+            if slots[ix].state != SlotState::Idle {
+                users.push(format!("slot {ix} is {:?}", slots[ix].state).to_lowercase());
+                continue;
+            }
+            self.recover(&mut slots[ix], ix)?;
+            if let Some(user) = self.user(&slots[ix], ix)? {
+                users.push(user);
+                continue;
+            }
+            let known = slots[ix].memory.as_ref().map_or(0, |m| m.record.matching(manifest));
+            if best.is_none_or(|(most, _)| known > most) {
+                best = Some((known, ix));
+            }
+        }
+        let Some((_, ix)) = best else { return Err(StageError::Busy { users }) };
+        slots[ix].generation.fetch_add(1, Ordering::AcqRel);
+        self.unlink_versions(ix)?;
+        let memory = self.sized(&mut slots[ix], ix, manifest)?;
+        let held = memory.record.keep_matching(manifest, &memory.map).map_err(|e| self.io(e))?;
+        let ledger = Arc::new(Ledger::new(held));
+        slots[ix].state = SlotState::Filling;
+        let stamp = Stamp::of(&slots[ix].generation);
+        let filler = Filler { memory, manifest: Arc::clone(manifest), ledger };
+        Ok(Filling { staging: self.clone(), slot: ix, filler, stamp })
+    }
+
+    /// Who keeps an idle slot from being reused.
+    fn user(&self, slot: &Slot, ix: usize) -> Result<Option<String>, StageError> {
+        let Some(memory) = &slot.memory else { return Ok(None) };
+        // A fetch that was cut off may still be writing for a moment.
+        if Arc::strong_count(memory) > 1 {
+            return Ok(Some(format!("slot {ix} is still being written")));
+        }
+        let mapped = mappers(memory.map.backing(), memory.map.address()).map_err(|e| self.io(e))?;
+        let Some(Mapper { pid, command }) = mapped.into_iter().next() else { return Ok(None) };
+        Ok(Some(format!("slot {ix} is mapped by process {pid} ({command})")))
+    }
+
+    /// Maps a slot that an earlier life of this agent left.
+    fn recover(&self, slot: &mut Slot, ix: usize) -> Result<(), StageError> {
+        let path = self.slot_path(ix);
+        let len = fs::metadata(&path).map_or(0, |m| m.len());
+        if slot.memory.is_none() && len > 0 {
+            let map = SharedMap::file(&path, len).map_err(|e| self.io(e))?;
+            let record = Record::open(&self.record_path(ix)).map_err(|e| self.io(e))?;
+            slot.memory = Some(Arc::new(Memory { map, record }));
+        }
+        Ok(())
+    }
+
+    /// The slot's memory at the manifest's size. The mapping is kept where the size is the same.
+    fn sized(
+        &self,
+        slot: &mut Slot,
+        ix: usize,
+        manifest: &Manifest,
+    ) -> Result<Arc<Memory>, StageError> {
+        if let Some(memory) = slot.memory.as_ref().filter(|m| m.map.len() == manifest.image_bytes) {
+            return Ok(Arc::clone(memory));
+        }
+        self.require(manifest.image_bytes.saturating_sub(self.slot_bytes(slot, ix)))?;
+        slot.memory = None;
+        let record = Record::open(&self.record_path(ix)).map_err(|e| self.io(e))?;
+        let map =
+            SharedMap::file(&self.slot_path(ix), manifest.image_bytes).map_err(|e| self.io(e))?;
+        let memory = Arc::new(Memory { map, record });
+        slot.memory = Some(Arc::clone(&memory));
+        Ok(memory)
+    }
+
+    fn require(&self, need: u64) -> Result<(), StageError> {
+        let fs = rustix::fs::statvfs(&self.shared.root).map_err(|e| self.io(e.into()))?;
+        let (free, size) = (fs.f_bavail * fs.f_frsize, fs.f_blocks * fs.f_frsize);
+        // A tmpfs without a limit says 0 blocks.
+        if size > 0 && need > free {
+            return Err(StageError::TooSmall { path: self.shared.root.clone(), need, free, size });
+        }
+        Ok(())
+    }
+
+    fn slot_bytes(&self, slot: &Slot, ix: usize) -> u64 {
+        let on_disk = || fs::metadata(self.slot_path(ix)).map_or(0, |m| m.len());
+        slot.memory.as_ref().map_or_else(on_disk, |m| m.map.len())
+    }
+
+    /// Directories that name the slot's old contents.
+    fn unlink_versions(&self, ix: usize) -> Result<(), StageError> {
+        let suffix = format!("-s{ix}");
+        for entry in fs::read_dir(&self.shared.root).map_err(|e| self.io(e))? {
+            let path = entry.map_err(|e| self.io(e))?.path();
+            if path.is_dir() && path.to_string_lossy().ends_with(&suffix) {
+                fs::remove_dir_all(&path).map_err(|e| self.io(e))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Another slot's complete image of the full version with `root`, if there is one: what a delta
+    /// from that base applies to.
+    fn others(&self, slot: usize) -> Option<Arc<Memory>> {
+        let slots = self.lock();
+        let other = &slots[(slot + 1) % SLOTS];
+        // Only what is staged cannot change while it is read.
+        other.memory.clone().filter(|_| other.state == SlotState::Staged)
+    }
+
+    fn slot_path(&self, ix: usize) -> PathBuf {
+        self.shared.root.join(format!("slot-{ix}"))
+    }
+
+    fn record_path(&self, ix: usize) -> PathBuf {
+        self.shared.root.join(format!("slot-{ix}.chunks"))
+    }
+
+    /// Gives all memory back: at the end of the agent, after the engine ended or moved on.
+    pub fn remove(self) -> Result<(), StageError> {
+        fs::remove_dir_all(&self.shared.root).map_err(|e| self.io(e))
+    }
+
+    fn io(&self, error: io::Error) -> StageError {
+        StageError::Io { path: self.shared.root.clone(), error }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, [Slot; SLOTS]> {
+        self.shared.slots.lock().expect("no holder of the slots' lock panics")
+    }
+}
+
+// === impl Filling ===
+
+impl Filling {
+    pub(crate) fn filler(&self) -> &Filler {
+        &self.filler
+    }
+
+    /// What peers may read while it grows.
+    pub(crate) fn blob(&self, encoded: Arc<[u8]>) -> Blob {
+        Blob {
+            file: Arc::clone(self.filler.memory.map.backing()),
+            manifest: Arc::clone(&self.filler.manifest),
+            encoded,
+            ledger: Arc::clone(&self.filler.ledger),
+            stamp: self.stamp.clone(),
+        }
+    }
+
+    /// Copies chunks that the staged version in the other slot has too. Returns their bytes.
+    pub(crate) fn carry_over(&self) -> Result<u64, StageError> {
+        let Some(other) = self.staging.others(self.slot) else { return Ok(0) };
+        let mut carried = 0;
+        for index in other.record.equal(&self.filler.manifest).iter() {
+            let range = self.filler.manifest.chunk_range(index);
+            if self.filler.ledger.contains(index) || range.end > other.map.len() {
+                continue;
+            }
+            let want = &self.filler.manifest.chunk_hashes[index as usize];
+            let copied = other.map.read(range.clone(), |from| {
+                self.filler.memory.map.write(range.clone(), |to| to.copy_from_slice(from));
+                blake3::hash(from).as_bytes() == want
+            });
+            if copied {
+                self.filler.verified(index).map_err(|e| self.staging.io(e))?;
+                carried += range.end - range.start;
+            }
+        }
+        Ok(carried)
+    }
+
+    /// Names the complete image for the engine: a new directory, by an atomic rename.
+    pub(crate) fn publish(self, version: Version) -> Result<StagedSlot, StageError> {
+        debug_assert!(self.filler.ledger.is_full());
+        let header = expected_header(&self.filler.manifest)?;
+        let same = self.filler.memory.map.read(0..header.len() as u64, |have| have == header);
+        if !same {
+            return Err(crate::layout::LayoutError::Header.into());
+        }
+        let staging = self.staging.clone();
+        let io = |error| staging.io(error);
+        let nth = staging.shared.published.fetch_add(1, Ordering::Relaxed);
+        let Version { epoch, number, root } = version;
+        let name = format!("v{number}-e{epoch}-{root}-{nth}-s{}", self.slot);
+        let (root, slot) = (&staging.shared.root, self.slot);
+        let (temporary, dir) = (root.join(format!(".{name}")), root.join(&name));
+        fs::create_dir(&temporary).map_err(io)?;
+        let readable =
+            |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode));
+        readable(&temporary, 0o755).map_err(io)?;
+        readable(&staging.slot_path(slot), 0o644).map_err(io)?;
+        fs::hard_link(staging.slot_path(slot), temporary.join(MODEL_FILE)).map_err(io)?;
+        fs::rename(&temporary, &dir).map_err(io)?;
+        staging.lock()[slot].state = SlotState::Staged;
+        let (memory, manifest) =
+            (Arc::clone(&self.filler.memory), Arc::clone(&self.filler.manifest));
+        Ok(StagedSlot { staging: staging.clone(), slot, dir, memory, manifest })
+    }
+}
+
+impl Drop for Filling {
+    fn drop(&mut self) {
+        let mut slots = self.staging.lock();
+        if slots[self.slot].state == SlotState::Filling {
+            slots[self.slot].state = SlotState::Idle;
+        }
+    }
+}
+
+// === impl Filler ===
+
+impl Filler {
+    pub(crate) fn map(&self) -> &SharedMap {
+        &self.memory.map
+    }
+
+    /// The chunk at `index` is in place and its hash is right.
+    pub(crate) fn verified(&self, index: u32) -> io::Result<()> {
+        self.memory.record.set(index, &self.manifest.chunk_hashes[index as usize])?;
+        self.ledger.insert(index);
+        Ok(())
+    }
+}
+
+// === impl StagedSlot ===
+
+impl StagedSlot {
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(crate) fn manifest(&self) -> &Arc<Manifest> {
+        &self.manifest
+    }
+
+    /// Reads a part of the image.
+    pub(crate) fn map(&self) -> &SharedMap {
+        &self.memory.map
+    }
+}
+
+impl Drop for StagedSlot {
+    fn drop(&mut self) {
+        // The name goes; mappings of the file and readers in peers stay valid until the slot is reused.
+        fs::remove_dir_all(&self.dir).ok();
+        self.staging.lock()[self.slot].state = SlotState::Idle;
+    }
+}
+
+/// Keeps [`ChunkHash`]es comparable with "not known".
+const UNKNOWN: ChunkHash = [0; 32];
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,395 @@
+//! The data plane's messages in bytes. Sans-IO: a fixed little-endian header of 24 bytes, a body, and
+//! for a chunk the bulk right after it, which this module never touches.
+//!
+//! ```text
+//! 0 magic "ABD1"   4 kind u8   5 blob u8   6 code u16   8 len u32   12 first u32   16 count u32   20 zero
+//!
+//! receiver -> source   Hi{proto, base, grant}  WantManifest{blob}  Want{blob, first, count}  WatchHave
+//! source -> receiver   Welcome{complete, delta}  Manifest{blob}  Chunk{blob, index}  Have{ranges}
+//!                      Fail{code, text}
+//! ```
+//! A stream carries one `Hi` per version and may be used for the next version with another `Hi`.
+//! `Want`s may be sent ahead of answers, which come in the same order.
+
+use std::ops::Range;
+
+use anabranch_proto::grant::MAX_GRANT_BYTES;
+use anabranch_proto::manifest::{MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES};
+use anabranch_proto::version::Root;
+
+pub const HEADER_BYTES: usize = 24;
+
+/// First wire of the data plane.
+pub const PROTO: u16 = 1;
+
+/// Chunks that a receiver may ask for and not have received, per stream.
+pub const MAX_WANTED: u32 = 64;
+
+const MAGIC: [u8; 4] = *b"ABD1";
+const MAX_TEXT_BYTES: usize = 2 << 10;
+const MAX_HAVE_RANGES: usize = 16 << 10;
+
+/// Which of a version's images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum BlobId {
+    /// The full image.
+    Image = 0,
+    /// The delta against the base that the receiver named in its `Hi`.
+    Delta = 1,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// `base`: the version whose full image the receiver holds; zero for none.
+    Hi {
+        proto: u16,
+        base: Root,
+        grant: Vec<u8>,
+    },
+    /// `complete`: all chunks are here. `delta_bytes`: size of a delta from the base, 0 for none.
+    Welcome {
+        complete: bool,
+        delta_bytes: u64,
+    },
+    WantManifest {
+        blob: BlobId,
+    },
+    Manifest {
+        blob: BlobId,
+        bytes: Vec<u8>,
+    },
+    Want {
+        blob: BlobId,
+        first: u32,
+        count: u32,
+    },
+    /// From now on the source sends `Have` as it gets chunks; the stream carries nothing else.
+    WatchHave,
+    Have {
+        ranges: Vec<Range<u32>>,
+    },
+    /// `len` bytes of bulk follow the header.
+    Chunk {
+        blob: BlobId,
+        index: u32,
+        len: u32,
+    },
+    Fail {
+        code: FailCode,
+        text: String,
+    },
+}
+
+/// Why a source refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u16)]
+pub enum FailCode {
+    /// Forged, of another job, for another version, or expired.
+    Grant = 1,
+    /// This holder has not got the version, or not any more.
+    UnknownVersion = 2,
+    /// The memory was given to a newer version.
+    Revoked = 3,
+    /// The chunk did not arrive here in time.
+    NotHeld = 4,
+    /// The peer broke the protocol.
+    Protocol = 5,
+    /// Too many streams.
+    Busy = 6,
+}
+
+/// What a header announces: the kind, and how many bytes of body to read before `finish`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    kind: Kind,
+    blob: BlobId,
+    code: u16,
+    len: u32,
+    first: u32,
+    count: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Kind {
+    Hi = 1,
+    Welcome = 2,
+    WantManifest = 3,
+    Manifest = 4,
+    Want = 5,
+    WatchHave = 6,
+    Have = 7,
+    Chunk = 8,
+    Fail = 9,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    #[error("not an Anabranch data stream (starts with {0:02x?})")]
+    Magic([u8; 4]),
+    #[error("unknown {what} {code}")]
+    Code { what: &'static str, code: u32 },
+    #[error("a {kind} of {len} bytes, more than {max}")]
+    TooLong { kind: &'static str, len: usize, max: usize },
+    #[error("malformed {0}")]
+    Malformed(&'static str),
+}
+
+// === impl Message ===
+
+impl Message {
+    /// Appends header and body.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let start = out.len();
+        out.resize(start + HEADER_BYTES, 0);
+        let (mut blob, mut code, mut first, mut count) = (BlobId::Image, 0, 0, 0);
+        let kind = match self {
+            Message::Hi { proto, base, grant } => {
+                code = *proto;
+                out.extend_from_slice(&base.0);
+                out.extend_from_slice(grant);
+                Kind::Hi
+            }
+            Message::Welcome { complete, delta_bytes } => {
+                code = u16::from(*complete);
+                out.extend_from_slice(&delta_bytes.to_le_bytes());
+                Kind::Welcome
+            }
+            Message::WantManifest { blob: b } => {
+                blob = *b;
+                Kind::WantManifest
+            }
+            Message::Manifest { blob: b, bytes } => {
+                blob = *b;
+                out.extend_from_slice(bytes);
+                Kind::Manifest
+            }
+            Message::Want { blob: b, first: f, count: c } => {
+                (blob, first, count) = (*b, *f, *c);
+                Kind::Want
+            }
+            Message::WatchHave => Kind::WatchHave,
+            Message::Have { ranges } => {
+                for r in ranges {
+                    out.extend_from_slice(&r.start.to_le_bytes());
+                    out.extend_from_slice(&r.end.to_le_bytes());
+                }
+                Kind::Have
+            }
+            Message::Chunk { blob: b, index, len } => {
+                (blob, first, count) = (*b, *index, *len);
+                Kind::Chunk
+            }
+            Message::Fail { code: c, text } => {
+                code = *c as u16;
+                out.extend_from_slice(clip(text).as_bytes());
+                Kind::Fail
+            }
+        };
+        let len = (out.len() - start - HEADER_BYTES) as u32;
+        let head = &mut out[start..start + HEADER_BYTES];
+        head[..4].copy_from_slice(&MAGIC);
+        head[4] = kind as u8;
+        head[5] = blob as u8;
+        head[6..8].copy_from_slice(&code.to_le_bytes());
+        head[8..12].copy_from_slice(&len.to_le_bytes());
+        head[12..16].copy_from_slice(&first.to_le_bytes());
+        head[16..20].copy_from_slice(&count.to_le_bytes());
+    }
+
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(HEADER_BYTES + 64);
+        self.encode(&mut out);
+        out
+    }
+
+    /// `Have` messages for any set: one is bounded, so large sets take several.
+    pub fn have(ranges: &[Range<u32>]) -> Vec<Message> {
+        ranges.chunks(MAX_HAVE_RANGES).map(|r| Message::Have { ranges: r.to_vec() }).collect()
+    }
+}
+
+// === impl Header ===
+
+impl Header {
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Header, WireError> {
+        let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+        if bytes[..4] != MAGIC {
+            return Err(WireError::Magic(bytes[..4].try_into().expect("4 bytes")));
+        }
+        let kind = Kind::from_code(bytes[4])?;
+        let blob = match bytes[5] {
+            0 => BlobId::Image,
+            1 => BlobId::Delta,
+            code => return Err(WireError::Code { what: "blob", code: code.into() }),
+        };
+        let code = u16::from_le_bytes(bytes[6..8].try_into().expect("2 bytes"));
+        let header =
+            Header { kind, blob, code, len: u32_at(8), first: u32_at(12), count: u32_at(16) };
+        let (max, len) = (kind.max_body(), header.len as usize);
+        if len > max {
+            return Err(WireError::TooLong { kind: kind.name(), len, max });
+        }
+        if kind == Kind::Chunk && header.count > MAX_CHUNK_BYTES {
+            let (len, max) = (header.count as usize, MAX_CHUNK_BYTES as usize);
+            return Err(WireError::TooLong { kind: kind.name(), len, max });
+        }
+        Ok(header)
+    }
+
+    /// Bytes of body to read; bounded by the kind.
+    pub fn body_bytes(&self) -> usize {
+        self.len as usize
+    }
+
+    pub fn finish(&self, body: &[u8]) -> Result<Message, WireError> {
+        let malformed = || WireError::Malformed(self.kind.name());
+        let blob = self.blob;
+        Ok(match self.kind {
+            Kind::Hi => {
+                let (base, grant) = body.split_at_checked(32).ok_or_else(malformed)?;
+                let base = Root(base.try_into().expect("split at 32"));
+                Message::Hi { proto: self.code, base, grant: grant.to_vec() }
+            }
+            Kind::Welcome => {
+                let delta_bytes = u64::from_le_bytes(body.try_into().map_err(|_| malformed())?);
+                Message::Welcome { complete: self.code == 1, delta_bytes }
+            }
+            Kind::WantManifest => Message::WantManifest { blob },
+            Kind::Manifest => Message::Manifest { blob, bytes: body.to_vec() },
+            Kind::Want if self.count > 0 && self.first.checked_add(self.count).is_some() => {
+                Message::Want { blob, first: self.first, count: self.count }
+            }
+            Kind::Want => return Err(malformed()),
+            Kind::WatchHave => Message::WatchHave,
+            Kind::Have => Message::Have { ranges: ranges(body).ok_or_else(malformed)? },
+            Kind::Chunk => Message::Chunk { blob, index: self.first, len: self.count },
+            Kind::Fail => {
+                let code = FailCode::from_code(self.code)?;
+                Message::Fail { code, text: String::from_utf8_lossy(body).into_owned() }
+            }
+        })
+    }
+}
+
+fn ranges(body: &[u8]) -> Option<Vec<Range<u32>>> {
+    if !body.len().is_multiple_of(8) {
+        return None;
+    }
+    let parse = |b: &[u8]| u32::from_le_bytes(b.try_into().expect("4 bytes"));
+    let one = |b: &[u8]| Some(parse(&b[..4])..parse(&b[4..])).filter(|r| r.start < r.end);
+    body.chunks_exact(8).map(one).collect()
+}
+
+fn clip(text: &str) -> &str {
+    let mut end = text.len().min(MAX_TEXT_BYTES);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+// === impl Kind ===
+
+impl Kind {
+    fn from_code(code: u8) -> Result<Kind, WireError> {
+        use Kind::*;
+        let known = [Hi, Welcome, WantManifest, Manifest, Want, WatchHave, Have, Chunk, Fail];
+        let unknown = WireError::Code { what: "message", code: code.into() };
+        known.into_iter().find(|k| *k as u8 == code).ok_or(unknown)
+    }
+
+    fn max_body(self) -> usize {
+        match self {
+            Kind::Hi => 32 + MAX_GRANT_BYTES,
+            Kind::Welcome => 8,
+            Kind::Manifest => MAX_MANIFEST_BYTES,
+            Kind::Have => MAX_HAVE_RANGES * 8,
+            Kind::Fail => MAX_TEXT_BYTES,
+            Kind::WantManifest | Kind::Want | Kind::WatchHave | Kind::Chunk => 0,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Hi => "Hi",
+            Kind::Welcome => "Welcome",
+            Kind::WantManifest => "WantManifest",
+            Kind::Manifest => "Manifest",
+            Kind::Want => "Want",
+            Kind::WatchHave => "WatchHave",
+            Kind::Have => "Have",
+            Kind::Chunk => "Chunk",
+            Kind::Fail => "Fail",
+        }
+    }
+}
+
+// === impl FailCode ===
+
+impl FailCode {
+    fn from_code(code: u16) -> Result<FailCode, WireError> {
+        use FailCode::*;
+        let known = [Grant, UnknownVersion, Revoked, NotHeld, Protocol, Busy];
+        let unknown = WireError::Code { what: "failure", code: code.into() };
+        known.into_iter().find(|c| *c as u16 == code).ok_or(unknown)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn round_trip(message: &Message) -> Message {
+        let bytes = message.to_bytes();
+        let (head, body) = bytes.split_at(HEADER_BYTES);
+        let header = Header::decode(head.try_into().expect("24 bytes")).expect("header");
+        assert_eq!(header.body_bytes(), body.len());
+        header.finish(body).expect("body")
+    }
+
+    #[test]
+    fn every_message_comes_back_as_it_was() {
+        let blob = BlobId::Delta;
+        for message in [
+            Message::Hi { proto: PROTO, base: Root([3; 32]), grant: vec![1, 2, 3] },
+            Message::Welcome { complete: true, delta_bytes: 1 << 40 },
+            Message::WantManifest { blob },
+            Message::Manifest { blob, bytes: vec![9; 100] },
+            Message::Want { blob, first: 7, count: 2 },
+            Message::WatchHave,
+            Message::Have { ranges: vec![0..1, 5..9] },
+            Message::Chunk { blob, index: 12, len: 1 << 20 },
+            Message::Fail { code: FailCode::Revoked, text: "v7 went".into() },
+        ] {
+            assert_eq!(round_trip(&message), message);
+        }
+    }
+
+    #[test]
+    fn oversized_bodies_and_foreign_protocols_are_refused_by_their_header() {
+        let mut bytes = Message::WatchHave.to_bytes();
+        bytes[8..12].copy_from_slice(&1u32.to_le_bytes());
+        let refused = Header::decode(bytes[..].try_into().expect("24 bytes"));
+        assert!(matches!(refused, Err(WireError::TooLong { .. })));
+        let http = Header::decode(b"GET / HTTP/1.1\r\nHost: a\r");
+        assert_eq!(http, Err(WireError::Magic(*b"GET ")));
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_never_panics(mut head: [u8; HEADER_BYTES], body: Vec<u8>, ours: bool) {
+            if ours {
+                head[..4].copy_from_slice(&MAGIC);
+                head[4] %= 12;
+                head[5] %= 3;
+            }
+            if let Ok(header) = Header::decode(&head) {
+                let _ = header.finish(&body);
+            }
+        }
+    }
+}
