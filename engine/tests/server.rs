@@ -420,3 +420,45 @@ engine_tests! {
         engine.stop().await;
     }
 }
+
+/// Run again by itself as the process that dies.
+#[test]
+fn fault_die_kills_the_process_at_once() {
+    const CHILD: &str = "ANABRANCH_ENGINE_TEST_CHILD";
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    if std::env::var_os(CHILD).is_some() {
+        runtime.block_on(async {
+            let mut config = EngineConfig::synthetic(PARAMS);
+            (config.faults, config.rate) = (true, Some(50.0));
+            let server = Server::bind(config).await.unwrap();
+            println!("\nlistening {}", server.local_addr());
+            server.run(tokio_util::sync::CancellationToken::new()).await.unwrap();
+        });
+        return;
+    }
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "fault_die_kills_the_process_at_once", "--nocapture"])
+        .env(CHILD, "1")
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+    let addr = lines
+        .map_while(Result::ok)
+        .find_map(|line| line.strip_prefix("listening ").map(str::to_owned))
+        .unwrap();
+    let engine = Engine::at(&addr);
+    runtime.block_on(async {
+        let mut stream = engine.stream(body("a", &[5], 3, 500)).await;
+        stream.chunk().await;
+        let die = engine
+            .client
+            .post(format!("http://{addr}/fault"))
+            .body(r#"{"kind":"die"}"#)
+            .send()
+            .await;
+        assert!(die.is_err(), "a dead process answers nothing");
+        assert_eq!(stream.rest().await.1, Event::Broken);
+    });
+    assert!(!child.wait().unwrap().success());
+}

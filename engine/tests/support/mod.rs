@@ -29,6 +29,12 @@ impl Engine {
         Self { url, client: reqwest::Client::new(), stop, task: Some(task) }
     }
 
+    /// A client of an engine in another process.
+    pub fn at(addr: &str) -> Self {
+        let url = format!("http://{addr}");
+        Self { url, client: reqwest::Client::new(), stop: CancellationToken::new(), task: None }
+    }
+
     pub async fn synthetic(change: impl FnOnce(&mut EngineConfig)) -> Self {
         let mut config = EngineConfig::synthetic(PARAMS);
         config.faults = true;
