@@ -24,36 +24,43 @@ pub(crate) struct Gate {
     pub pulse: Arc<Pulse>,
 }
 
-/// One life of the manager's memory. Sessions carry it on the wire, so that a peer of an earlier life is
-/// never taken for one of this, and so that no session can be guessed.
-#[derive(Clone, Copy, Debug)]
+/// One life of the manager's memory. On the wire a session carries a MAC of this life: a peer of an earlier
+/// life is never taken for one of this, and nobody can guess another's session. So an agent's Data stream
+/// needs no token of its own: only its Control stream was told the number.
+#[derive(Clone, Copy)]
 pub(crate) struct Life {
     pub epoch: u64,
+    key: [u8; 32],
 }
 
-/// Room for the sessions of one life; the rest of the 64 bits is the life's own.
-const SESSION_BITS: u32 = 40;
+/// Room for the sessions of one life; the MAC has the rest.
+const SESSION_BITS: u32 = 28;
 
 impl Life {
     pub fn new(secret: &[u8; 32]) -> Self {
+        let key = blake3::derive_key("anabranch 2026 sessions on the wire", secret);
         let hash = blake3::derive_key("anabranch 2026 manager epoch", secret);
-        let epoch = u64::from_le_bytes(hash[..8].try_into().expect("32 bytes"));
         // Never 0, which means "none" on the wire.
-        Self { epoch: epoch | 1 << 63 }
+        Self { epoch: first_word(&hash) | 1 << 63, key }
     }
 
     pub fn to_wire(self, session: SessionId) -> u64 {
-        self.mark() | (session.0 & ((1 << SESSION_BITS) - 1))
+        debug_assert!(session.0 >> SESSION_BITS == 0, "a life has fewer sessions than that");
+        self.mac(session.0) << SESSION_BITS | session.0
     }
 
     pub fn from_wire(self, wire: u64) -> Option<SessionId> {
-        let session = wire ^ self.mark();
-        (session >> SESSION_BITS == 0).then_some(SessionId(session))
+        let session = SessionId(wire & ((1 << SESSION_BITS) - 1));
+        (self.to_wire(session) == wire).then_some(session)
     }
 
-    fn mark(self) -> u64 {
-        self.epoch >> SESSION_BITS << SESSION_BITS
+    fn mac(self, session: u64) -> u64 {
+        first_word(blake3::keyed_hash(&self.key, &session.to_le_bytes()).as_bytes())
     }
+}
+
+fn first_word(hash: &[u8; 32]) -> u64 {
+    u64::from_le_bytes(hash[..8].try_into().expect("32 bytes"))
 }
 
 /// When the driver's loop last turned.
