@@ -136,7 +136,7 @@ impl Announcement {
     async fn after(&mut self, failure: Failure) -> Result<(), Error> {
         let detail = match failure {
             Failure::Final(error) => return Err(error),
-            Failure::Session => {
+            Failure::NotFound(_) => {
                 let job = self.job().map_err(|_| Error::Closed)?;
                 job.renew(self.session, self.tries.left()).await?;
                 self.publisher.set_serve_key(job.session().await.serve_key);

@@ -44,8 +44,8 @@ pub enum Error {
 pub(crate) enum Failure {
     /// The link or the manager's process; the same call may work later.
     Transport(String),
-    /// The manager does not know the session: open the job again.
-    Session,
+    /// The manager does not know something, most likely the session: open the job again, once.
+    NotFound(String),
     Final(Error),
 }
 
@@ -68,7 +68,7 @@ impl Failure {
     pub(crate) fn of(call: &'static str, status: &Status) -> Self {
         let why = status.message().to_owned();
         match status.code() {
-            Code::NotFound => Failure::Session,
+            Code::NotFound => Failure::NotFound(why),
             Code::Unauthenticated | Code::PermissionDenied => {
                 Failure::Final(Error::NotPermitted { call, why })
             }
@@ -81,6 +81,14 @@ impl Failure {
             | Code::Unimplemented
             | Code::DataLoss => Failure::Final(Error::Refused { call, why }),
             code => Failure::Transport(format!("{code:?}: {why}")),
+        }
+    }
+
+    pub(crate) fn into_error(self, call: &'static str, within: Duration) -> Error {
+        match self {
+            Failure::Final(error) => error,
+            Failure::NotFound(why) => Error::Refused { call, why },
+            Failure::Transport(detail) => Error::Unreachable { call, within, detail },
         }
     }
 }

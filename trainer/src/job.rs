@@ -3,7 +3,6 @@
 
 use std::future::Future;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -34,8 +33,6 @@ pub(crate) struct Inner {
     client: Client,
     config: JobConfig,
     session: Mutex<Session>,
-    /// Newest committed batch: where a reopened session takes up.
-    committed: AtomicU64,
     closed: CancellationToken,
     publications: Publications,
 }
@@ -91,7 +88,6 @@ impl Job {
         let session = open(&client, config.request(), CALL_WITHIN).await?;
         let inner = Inner {
             client,
-            committed: AtomicU64::new(config.resume.map_or(0, |resume| resume.cursor)),
             config,
             session: Mutex::new(session),
             closed: CancellationToken::new(),
@@ -281,10 +277,6 @@ impl Job {
         &self.inner.closed
     }
 
-    pub(crate) fn committed(&self, seq: u64) {
-        self.inner.committed.fetch_max(seq, Ordering::Relaxed);
-    }
-
     /// Makes an idempotent call, on a fresh session where the manager forgot ours.
     pub(crate) async fn call<T, F, Fut>(
         &self,
@@ -297,16 +289,15 @@ impl Job {
         Fut: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
     {
         let tries = Tries::new(call, within);
+        let mut renewed = false;
         loop {
             let id = self.session().await.id;
             match self.inner.client.call(call, tries.left(), |rpc| once(rpc, id)).await {
                 Ok(reply) => return Ok(reply),
-                Err(Failure::Session) => self.renew(id, tries.left()).await?,
-                Err(Failure::Final(error)) => return Err(error),
-                Err(Failure::Transport(detail)) => {
-                    return Err(Error::Unreachable { call, within, detail });
-                }
+                Err(Failure::NotFound(_)) if !renewed => self.renew(id, tries.left()).await?,
+                Err(failure) => return Err(failure.into_error(call, within)),
             }
+            renewed = true;
         }
     }
 
@@ -316,9 +307,8 @@ impl Job {
         if session.id != lost {
             return Ok(());
         }
-        let mut request = self.inner.config.request();
-        request.resume = true;
-        request.cursor = self.inner.committed.load(Ordering::Relaxed);
+        // A rewind belongs to the first opening; now the job is only joined.
+        let request = pb::OpenRequest { resume: false, ..self.inner.config.request() };
         let renewed = open(&self.inner.client, request, within).await?;
         let (was, is) = (session.manager_epoch, renewed.manager_epoch);
         if was != is {
@@ -341,11 +331,7 @@ async fn open(
             async move { rpc.open(request).await }
         })
         .await;
-    let opened = reply.map_err(|failure| match failure {
-        Failure::Final(error) => error,
-        Failure::Session => Error::Refused { call: "open", why: "unknown job".into() },
-        Failure::Transport(detail) => Error::Unreachable { call: "open", within, detail },
-    })?;
+    let opened = reply.map_err(|failure| failure.into_error("open", within))?;
     Session::new(opened).map_err(|what| Error::Protocol { call: "open", what })
 }
 

@@ -99,7 +99,7 @@ impl VersionWatch {
     async fn after(&mut self, failure: Failure) -> Result<(), Error> {
         let detail = match failure {
             Failure::Final(error) => return Err(error),
-            Failure::Session => {
+            Failure::NotFound(_) => {
                 self.job.renew(self.session, self.tries.left()).await?;
                 "the session was opened again".to_owned()
             }

@@ -104,7 +104,7 @@ impl Link {
         };
         let detail = match failure {
             Failure::Final(error) => return Err(error),
-            Failure::Session => {
+            Failure::NotFound(_) => {
                 self.job.renew(self.session, self.tries.left()).await?;
                 "the session was opened again".to_owned()
             }
@@ -143,7 +143,6 @@ impl Link {
                     };
                     permit.send(pb::FromConsumer { kind: Some(self.next_out(grant)) });
                     let committed = self.due.committed;
-                    self.job.committed(committed);
                     sent.send_if_modified(|at| std::mem::replace(at, committed.max(*at)) < committed);
                 }
                 message = inbound.message() => {

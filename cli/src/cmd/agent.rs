@@ -1,0 +1,122 @@
+//! `anabranch agent`: the sidecar of one engine, which runs already or is started by it.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anabranch_agent::config::{AgentConfig, BadConfig, Convention, EngineSpec};
+use anabranch_runtime::Exit;
+use anabranch_runtime::signal::ShutdownSignals;
+use tokio_util::sync::CancellationToken;
+
+use crate::failure::{Failure, OrExit, Outcome, exit_of};
+use crate::link::ManagerArgs;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    anabranch agent --manager http://10.0.0.1:5000 --engine sglang=http://127.0.0.1:30000\n  \
+    anabranch agent --manager file:/shared/manager.json -- python -m sglang.launch_server --model-path M")]
+pub struct Args {
+    #[command(flatten)]
+    manager: ManagerArgs,
+    /// An engine that runs: sglang=http://HOST:PORT
+    #[arg(long, required_unless_present = "command", conflicts_with = "command")]
+    engine: Option<String>,
+    /// Its name, stable over restarts [default: host name and engine port]
+    #[arg(long)]
+    id: Option<String>,
+    /// KEY=VALUE, for placement; colocated=true: on the trainer's own GPUs; may be given more than once
+    #[arg(long, value_parser = label)]
+    label: Vec<(String, String)>,
+    /// GPUs that the engine uses, for tokens per second and GPU
+    #[arg(long, default_value_t = 0)]
+    gpus: u32,
+    /// Where peers fetch weights from this agent; port 0 takes a free one [default: it serves none]
+    #[arg(long)]
+    listen: Option<SocketAddr>,
+    /// What peers shall dial, where it is not the listener's own address; may be given more than once
+    #[arg(long)]
+    advertise: Vec<String>,
+    /// Where weights are staged for the engine to read
+    #[arg(long, default_value = "/dev/shm")]
+    staging: PathBuf,
+    /// How long running samples may go on after SIGTERM, in seconds
+    #[arg(long, default_value_t = 30)]
+    drain_deadline: u64,
+    /// raw, tempered or processed, where the engine itself cannot say [default: what it says, else tempered]
+    #[arg(long)]
+    logprob_convention: Option<Convention>,
+    /// The trainer loads this engine itself (NCCL, CUDA IPC) and attests the versions
+    #[arg(long)]
+    weights_by_trainer: bool,
+    /// For an engine that was started with --api-key
+    #[arg(long, env = "ANABRANCH_ENGINE_API_KEY", hide_env_values = true)]
+    engine_api_key: Option<String>,
+    /// Tokens kept for a re-attach, in MiB
+    #[arg(long)]
+    buffer_mib: Option<usize>,
+    /// How long a new engine process may take until it answers, in seconds
+    #[arg(long)]
+    engine_start_timeout: Option<u64>,
+    /// Starts, watches, restarts and stops this engine; flags that it needs are added, and said
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("write KEY=VALUE".to_owned()),
+    }
+}
+
+pub async fn run(args: Args) -> Outcome {
+    let config = args.config().or_exit(Exit::Usage)?;
+    let mut signals = ShutdownSignals::install().or_exit(Exit::Io)?;
+    let stop = CancellationToken::new();
+    let mut agent = std::pin::pin!(anabranch_agent::run(config, stop.clone()));
+    let ended = tokio::select! {
+        ended = &mut agent => ended,
+        signal = signals.recv() => {
+            tracing::info!(signal, "draining; a second signal leaves at once");
+            stop.cancel();
+            tokio::select! {
+                ended = &mut agent => ended,
+                signal = signals.recv() => {
+                    return Err(Failure::new(Exit::TryAgain, format!("left at once: {signal}, twice")));
+                }
+            }
+        }
+    };
+    ended.map(|()| Exit::Ok).map_err(|error| Failure::new(exit_of(error.exit_code()), error))
+}
+
+// === impl Args ===
+
+impl Args {
+    fn config(self) -> Result<AgentConfig, BadConfig> {
+        let engine = match &self.engine {
+            Some(engine) => EngineSpec::parse(engine)?,
+            None => EngineSpec::command(self.command)?,
+        };
+        let base = AgentConfig::new(self.manager.manager, engine);
+        Ok(AgentConfig {
+            token: self.manager.token,
+            id: self.id,
+            labels: self.label.into_iter().collect(),
+            gpus: self.gpus,
+            listen: self.listen.or(base.listen),
+            addresses: self.advertise,
+            staging: self.staging,
+            drain_deadline: Duration::from_secs(self.drain_deadline),
+            logprob_convention: self.logprob_convention,
+            weights_by_trainer: self.weights_by_trainer,
+            engine_api_key: self.engine_api_key,
+            buffer_bytes: self.buffer_mib.map_or(base.buffer_bytes, |mib| mib << 20),
+            engine_start_timeout: self
+                .engine_start_timeout
+                .map_or(base.engine_start_timeout, Duration::from_secs),
+            ..base
+        })
+    }
+}

@@ -1,0 +1,37 @@
+//! `anabranch bench`: measures, or breaks, a cluster of real processes. The runs are the bench crate's.
+
+use anabranch_bench::chaos::{self, ChaosArgs};
+use anabranch_bench::stream::{self, StreamArgs};
+use anabranch_bench::verify::{self, VerifyArgs};
+use anabranch_runtime::Exit;
+
+use crate::failure::{Failure, Outcome};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// What manager and agents cost per token, and how late tokens are
+    Stream(StreamArgs),
+    /// One random fault a second, a version every few seconds; every token is verified
+    Chaos(ChaosArgs),
+    /// Verifies recorded trajectories; the other two start it as a process of its own
+    Verify(VerifyArgs),
+}
+
+pub async fn run(args: Args) -> Outcome {
+    let passed = match args.what {
+        What::Stream(args) => Box::pin(stream::run(args)).await,
+        What::Chaos(args) => Box::pin(chaos::run(args)).await,
+        What::Verify(args) => verify::print(&args),
+    };
+    match passed {
+        Ok(true) => Ok(Exit::Ok),
+        Ok(false) => Ok(Exit::Failed),
+        Err(error) => Err(Failure::new(Exit::Internal, format!("{error:#}"))),
+    }
+}

@@ -1,0 +1,130 @@
+//! `anabranch publish`: a safetensors directory as a new version, served from here until every engine has it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anabranch_runtime::Exit;
+use anabranch_runtime::signal::ShutdownSignals;
+use anabranch_trainer::{JobConfig, Published, VersionState, VersionStatus};
+use serde_json::json;
+
+use crate::failure::{Failure, OrExit, Outcome};
+use crate::link::ManagerArgs;
+use crate::progress::Progress;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    manager: ManagerArgs,
+    /// Holds *.safetensors, with the names, shapes and dtypes of the engines' own checkpoint
+    dir: PathBuf,
+    /// The job whose engines shall load it
+    #[arg(long, default_value = "default")]
+    job: String,
+    #[arg(long, default_value_t = 0)]
+    epoch: u32,
+    /// Default: the job's current one plus 1
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    number: Option<u64>,
+    /// Addresses (HOST or HOST:PORT) that engines shall fetch it from, where they cannot reach the default
+    #[arg(long)]
+    advertise: Vec<String>,
+    /// Give up after so many seconds
+    #[arg(long, default_value_t = 3600)]
+    timeout: u64,
+    /// One JSON object at the end, for scripts
+    #[arg(long)]
+    json: bool,
+}
+
+pub async fn run(args: Args) -> Outcome {
+    if !args.dir.is_dir() {
+        return Err(Failure::usage(format!("{} is not a directory", args.dir.display())));
+    }
+    let mut signals = ShutdownSignals::install().or_exit(Exit::Io)?;
+    let mut config = JobConfig { epoch: args.epoch, ..JobConfig::new(&args.job) };
+    config.weights.advertise = args.advertise.clone();
+    let job = args.manager.trainer().await?.open(config).await?;
+    let number = match args.number {
+        Some(number) => number,
+        None => job.opened_at().await.number + 1,
+    };
+    let published = job.publish_directory(number, &args.dir).await?;
+    if !args.json {
+        let mib = published.bytes as f64 / f64::from(1 << 20);
+        eprintln!("version {number}: {mib:.1} MiB, snapshot in {:.0?}", published.copied_in);
+    }
+    let ended = tokio::select! {
+        status = follow(published, args.json) => status,
+        signal = signals.recv() => {
+            let text = format!("{signal}: engines that have not fetched version {number} will not get it");
+            Err(Failure::new(Exit::TryAgain, text))
+        }
+        _ = tokio::time::sleep(Duration::from_secs(args.timeout)) => {
+            let text = format!("version {number} did not settle within {} s", args.timeout);
+            Err(Failure::new(Exit::TryAgain, text))
+        }
+    };
+    let status = ended?;
+    job.close(false).await?;
+    finish(&status, number, args.json)
+}
+
+/// Until it is settled, or a newer one took its place.
+async fn follow(mut published: Published, quiet: bool) -> Result<VersionStatus, Failure> {
+    let mut progress = Progress::new("engines", 0, quiet);
+    loop {
+        let status = published.changed().await?;
+        let Some(status) = status else { continue };
+        let total = status.engines.len() as u64;
+        progress.set_total(total);
+        let active = status.engines.iter().filter(|on| on.stage == "active").count();
+        progress.set(active as u64, &note(&status));
+        let gone = matches!(status.state, VersionState::Superseded | VersionState::Retired);
+        if status.settled || gone {
+            progress.finish();
+            return Ok(status);
+        }
+    }
+}
+
+/// What the engines that are not there yet are doing.
+fn note(status: &VersionStatus) -> String {
+    let open = status.engines.iter().filter(|on| on.stage != "active");
+    let words: Vec<String> = open
+        .map(|on| match status.bytes {
+            0 => format!("{} {}", on.engine, on.stage),
+            all => format!("{} {} {}%", on.engine, on.stage, on.bytes * 100 / all),
+        })
+        .collect();
+    words.join(", ")
+}
+
+fn finish(status: &VersionStatus, number: u64, as_json: bool) -> Outcome {
+    let failed: Vec<_> = status.engines.iter().filter(|on| !on.error.is_empty()).collect();
+    if as_json {
+        let engines: Vec<_> = status
+            .engines
+            .iter()
+            .map(|on| {
+                let ms = on.since.as_millis() as u64;
+                json!({"engine": on.engine, "stage": on.stage, "bytes": on.bytes,
+                       "since_ms": ms, "error": on.error})
+            })
+            .collect();
+        let root: String = status.version.root.0.iter().map(|byte| format!("{byte:02x}")).collect();
+        println!(
+            "{}",
+            json!({"number": number, "epoch": status.version.epoch, "root": root,
+                   "settled": status.settled, "bytes": status.bytes, "engines": engines})
+        );
+    } else {
+        for on in &status.engines {
+            let error = if on.error.is_empty() { "" } else { ": " };
+            eprintln!("  {} {} after {:.1?}{error}{}", on.engine, on.stage, on.since, on.error);
+        }
+        let word = if status.settled { "is active on every engine" } else { "was superseded" };
+        eprintln!("version {number} {word}");
+    }
+    Ok(if failed.is_empty() && status.settled { Exit::Ok } else { Exit::Failed })
+}

@@ -1,0 +1,215 @@
+//! `anabranch rollout status`: which engine is at which version, and how far the newest one has spread.
+
+use std::time::{Duration, Instant};
+
+use anabranch_runtime::Exit;
+use serde::Serialize;
+
+use crate::failure::Outcome;
+use crate::link::ManagerArgs;
+use crate::state::{State, VersionRow};
+use crate::table::{bytes, cells, seconds, table};
+
+/// Between looks, and the span that a rate is measured over.
+const EVERY: Duration = Duration::from_millis(500);
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Shows the newest version on every engine: stage, bytes, rate, time left
+    Status {
+        #[command(flatten)]
+        manager: ManagerArgs,
+        /// Goes on until every engine has the newest version
+        #[arg(long)]
+        watch: bool,
+        /// One JSON object (with --watch: one a line), for scripts
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    current: String,
+    newest: Option<Newest>,
+    engines: Vec<Row>,
+}
+
+#[derive(Debug, Serialize)]
+struct Newest {
+    version: String,
+    state: String,
+    bytes: u64,
+    settled: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    engine: String,
+    serves: String,
+    /// Of the newest version.
+    stage: String,
+    bytes: u64,
+    bytes_per_s: u64,
+    left_ms: Option<u64>,
+    took_ms: Option<u64>,
+    error: String,
+}
+
+pub async fn run(args: Args) -> Outcome {
+    let What::Status { manager, watch, json } = args.what;
+    let mut admin = manager.admin().await?;
+    let mut before = (Instant::now(), admin.state().await?);
+    loop {
+        // A rate needs two looks; where nothing moves, one is enough.
+        if watch || is_moving(&before.1) {
+            tokio::time::sleep(EVERY).await;
+        }
+        let now = (Instant::now(), admin.state().await?);
+        let report = Report::new(&now.1, &before.1, now.0 - before.0);
+        show(&report, json, watch);
+        if !watch || report.newest.as_ref().is_none_or(|newest| newest.settled) {
+            return Ok(Exit::Ok);
+        }
+        before = now;
+    }
+}
+
+fn is_moving(state: &State) -> bool {
+    newest(state).is_some_and(|newest| !newest.settled)
+}
+
+fn newest(state: &State) -> Option<&VersionRow> {
+    state.versions.iter().max_by_key(|row| row.version.number)
+}
+
+fn show(report: &Report, as_json: bool, again: bool) {
+    if as_json {
+        println!("{}", serde_json::to_string(report).expect("a report is plain data"));
+        return;
+    }
+    match &report.newest {
+        None => println!("no version was published; engines serve their start-up weights"),
+        Some(newest) => println!(
+            "newest {} ({}, {}{}); current {}",
+            newest.version,
+            newest.state,
+            bytes(newest.bytes),
+            if newest.settled { ", on every engine" } else { "" },
+            report.current
+        ),
+    }
+    let head = cells(["ENGINE", "SERVES", "NEWEST", "BYTES", "RATE", "LEFT", ""]);
+    let rows: Vec<_> = std::iter::once(head).chain(report.engines.iter().map(Row::cells)).collect();
+    print!("{}", table(&rows));
+    if again {
+        println!();
+    }
+}
+
+// === impl Report ===
+
+impl Report {
+    fn new(now: &State, before: &State, between: Duration) -> Self {
+        let row = newest(now);
+        let engines = now.engines.iter().map(|engine| {
+            let on = row.and_then(|row| row.engines.get(&engine.id));
+            let old = newest(before)
+                .filter(|old| row.is_some_and(|row| row.version == old.version))
+                .and_then(|old| old.engines.get(&engine.id));
+            let mut line = Row {
+                engine: engine.id.clone(),
+                serves: engine.version_text(),
+                stage: on.map_or_else(|| "-".into(), |on| on.stage.clone()),
+                bytes: on.map_or(0, |on| on.bytes),
+                bytes_per_s: 0,
+                left_ms: None,
+                took_ms: on.filter(|on| on.stage == "active").map(|on| on.since_sealed_ms),
+                error: on.map_or_else(String::new, |on| on.error.clone()),
+            };
+            let moved = line.bytes.saturating_sub(old.map_or(0, |old| old.bytes));
+            line.bytes_per_s = (moved as f64 / between.as_secs_f64().max(0.01)) as u64;
+            let total = row.map_or(0, |row| row.bytes);
+            if line.took_ms.is_none() && line.bytes_per_s > 0 {
+                line.left_ms =
+                    Some(total.saturating_sub(line.bytes).saturating_mul(1000) / line.bytes_per_s);
+            }
+            line
+        });
+        Self {
+            current: now.current.to_string(),
+            engines: engines.collect(),
+            newest: row.map(|row| Newest {
+                version: row.version.to_string(),
+                state: row.state.clone(),
+                bytes: row.bytes,
+                settled: row.settled,
+            }),
+        }
+    }
+}
+
+// === impl Row ===
+
+impl Row {
+    fn cells(&self) -> Vec<String> {
+        let rate = match self.bytes_per_s {
+            0 => "-".to_owned(),
+            rate => format!("{}/s", bytes(rate)),
+        };
+        let note = match self.took_ms {
+            Some(ms) => format!("after {}", seconds(ms)),
+            None => self.error.clone(),
+        };
+        vec![
+            self.engine.clone(),
+            self.serves.clone(),
+            self.stage.clone(),
+            bytes(self.bytes),
+            rate,
+            self.left_ms.map_or_else(|| "-".to_owned(), seconds),
+            note,
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(bytes: u64, stage: &str) -> State {
+        let text = format!(
+            r#"{{"current": {{"number": 2}}, "engines": [{{"id": "e1", "version": {{"number": 2}}}}],
+                "versions": [{{"version": {{"number": 2}}, "bytes": 9}},
+                             {{"version": {{"number": 3}}, "bytes": 1000, "state": "available",
+                               "engines": {{"e1": {{"stage": "{stage}", "bytes": {bytes}, "since_sealed_ms": 7}}}}}}]}}"#
+        );
+        serde_json::from_str(&text).expect("sound")
+    }
+
+    #[test]
+    fn rate_and_time_left_come_from_two_looks() {
+        let report = Report::new(
+            &state(600, "fetching"),
+            &state(400, "fetching"),
+            Duration::from_millis(500),
+        );
+        let row = &report.engines[0];
+        assert_eq!((row.bytes_per_s, row.left_ms, row.took_ms), (400, Some(1000), None));
+        assert_eq!(row.serves, "v2");
+        assert_eq!(report.newest.map(|newest| newest.version), Some("v3".into()));
+    }
+
+    #[test]
+    fn an_active_engine_says_how_long_it_took() {
+        let report =
+            Report::new(&state(1000, "active"), &state(900, "fetching"), Duration::from_secs(1));
+        assert_eq!((report.engines[0].took_ms, report.engines[0].left_ms), (Some(7), None));
+    }
+}

@@ -1,0 +1,167 @@
+//! What the view shows: the last state, rates between looks, and the last events. Draws nothing.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Instant;
+
+use serde_json::{Map, Value};
+
+use crate::state::State;
+use crate::table::seconds;
+
+/// Events kept for the log.
+const EVENTS: usize = 200;
+
+pub struct Model {
+    pub manager: String,
+    pub state: State,
+    /// Tokens per second, by engine and of all.
+    pub rates: BTreeMap<String, f64>,
+    pub rate: f64,
+    pub events: VecDeque<String>,
+    /// Why the manager cannot be seen at the moment.
+    pub trouble: Option<String>,
+    looked: Option<Instant>,
+}
+
+impl Model {
+    pub fn new(manager: &str) -> Self {
+        Self {
+            manager: manager.to_owned(),
+            state: State::default(),
+            rates: BTreeMap::new(),
+            rate: 0.0,
+            events: VecDeque::new(),
+            trouble: None,
+            looked: None,
+        }
+    }
+
+    pub fn look(&mut self, state: State) {
+        let now = Instant::now();
+        if let Some(before) = self.looked.replace(now) {
+            self.measure(&state, (now - before).as_secs_f64().max(0.001));
+        }
+        self.trouble = None;
+        self.state = state;
+    }
+
+    /// Returns the line that the log shows; `None` where it says nothing to a person.
+    pub fn event(&mut self, json: &str) -> Option<String> {
+        let line = describe(json)?;
+        if self.events.len() == EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(line.clone());
+        Some(line)
+    }
+
+    pub fn lost(&mut self, why: &str) {
+        self.trouble = Some(why.to_owned());
+        self.looked = None;
+    }
+
+    /// All of it in one line.
+    pub fn line(&self) -> String {
+        let state = &self.state;
+        let serving = state.engines.iter().filter(|engine| engine.state == "serving").count();
+        let samples = &state.samples;
+        format!(
+            "{}: {serving}/{} engines serve, {:.0} tokens/s, {} running, {} waiting, {} delivered, current {}{}",
+            self.job(),
+            state.engines.len(),
+            self.rate,
+            samples.running,
+            samples.waiting,
+            samples.delivered,
+            state.current,
+            if state.training { ", training" } else { "" }
+        )
+    }
+
+    pub fn job(&self) -> String {
+        match &self.state.job {
+            Some(job) if job.epoch > 0 => format!("job {}@{}", job.name, job.epoch),
+            Some(job) => format!("job {}", job.name),
+            None => "no job".to_owned(),
+        }
+    }
+
+    fn measure(&mut self, state: &State, seconds: f64) {
+        let before: BTreeMap<&str, u64> =
+            self.state.engines.iter().map(|engine| (engine.id.as_str(), engine.tokens)).collect();
+        let rate = |id: &str, tokens: u64| {
+            let moved = before.get(id).map_or(0, |before| tokens.saturating_sub(*before));
+            moved as f64 / seconds
+        };
+        self.rates = state
+            .engines
+            .iter()
+            .map(|engine| (engine.id.clone(), rate(&engine.id, engine.tokens)))
+            .collect();
+        let made = state.counters.tokens.saturating_sub(self.state.counters.tokens);
+        self.rate = made as f64 / seconds;
+    }
+}
+
+/// `12.3 s  samples moved: from e1, samples 4, kept_tokens 312`
+fn describe(json: &str) -> Option<String> {
+    let event: Map<String, Value> = serde_json::from_str(json).ok()?;
+    let name = event.get("event")?.as_str()?.replace('_', " ");
+    let at = seconds(event.get("at_ms").and_then(Value::as_u64).unwrap_or(0));
+    let told = |key: &str| matches!(key, "event" | "id" | "at_ms");
+    let facts: Vec<String> = event
+        .iter()
+        .filter(|(key, _)| !told(key))
+        .filter_map(|(key, value)| Some(format!("{key} {}", plain(value)?)))
+        .collect();
+    Some(format!("{at:>10}  {name}: {}", facts.join(", ")))
+}
+
+fn plain(value: &Value) -> Option<String> {
+    match value {
+        Value::Null => None,
+        Value::String(text) if text.is_empty() => None,
+        Value::String(text) => Some(text.clone()),
+        Value::Object(fields) => match fields.get("number") {
+            Some(number) => Some(format!("v{number}")),
+            None if fields.is_empty() => None,
+            None => Some(value.to_string()),
+        },
+        Value::Array(items) if items.is_empty() => None,
+        other => Some(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_read_like_sentences_and_the_log_is_bounded() {
+        let mut model = Model::new("m");
+        let event = r#"{"event": "samples_moved", "id": 3, "at_ms": 12300, "from": "e1", "samples": 4,
+                        "version": {"epoch": 0, "number": 2, "root": ""}, "why": ""}"#;
+        let line = model.event(event).expect("an event");
+        assert_eq!(line, "    12.3 s  samples moved: from e1, samples 4, version v2");
+        assert_eq!(model.event("no json"), None);
+        (0..EVENTS * 2).for_each(|_| assert!(model.event(event).is_some()));
+        assert_eq!(model.events.len(), EVENTS);
+    }
+
+    #[test]
+    fn rates_are_of_tokens_between_looks() {
+        let mut model = Model::new("m");
+        let state = |tokens: u64| -> State {
+            let text = format!(
+                r#"{{"engines": [{{"id": "e1", "state": "serving", "tokens": {tokens}}}],
+                    "counters": {{"tokens": {tokens}}}}}"#
+            );
+            serde_json::from_str(&text).expect("sound")
+        };
+        model.look(state(100));
+        assert_eq!(model.rate, 0.0);
+        model.look(state(10_000));
+        assert!(model.rate > 0.0 && model.rates["e1"] > 0.0);
+        assert!(model.line().starts_with("no job: 1/1 engines serve"), "{}", model.line());
+    }
+}

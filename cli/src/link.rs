@@ -1,0 +1,89 @@
+//! Reaching a manager from the command line: the flags, and the two kinds of client.
+
+use anabranch_proto::limits::MAX_SUBMIT_BYTES;
+use anabranch_proto::pb::{self, admin_client::AdminClient};
+use anabranch_runtime::{Endpoint, JoinToken, connect_to};
+use anabranch_trainer::{Client, Trainer};
+use tonic::transport::Channel;
+use tonic::{Request, Streaming};
+
+use crate::failure::{Failure, OrExit};
+use crate::state::State;
+use anabranch_runtime::Exit;
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct ManagerArgs {
+    /// http://HOST:PORT, https://HOST:PORT (needs a token), or file:PATH, what its --announce wrote
+    #[arg(long, env = "ANABRANCH_MANAGER", default_value = "http://127.0.0.1:5000")]
+    pub manager: String,
+    /// Join token (ab1....); not needed on loopback
+    #[arg(long, env = "ANABRANCH_TOKEN", hide_env_values = true)]
+    pub token: Option<String>,
+}
+
+/// The manager's view for people and scripts.
+pub struct Admin {
+    rpc: AdminClient<Channel>,
+    token: Option<JoinToken>,
+}
+
+// === impl ManagerArgs ===
+
+impl ManagerArgs {
+    pub async fn trainer(&self) -> Result<Client, Failure> {
+        Ok(Trainer::connect(&self.manager, self.token.as_deref()).await?)
+    }
+
+    pub async fn admin(&self) -> Result<Admin, Failure> {
+        let endpoint = Endpoint::parse(&self.manager).or_exit(Exit::Usage)?;
+        let token = self.token.as_deref().map(JoinToken::parse).transpose().or_exit(Exit::Usage)?;
+        let channel = connect_to(&endpoint, token.as_ref()).await?;
+        let announced = endpoint.resolve().ok().and_then(|(_, token)| token);
+        let rpc = AdminClient::new(channel).max_decoding_message_size(MAX_SUBMIT_BYTES);
+        Ok(Admin { rpc, token: token.or(announced) })
+    }
+}
+
+// === impl Admin ===
+
+impl Admin {
+    /// As JSON text, for scripts.
+    pub async fn state_text(&mut self) -> Result<String, Failure> {
+        let request = self.request(pb::StateRequest { token: self.token_text() });
+        Ok(self.rpc.state(request).await?.into_inner().text)
+    }
+
+    pub async fn state(&mut self) -> Result<State, Failure> {
+        let text = self.state_text().await?;
+        serde_json::from_str(&text).map_err(|error| {
+            let text =
+                format!("the manager's state cannot be read ({error}); is it the same version?");
+            Failure::new(Exit::Protocol, text)
+        })
+    }
+
+    pub async fn events(&mut self) -> Result<Streaming<pb::Json>, Failure> {
+        let request = self.request(pb::StateRequest { token: self.token_text() });
+        Ok(self.rpc.events(request).await?.into_inner())
+    }
+
+    pub async fn engines(&mut self, request: pb::EnginesRequest) -> Result<String, Failure> {
+        let request = self.request(request);
+        Ok(self.rpc.engines(request).await?.into_inner().text)
+    }
+
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        if let Some(token) = &self.token {
+            let mut value = tonic::metadata::MetadataValue::try_from(format!("Bearer {token}"))
+                .expect("a parsed token is printable ASCII");
+            value.set_sensitive(true);
+            request.metadata_mut().insert("authorization", value);
+        }
+        request
+    }
+
+    fn token_text(&self) -> String {
+        self.token.as_ref().map(JoinToken::to_string).unwrap_or_default()
+    }
+}

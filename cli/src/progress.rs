@@ -1,0 +1,67 @@
+//! Progress for people, on stderr: a bar on a terminal, a line now and then elsewhere.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Between lines where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+pub struct Progress {
+    what: &'static str,
+    bar: Option<ProgressBar>,
+    total: u64,
+    done: u64,
+    said: Instant,
+}
+
+impl Progress {
+    pub fn new(what: &'static str, total: u64, quiet: bool) -> Self {
+        let bar = (std::io::stderr().is_terminal() && !quiet).then(|| {
+            let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} {eta}")
+                .expect("the template is constant and sound");
+            ProgressBar::new(total).with_style(style).with_prefix(what)
+        });
+        // A quiet one says its next line never.
+        let said =
+            if quiet { Instant::now() + Duration::from_secs(1 << 31) } else { Instant::now() };
+        Self { what, bar, total, done: 0, said }
+    }
+
+    pub fn set(&mut self, done: u64, note: &str) {
+        self.done = done;
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(done);
+                bar.set_message(note.to_owned());
+            }
+            None if self.said.elapsed() >= LINE_EVERY => {
+                self.said = Instant::now();
+                eprintln!("{}: {done}/{} {note}", self.what, self.total);
+            }
+            None => {}
+        }
+    }
+
+    pub fn set_total(&mut self, total: u64) {
+        self.total = total;
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+        }
+    }
+
+    /// A line that stays, above the bar.
+    pub fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
