@@ -47,7 +47,7 @@ pub struct FetchRules {
     pub progress: Duration,
     /// The fetch fails when no chunk was verified for so long.
     pub give_up: Duration,
-    /// Chunks asked for ahead, per stream.
+    /// Chunks asked for ahead, per stream; less for a small image, since a lost stream repeats them.
     pub window: u32,
     /// Failures in a row before a source is dropped.
     pub strikes: u32,
@@ -114,8 +114,6 @@ pub enum FetchError {
     Unsealed(Version),
     #[error("no path to any holder of {version}: {}", story(.tried))]
     NoSource { version: Version, tried: Vec<Tried> },
-    #[error("{version}: {holder} sent a manifest with another root ({got})")]
-    OtherRoot { version: Version, holder: String, got: Root },
     #[error("{version}: the manifest from {holder} is bad: {error}")]
     Manifest { version: Version, holder: String, error: ManifestError },
     #[error("{version} does not fit this engine, which keeps its old weights: {diff}")]
@@ -243,7 +241,9 @@ impl Fetcher {
             };
             let got = Root::of(&bytes);
             if got != version.root {
-                return Err(FetchError::OtherRoot { version, holder, got });
+                let why = format!("it sent a manifest with another root ({got})");
+                tried.push(Tried { holder, addr, why });
+                continue;
             }
             let manifest = Manifest::decode(&bytes).map_err(|error| FetchError::Manifest {
                 version,
@@ -296,7 +296,7 @@ impl Default for FetchRules {
             connect: Duration::from_secs(5),
             progress: Duration::from_secs(5),
             give_up: Duration::from_secs(60),
-            window: 4,
+            window: 8,
             strikes: 3,
             rescue_after: Duration::from_secs(1),
             slot_wait: Duration::from_secs(10),

@@ -76,7 +76,7 @@ pub(crate) struct Filling {
     stamp: Stamp,
 }
 
-/// What a receiving thread needs. While one lives, its slot is not begun again: it may be writing.
+/// What a receiving thread needs. A fetch ends only when none of its threads writes any more.
 #[derive(Clone)]
 pub(crate) struct Filler {
     memory: Arc<Memory>,
@@ -191,10 +191,6 @@ impl Staging {
     /// Who keeps an idle slot from being reused.
     fn user(&self, slot: &Slot, ix: usize) -> Result<Option<String>, StageError> {
         let Some(memory) = &slot.memory else { return Ok(None) };
-        // A fetch that was cut off may still be writing for a moment.
-        if Arc::strong_count(memory) > 1 {
-            return Ok(Some(format!("slot {ix} is still being written")));
-        }
         let mapped = mappers(memory.map.backing(), memory.map.address()).map_err(|e| self.io(e))?;
         let Some(Mapper { pid, command }) = mapped.into_iter().next() else { return Ok(None) };
         Ok(Some(format!("slot {ix} is mapped by process {pid} ({command})")))
@@ -319,8 +315,10 @@ impl Filling {
             }
             let want = &self.filler.manifest.chunk_hashes[index as usize];
             let copied = other.map.read(range.clone(), |from| {
-                self.filler.memory.map.write(range.clone(), |to| to.copy_from_slice(from));
-                blake3::hash(from).as_bytes() == want
+                self.filler.memory.map.write(range.clone(), |to| {
+                    to.copy_from_slice(from);
+                    blake3::hash(to).as_bytes() == want
+                })
             });
             if copied {
                 self.filler.verified(index).map_err(|e| self.staging.io(e))?;

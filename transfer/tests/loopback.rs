@@ -67,7 +67,10 @@ fn a_source_that_only_sends_rubbish_is_dropped_and_named() {
     let sources = vec![source("liar", &bad.addr.to_string(), v)];
     let error = receiver.fetcher.fetch_blocking(&request(v, sources)).err().expect("refused");
     let text = error.to_string();
-    assert!(text.contains("liar") && text.contains("wrong hash"), "{text}");
+    assert!(
+        text.contains("liar") && (text.contains("wrong hash") || text.contains("protocol")),
+        "{text}"
+    );
 }
 
 #[test]
@@ -88,7 +91,7 @@ fn after_a_dead_source_another_one_finishes_with_few_bytes_again() {
     assert!(staged.report.received_bytes + staged.report.carried_bytes == published.bytes);
     // What the dying source had in flight: a window per stream.
     eprintln!("sent again: {:.2}%", share * 100.0);
-    assert!(share < 0.06);
+    assert!(share < 0.03);
 }
 
 #[test]
@@ -173,7 +176,7 @@ fn publishing_takes_the_memory_of_the_oldest_version_and_readers_never_get_torn_
     overtaken.cancel = tokio_util::sync::CancellationToken::new();
     let reading = std::thread::scope(|s| {
         let fetch = s.spawn(|| receiver.fetcher.fetch_blocking(&overtaken).err());
-        while slow.passed.load(std::sync::atomic::Ordering::SeqCst) < 9 << 20 {
+        while slow.passed.load(std::sync::atomic::Ordering::SeqCst) < 7 << 20 {
             std::thread::yield_now();
         }
         let started = Instant::now();
@@ -340,7 +343,8 @@ fn an_unsealed_version_and_an_unreachable_source_are_said_plainly() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dropped_fetch_stops_and_leaves_the_slot_usable() {
     let (publisher, receiver, weights) = (publisher(), receiver(), Weights::new(16, 14));
-    let v = publish(&publisher, 1, &weights).version;
+    let publishing = publisher.publish(1, &weights.refs()).expect("publish");
+    let v = publishing.sealed().await.expect("sealed").version;
     let stalling = Proxy::start(&publisher.addresses()[0], Fault::StallAfter(1 << 20));
     let sources = vec![source("stalled", &stalling.addr.to_string(), v)];
     let fetch = receiver.fetcher.fetch(request(v, sources));

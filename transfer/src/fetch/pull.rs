@@ -47,6 +47,8 @@ struct State {
     moved: Instant,
     failures: BTreeMap<SourceId, String>,
     watched: BTreeMap<SourceId, ()>,
+    /// Streams that are writing into the slot at this moment.
+    writers: usize,
     outcome: Outcome,
 }
 
@@ -85,6 +87,7 @@ pub(super) fn pull(
         moved: Instant::now(),
         failures: BTreeMap::new(),
         watched: BTreeMap::new(),
+        writers: 0,
         outcome,
     };
     let pull = Arc::new(Pull {
@@ -252,7 +255,7 @@ impl Pull {
     ) -> Result<StreamEnd, StreamError> {
         let mut asked: VecDeque<u32> = VecDeque::new();
         loop {
-            while asked.len() < self.shared.rules.window as usize {
+            while asked.len() < self.window() {
                 match self.next(id, source, asked.is_empty()) {
                     Next::Ask(index) => {
                         let blob = BlobId::Image;
@@ -268,6 +271,13 @@ impl Pull {
                 self.receive(id, source, index, session)?;
             }
         }
+    }
+
+    /// About 1% of the image in flight over all streams, two chunks each at least.
+    fn window(&self) -> usize {
+        let streams = self.request.streams.max(1) as u32;
+        let window = (self.manifest.chunk_count() / (100 * streams)).max(2);
+        window.min(self.shared.rules.window.max(1)) as usize
     }
 
     /// What the stream does next. With nothing in flight it waits here for work.
@@ -315,7 +325,12 @@ impl Pull {
                 if got == index && u64::from(sent) == len => {}
             other => return Err(StreamError::from_reply(other)),
         }
-        let hash = session.link.receive_chunk(self.filler.map(), range)?;
+        if !self.begin_write() {
+            return Ok(());
+        }
+        let received = session.link.receive_chunk(self.filler.map(), range);
+        self.end_write();
+        let hash = received?;
         self.received_bytes.fetch_add(len, Ordering::Relaxed);
         let now = Instant::now();
         if hash != self.manifest.chunk_hashes[index as usize] {
@@ -334,6 +349,19 @@ impl Pull {
             }
         }
         Ok(())
+    }
+
+    /// False once the fetch has ended: its slot may be another's.
+    fn begin_write(&self) -> bool {
+        let mut state = self.lock();
+        let running = matches!(state.outcome, Outcome::Running);
+        state.writers += usize::from(running);
+        running
+    }
+
+    fn end_write(&self) {
+        self.lock().writers -= 1;
+        self.changed.notify_all();
     }
 
     fn fail_stage(&self, state: &mut State, error: std::io::Error) {
@@ -402,7 +430,9 @@ impl Pull {
     }
 
     fn finish(&self, report: &mut FetchReport) -> Result<(), FetchError> {
-        let mut state = self.lock();
+        // Their sockets are shut down by now, or they are done: this is a matter of a chunk.
+        let state = self.changed.wait_while(self.lock(), |s| s.writers > 0);
+        let mut state = state.expect("no panic under the lock");
         report.queue = state.queue.stats();
         report.received_bytes += self.received_bytes.load(Ordering::Relaxed);
         for (source, bytes) in self.request.sources.iter().zip(&state.bytes_of) {

@@ -1,1 +1,125 @@
+use proptest::prelude::*;
 
+use super::*;
+
+fn rules() -> QueueRules {
+    QueueRules {
+        strikes: 3,
+        rest: Duration::from_millis(100),
+        rescue_after: Duration::from_secs(1),
+    }
+}
+
+fn queue(chunks: u32, sources: usize) -> ChunkQueue {
+    let mut queue = ChunkQueue::new(rules(), &ChunkSet::empty(chunks), sources);
+    for source in 0..sources {
+        queue.learned_all(source);
+    }
+    queue
+}
+
+#[test]
+fn streams_spread_over_sources_and_a_refused_source_is_left_for_good() {
+    let now = Instant::now();
+    let mut q = queue(10, 2);
+    assert_eq!(q.assign(0, now), Assign::To(0));
+    assert_eq!(q.assign(1, now), Assign::To(1));
+    assert_eq!(q.assign(2, now), Assign::To(0));
+    q.lost(0, now, "wrong grant", true);
+    q.release(2);
+    assert_eq!(q.assign(0, now), Assign::To(1));
+    assert_eq!(q.dropped(), [(0, "wrong grant".to_owned())]);
+    q.lost(1, now, "gone", true);
+    q.release(0);
+    assert_eq!(q.assign(0, now), Assign::None);
+}
+
+#[test]
+fn a_failed_source_rests_longer_each_time_until_it_is_dropped() {
+    let t0 = Instant::now();
+    let mut q = queue(10, 1);
+    for (at_ms, rest_ms) in [(0, 100), (100, 200)] {
+        let now = t0 + Duration::from_millis(at_ms);
+        assert_eq!(q.assign(0, now), Assign::To(0));
+        q.lost(0, now, "reset", false);
+        assert_eq!(q.assign(0, now), Assign::Wait(now + Duration::from_millis(rest_ms)));
+    }
+    let now = t0 + Duration::from_secs(1);
+    assert_eq!(q.assign(0, now), Assign::To(0));
+    q.lost(0, now, "reset", false);
+    assert_eq!(q.assign(0, now), Assign::None);
+}
+
+#[test]
+fn a_wrong_chunk_is_asked_from_another_source() {
+    let now = Instant::now();
+    let mut q = queue(1, 2);
+    q.assign(0, now);
+    q.assign(1, now);
+    assert_eq!(q.take(0, now), Take::Chunk(0));
+    q.bad(0, 0, now);
+    assert_eq!(q.take(0, now), Take::Wait);
+    assert_eq!(q.take(1, now), Take::Chunk(0));
+    assert!(q.verified(1, 0, now) && q.is_done());
+    assert_eq!(q.stats().bad_chunks, 1);
+}
+
+#[test]
+fn an_idle_stream_takes_over_from_one_that_holds_up_the_end() {
+    let t0 = Instant::now();
+    let mut q = queue(2, 2);
+    q.assign(0, t0);
+    q.assign(1, t0);
+    let Take::Chunk(first) = q.take(0, t0) else { panic!("a chunk") };
+    let Take::Chunk(second) = q.take(1, t0) else { panic!("a chunk") };
+    let later = t0 + Duration::from_secs(1);
+    assert!(q.verified(1, second, later));
+    assert_eq!(q.take(1, t0 + Duration::from_millis(900)), Take::Wait);
+    assert_eq!(q.take(1, later), Take::Rescue(0));
+    q.release(0);
+    assert_eq!(q.take(1, later), Take::Chunk(first));
+    assert!(!q.verified(0, first, later), "the old owner's word no longer counts");
+}
+
+#[test]
+fn a_source_that_is_still_receiving_is_asked_only_for_what_it_has() {
+    let now = Instant::now();
+    let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(100), 1);
+    q.assign(0, now);
+    assert_eq!(q.take(0, now), Take::Wait);
+    q.learned(0, &[7..9]);
+    assert_eq!([q.take(0, now), q.take(0, now)], [Take::Chunk(7), Take::Chunk(8)]);
+    assert_eq!(q.take(0, now), Take::Wait);
+}
+
+proptest! {
+    /// Whatever fails in whatever order, no chunk is lost, held twice or taken by two streams.
+    #[test]
+    fn chunks_are_neither_lost_nor_shared(
+        ops in proptest::collection::vec((0usize..5, 0usize..4, any::<prop::sample::Index>()), 1..300),
+    ) {
+        let t0 = Instant::now();
+        let mut q = queue(20, 3);
+        let mut holds: BTreeMap<StreamId, Vec<u32>> = BTreeMap::new();
+        let mut verified = BTreeSet::new();
+        for (step, (op, stream, pick)) in ops.into_iter().enumerate() {
+            let now = t0 + Duration::from_millis(step as u64 * 40);
+            let mine = holds.entry(stream).or_default();
+            match op {
+                0 => { if !q.streams.contains_key(&stream) { q.assign(stream, now); } }
+                1 => if let Take::Chunk(ix) = q.take(stream, now) { mine.push(ix); },
+                2 if !mine.is_empty() => {
+                    let ix = mine.swap_remove(pick.index(mine.len()));
+                    prop_assert!(q.verified(stream, ix, now));
+                    prop_assert!(verified.insert(ix));
+                }
+                3 if !mine.is_empty() => q.bad(stream, mine.swap_remove(pick.index(mine.len())), now),
+                4 => { q.lost(stream, now, "reset", false); mine.clear(); }
+                _ => {}
+            }
+            let held: usize = holds.values().map(Vec::len).sum();
+            prop_assert_eq!(held, q.taken.len());
+            prop_assert_eq!(q.missing.count() as usize + held + verified.len(), 20);
+        }
+    }
+}

@@ -12,7 +12,7 @@ use anabranch_proto::manifest::DType;
 use anabranch_proto::version::Version;
 use anabranch_transfer::{
     FetchRequest, FetchRules, Fetcher, Holder, Published, Publisher, PublisherConfig, SourceRef,
-    Staging, TensorRef,
+    StageError, Staging, TensorRef,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -112,7 +112,13 @@ pub fn receiver_with(change: impl FnOnce(&mut FetchRules)) -> Receiver {
 }
 
 pub fn receiver_in(dir: Arc<tempfile::TempDir>, change: impl FnOnce(&mut FetchRules)) -> Receiver {
-    let staging = Staging::open(dir.path(), "agent").expect("staging");
+    let mut staging = Staging::open(dir.path(), "agent");
+    while matches!(staging, Err(StageError::Locked { .. })) {
+        // Threads of the receiver before it, in the same process, are on their way out.
+        std::thread::yield_now();
+        staging = Staging::open(dir.path(), "agent");
+    }
+    let staging = staging.expect("staging");
     let mut rules = FetchRules {
         connect: Duration::from_secs(2),
         progress: Duration::from_millis(700),
