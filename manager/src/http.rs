@@ -86,6 +86,17 @@ async fn state(State(gate): State<Arc<Gate>>) -> Response {
     }
 }
 
+/// Told apart, since gRPC clients read a status that HTTP does not have.
+pub(crate) async fn nothing_here(request: Request) -> Response {
+    let kind = request.headers().get(header::CONTENT_TYPE);
+    if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {
+        return tonic::Status::unimplemented("no such call; is the client of another version?")
+            .into_http();
+    }
+    let text = "nothing here; try /, /livez, /readyz, /metrics, /state or /events\n";
+    (StatusCode::NOT_FOUND, text).into_response()
+}
+
 #[derive(Deserialize)]
 struct Since {
     /// Id of the last event that was seen.

@@ -151,6 +151,7 @@ fn router(gate: Arc<Gate>) -> axum::Router {
         .add_service(admin)
         .into_axum_router()
         .merge(http::router(gate))
+        .fallback(http::nothing_here)
 }
 
 /// For the certificate: what was asked for, and how this host is reached anyway.

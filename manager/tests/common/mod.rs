@@ -194,6 +194,18 @@ impl Agent {
         self.make(start, from, to, Some(pb::end::Why::Length)).await;
     }
 
+    /// For a test that drives the Data stream itself; Control stays open as long as the process.
+    pub fn into_streams(self) -> (mpsc::Sender<pb::DataFromAgent>, Streaming<pb::DataToAgent>) {
+        let (control, mut orders) = (self.control, self.orders);
+        let task = async move {
+            let _open = control;
+            while let Ok(Some(_)) = orders.message().await {}
+        };
+        #[allow(clippy::disallowed_methods)]
+        tokio::spawn(task);
+        (self.data, self.work)
+    }
+
     /// Does so with every start until dropped.
     pub async fn serve(mut self) {
         loop {
