@@ -303,8 +303,12 @@ fn judge(args: &ChaosArgs, outcome: &Outcome) -> Report {
 }
 
 /// Made by an engine for a stream, and in no trajectory. Every sample came back, so all that was received is in one.
+/// Not a number, which passes no gate, where the engines' own counts are missing.
 fn discarded(outcome: &Outcome) -> f64 {
-    outcome.made as f64 - outcome.verdict.verified_tokens as f64
+    match outcome.made.checked_sub(outcome.verdict.verified_tokens) {
+        Some(discarded) => discarded as f64,
+        None => f64::NAN,
+    }
 }
 
 /// A killed engine's samples each lose at most the chunk it was making and the tick that the agent was filling.

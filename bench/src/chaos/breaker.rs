@@ -217,7 +217,7 @@ impl Breaker {
     async fn drain(&mut self, cluster: &mut Cluster, at: usize) -> anyhow::Result<bool> {
         let (id, life) = (cluster.nodes[at].id.clone(), cluster.nodes[at].agent.lives());
         let url = cluster.url().to_owned();
-        let args = ["engines", "drain", &id, "--manager", &url, "--deadline-ms", "1000"];
+        let args = ["engines", "drain", &id, "--manager", &url, "--deadline", "1"];
         cluster.run_aside(&format!("drain-{}", self.total()), &args).await?;
         self.mends.push(Mend { due: Instant::now() + DRAIN_WAIT, at, how: How::Drained { life } });
         Ok(true)
