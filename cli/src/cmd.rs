@@ -13,3 +13,5 @@ pub mod rollout;
 pub mod watch;
 // runs of their own
 pub mod bench;
+pub mod demo;
+pub mod sim;

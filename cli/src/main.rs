@@ -38,6 +38,8 @@ enum Command {
     Agent(cmd::agent::Args),
     /// Runs the embedded CPU engine
     Engine(cmd::engine::Args),
+    /// Trains a small model with engines that come, get drained and get killed meanwhile
+    Demo(cmd::demo::Args),
     /// Sends prompts, writes trajectories
     Submit(cmd::submit::Args),
     /// Publishes a safetensors directory as a new version of the weights
@@ -50,6 +52,8 @@ enum Command {
     Watch(cmd::watch::Args),
     /// Measures, or breaks, a cluster of real processes
     Bench(cmd::bench::Args),
+    /// Runs the deciding cores through seeded schedules of failures in virtual time
+    Sim(cmd::sim::Args),
 }
 
 fn main() -> ExitCode {
@@ -82,12 +86,14 @@ fn run(cli: Cli) -> Outcome {
             Command::Manager(args) => Box::pin(cmd::manager::run(args)).await,
             Command::Agent(args) => Box::pin(cmd::agent::run(args)).await,
             Command::Engine(args) => Box::pin(cmd::engine::run(args)).await,
+            Command::Demo(args) => Box::pin(cmd::demo::run(args)).await,
             Command::Submit(args) => Box::pin(cmd::submit::run(args)).await,
             Command::Publish(args) => Box::pin(cmd::publish::run(args)).await,
             Command::Engines(args) => Box::pin(cmd::engines::run(args)).await,
             Command::Rollout(args) => Box::pin(cmd::rollout::run(args)).await,
             Command::Watch(args) => Box::pin(cmd::watch::run(args)).await,
             Command::Bench(args) => Box::pin(cmd::bench::run(args)).await,
+            Command::Sim(args) => Box::pin(cmd::sim::run(args)).await,
         }
     })
 }

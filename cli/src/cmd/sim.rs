@@ -1,0 +1,153 @@
+//! `anabranch sim`: the deciding cores through seeded schedules of failures, in virtual time.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anabranch_runtime::Exit;
+use anabranch_sim::{Failure as Broken, Outcome as Ended, Scenario};
+use serde_json::json;
+
+use crate::failure::{Failure, OrExit, Outcome};
+use crate::progress::Progress;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// How many seeds [default: 200]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    seeds: Option<u64>,
+    /// The first seed; alone, only this one is run and its outcome shown
+    #[arg(long)]
+    seed: Option<u64>,
+    /// The same worlds without faults
+    #[arg(long)]
+    calm: bool,
+    /// Threads [default: one a core]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// One JSON object, for scripts
+    #[arg(long)]
+    json: bool,
+}
+
+/// Sums over all worlds that ended well.
+#[derive(Debug, Default, serde::Serialize)]
+struct Sums {
+    worlds: u64,
+    events: u64,
+    delivered: u64,
+    checked_tokens: u64,
+    migrations: u64,
+    regenerated_tokens: u64,
+    abandoned: u64,
+    versions: u64,
+    faults: u64,
+}
+
+pub async fn run(args: Args) -> Outcome {
+    let only_one = args.seed.is_some() && args.seeds.is_none();
+    let (first, count) =
+        (args.seed.unwrap_or(1), if only_one { 1 } else { args.seeds.unwrap_or(200) });
+    let (calm, as_json) = (args.calm, args.json);
+    let threads = args.threads.unwrap_or_else(cores).max(1);
+    let worlds = tokio::task::spawn_blocking(move || all(first, count, calm, threads, as_json));
+    let ended = worlds.await.or_exit(Exit::Internal)?;
+    report(&ended, as_json, only_one)
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Every seed of `first..first + count`, in their order.
+fn all(
+    first: u64,
+    count: u64,
+    calm: bool,
+    threads: usize,
+    quiet: bool,
+) -> Vec<Result<Ended, Box<Broken>>> {
+    let next = AtomicU64::new(0);
+    let progress = std::sync::Mutex::new((0, Progress::new("seeds", count, quiet)));
+    let work = || {
+        let mut ended = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            if at >= count {
+                return ended;
+            }
+            ended.push((at, world(first + at, calm)));
+            let mut progress = progress.lock().expect("no code panics while it holds this lock");
+            progress.0 += 1;
+            let done = progress.0;
+            progress.1.set(done, "");
+        }
+    };
+    let mut ended: Vec<_> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().flat_map(|w| w.join().expect("a world does not panic")).collect()
+    });
+    progress.lock().expect("no code panics while it holds this lock").1.finish();
+    ended.sort_by_key(|(at, _)| *at);
+    ended.into_iter().map(|(_, ended)| ended).collect()
+}
+
+fn world(seed: u64, calm: bool) -> Result<Ended, Box<Broken>> {
+    let scenario = Scenario::of_seed(seed);
+    anabranch_sim::run(if calm { scenario.calm() } else { scenario })
+}
+
+fn report(ended: &[Result<Ended, Box<Broken>>], as_json: bool, only_one: bool) -> Outcome {
+    let mut sums = Sums::default();
+    ended.iter().flatten().for_each(|outcome| sums.add(outcome));
+    let broken: Vec<&Broken> =
+        ended.iter().filter_map(|e| e.as_ref().err().map(|b| &**b)).collect();
+    if as_json {
+        let failures: Vec<_> = broken
+            .iter()
+            .map(|b| json!({"seed": b.seed, "at_ms": b.at_ms, "what": b.what, "story": b.story}))
+            .collect();
+        println!("{}", json!({"passed": broken.is_empty(), "sums": sums, "failures": failures}));
+    } else {
+        for one in ended.iter().flatten().filter(|_| only_one) {
+            println!("{}", serde_json::to_string_pretty(one).expect("an outcome is plain data"));
+        }
+        println!(
+            "{} worlds held: {} samples delivered, {} tokens checked, {} migrations, {} faults, {} versions",
+            sums.worlds,
+            sums.delivered,
+            sums.checked_tokens,
+            sums.migrations,
+            sums.faults,
+            sums.versions
+        );
+    }
+    match broken.first() {
+        None => Ok(Exit::Ok),
+        Some(first) => Err(tell(first, broken.len())),
+    }
+}
+
+fn tell(broken: &Broken, count: usize) -> Failure {
+    let Broken { seed, at_ms, what, story } = broken;
+    let story = story.join("\n  ");
+    let text = format!(
+        "{count} worlds broke a promise; the first is seed {seed} at {at_ms} ms: {what}\n  {story}\n\
+         see it again with: anabranch sim --seed {seed}"
+    );
+    Failure::new(Exit::Failed, text)
+}
+
+// === impl Sums ===
+
+impl Sums {
+    fn add(&mut self, outcome: &Ended) {
+        self.worlds += 1;
+        self.events += outcome.events;
+        self.delivered += outcome.delivered;
+        self.checked_tokens += outcome.checked_tokens;
+        self.migrations += outcome.migrations;
+        self.regenerated_tokens += outcome.regenerated_tokens;
+        self.abandoned += outcome.abandoned;
+        self.versions += outcome.versions;
+        self.faults += outcome.faults.values().sum::<u64>();
+    }
+}
