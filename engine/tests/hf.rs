@@ -1,5 +1,6 @@
 //! A real checkpoint behind the same HTTP dialect.
 #![cfg(feature = "candle")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 mod support;
 

@@ -1,5 +1,7 @@
 //! The engine over real HTTP: streams, control, updates, faults; every token compared with the oracle.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 mod support;
 
 use std::path::Path;

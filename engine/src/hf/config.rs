@@ -88,13 +88,13 @@ impl HfConfig {
         refuse_unserved(&raw, family)?;
         let heads = raw.num_attention_heads;
         let kv_heads = raw.num_key_value_heads.unwrap_or(heads);
-        if heads == 0 || kv_heads == 0 || heads % kv_heads != 0 {
+        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             return Err(format!(
                 "{heads} attention heads do not divide into {kv_heads} key-value heads"
             ));
         }
         let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / heads);
-        if head_dim == 0 || head_dim % 2 != 0 {
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err(format!("head_dim is {head_dim}; rotary positions need an even one"));
         }
         let attention_bias = raw.attention_bias.unwrap_or(false) && family != Family::Qwen2;

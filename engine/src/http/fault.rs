@@ -45,7 +45,7 @@ pub(super) async fn fault(State(app): State<Arc<App>>, body: Bytes) -> Response 
         Kind::Die => std::process::abort(),
         Kind::Stall => Fault::Stall(body.ms.map(Duration::from_millis)),
         Kind::Slow => match body.factor {
-            Some(factor) if factor >= 1.0 && factor <= 1e6 => Fault::Slow(factor),
+            Some(factor) if (1.0..=1e6).contains(&factor) => Fault::Slow(factor),
             _ => {
                 return error(
                     StatusCode::BAD_REQUEST,
