@@ -128,7 +128,9 @@ async fn what_cannot_be_cut_is_paused_and_its_boundary_is_marked() {
     let mut attached = manager.attach(|_| welcome(1)).await;
     let mut ledger = Ledger::default();
     let digest = attached.prompt(&[4]).await;
-    let sampling = pb::Sampling { max_tokens: 800, presence_penalty: 0.5, ..Default::default() };
+    // Nobody knows what an extra parameter keeps inside of the engine.
+    let extra = [("not_known_to_us".to_owned(), "1".to_owned())].into();
+    let sampling = pb::Sampling { max_tokens: 800, extra, ..Default::default() };
     attached.start_with(SampleId::new(5, 0), digest, 0, &[], sampling).await;
     attached.until(&mut ledger, |ledger| ledger.tokens() > 100).await;
     attached.control(load(1, 1, dir.path(), pb::OnRunning::Continue)).await;

@@ -237,6 +237,7 @@ impl Attached {
                 tokio::select! {
                     said = self.control_in.message() => {
                         let kind = said.expect("control").expect("open").kind.expect("kind");
+                        self.answer_beat(&kind).await;
                         if let Some(found) = want(&kind) {
                             self.said.push(kind);
                             return found;
@@ -260,6 +261,7 @@ impl Attached {
                 tokio::select! {
                     said = self.control_in.message() => {
                         let kind = said.expect("control").expect("open").kind.expect("kind");
+                        self.answer_beat(&kind).await;
                         self.said.push(kind);
                     }
                     tick = self.data_in.message() => {
@@ -278,6 +280,14 @@ impl Attached {
     pub async fn rest(&mut self, ledger: &mut Ledger) {
         while let Ok(Ok(Some(tick))) = timeout(PATIENCE, self.data_in.message()).await {
             self.take(ledger, tick).await;
+        }
+    }
+
+    async fn answer_beat(&self, kind: &from_agent::Kind) {
+        if let from_agent::Kind::Beat(beat) = kind {
+            let ack = to_agent::Kind::BeatAck(pb::BeatAck { seq: beat.seq });
+            // The agent may be leaving.
+            let _ = self.control_out.send(Ok(pb::ToAgent { kind: Some(ack) })).await;
         }
     }
 
