@@ -15,6 +15,7 @@
 
 pub mod checkpoint;
 pub mod chunks;
+pub mod delta;
 pub mod layout;
 pub mod wire;
 

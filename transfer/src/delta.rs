@@ -1,0 +1,278 @@
+//! A version as the difference to one that the receiver holds: lossless, block by block, applied out of
+//! place (new = f(base, delta)), so a crash in the middle costs nothing but the work. The result is
+//! verified by the full version's own chunk hashes, so a wrong delta can waste time, never corrupt.
+//!
+//! ```text
+//!   blob:  magic "ABX1", blocks u32, then a length u32 per block, then the blocks
+//!   block: 0 bytes = unchanged | 0 raw bytes | 1 changes (see `block`)
+//! ```
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anabranch_proto::manifest::{DType, Manifest};
+
+mod bits;
+mod block;
+mod element;
+
+use bits::BadBits;
+use block::Scratch;
+use element::{Bf16, Byte, Element, F8E4M3, F8E5M2, F16, F32, Int, Long, Word};
+
+const MAGIC: [u8; 4] = *b"ABX1";
+/// Large enough that a block's head is small beside the changes of a sparse block, small enough that
+/// old and new block stay in a core's cache.
+const BLOCK_BYTES: usize = 256 << 10;
+const RAW: u8 = 0;
+const CHANGES: u8 = 1;
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeltaError {
+    #[error("not a delta (starts with {0:02x?})")]
+    Magic(Vec<u8>),
+    #[error("a delta of {have} blocks for an image of {want}")]
+    Blocks { have: usize, want: usize },
+    #[error("the delta ends early")]
+    Short,
+    #[error("block {0} of the delta is malformed")]
+    Block(usize),
+    #[error("the base has {base} bytes, the version {version}")]
+    Size { base: usize, version: usize },
+}
+
+/// A part of the image with elements of one kind.
+struct BlockSpec {
+    range: Range<usize>,
+    dtype: DType,
+}
+
+/// The delta from `base` to `new`, both images with the tensors of `manifest`. `keep_going` is asked
+/// before each block: false gives up.
+pub fn encode(
+    manifest: &Manifest,
+    base: &[u8],
+    new: &[u8],
+    threads: usize,
+    keep_going: &(dyn Fn() -> bool + Sync),
+) -> Option<Vec<u8>> {
+    let blocks = blocks(manifest);
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut scratch = Scratch::default();
+        let mut done = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(spec) = blocks.get(at) else { return Some(done) };
+            if !keep_going() {
+                return None;
+            }
+            let (old, new) = (&base[spec.range.clone()], &new[spec.range.clone()]);
+            done.push((at, encode_block(spec.dtype, old, new, &mut scratch)));
+        }
+    };
+    let mut coded = vec![Vec::new(); blocks.len()];
+    for (at, block) in in_parallel(threads, &work)? {
+        coded[at] = block;
+    }
+    let size = 8 + coded.iter().map(|b| b.len() + 4).sum::<usize>();
+    let mut out = Vec::with_capacity(size);
+    out.extend_from_slice(&MAGIC);
+    out.extend_from_slice(&(coded.len() as u32).to_le_bytes());
+    coded.iter().for_each(|b| out.extend_from_slice(&(b.len() as u32).to_le_bytes()));
+    coded.iter().for_each(|b| out.extend_from_slice(b));
+    Some(out)
+}
+
+/// A delta that was parsed as far as to apply any block of it.
+pub struct Delta<'a> {
+    blocks: Vec<BlockSpec>,
+    payloads: Vec<&'a [u8]>,
+}
+
+/// Memory that a worker needs over many blocks.
+#[derive(Default)]
+pub struct Workspace {
+    scratch: Scratch,
+}
+
+// === impl Delta ===
+
+impl<'a> Delta<'a> {
+    pub fn parse(manifest: &Manifest, blob: &'a [u8]) -> Result<Delta<'a>, DeltaError> {
+        let blocks = blocks(manifest);
+        let (head, rest) = blob.split_at_checked(8).ok_or(DeltaError::Short)?;
+        if head[..4] != MAGIC {
+            return Err(DeltaError::Magic(head[..4].to_vec()));
+        }
+        let have = u32::from_le_bytes(head[4..].try_into().expect("4 bytes")) as usize;
+        if have != blocks.len() {
+            return Err(DeltaError::Blocks { have, want: blocks.len() });
+        }
+        let (lengths, mut rest) = rest.split_at_checked(have * 4).ok_or(DeltaError::Short)?;
+        let mut payloads = Vec::with_capacity(have);
+        for len in lengths.chunks_exact(4) {
+            let len = u32::from_le_bytes(len.try_into().expect("4 bytes")) as usize;
+            let (payload, tail) = rest.split_at_checked(len).ok_or(DeltaError::Short)?;
+            payloads.push(payload);
+            rest = tail;
+        }
+        if rest.is_empty() { Ok(Delta { blocks, payloads }) } else { Err(DeltaError::Short) }
+    }
+
+    pub fn block_count(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Where block `at` lies in the image.
+    pub fn range(&self, at: usize) -> Range<u64> {
+        let range = &self.blocks[at].range;
+        range.start as u64..range.end as u64
+    }
+
+    /// `out` becomes the new block; `base` is the old one.
+    pub fn apply_block(
+        &self,
+        at: usize,
+        base: &[u8],
+        out: &mut [u8],
+        workspace: &mut Workspace,
+    ) -> Result<(), DeltaError> {
+        let spec = &self.blocks[at];
+        if base.len() != spec.range.len() || out.len() != base.len() {
+            return Err(DeltaError::Size { base: base.len(), version: spec.range.len() });
+        }
+        let scratch = &mut workspace.scratch;
+        apply_block(spec.dtype, self.payloads[at], base, out, scratch)
+            .map_err(|BadBits| DeltaError::Block(at))
+    }
+}
+
+/// Applies a whole delta on one thread.
+pub fn apply(
+    manifest: &Manifest,
+    blob: &[u8],
+    base: &[u8],
+    out: &mut [u8],
+) -> Result<(), DeltaError> {
+    let delta = Delta::parse(manifest, blob)?;
+    let version = manifest.image_bytes as usize;
+    if base.len() != version || out.len() != version {
+        return Err(DeltaError::Size { base: base.len(), version });
+    }
+    let mut workspace = Workspace::default();
+    for at in 0..delta.block_count() {
+        let range = delta.blocks[at].range.clone();
+        delta.apply_block(at, &base[range.clone()], &mut out[range], &mut workspace)?;
+    }
+    Ok(())
+}
+
+/// The same on both sides, from the manifest alone: runs of one dtype, cut into blocks.
+fn blocks(manifest: &Manifest) -> Vec<BlockSpec> {
+    let mut runs: Vec<BlockSpec> = Vec::new();
+    let mut add = |start: u64, end: u64, dtype: DType| match runs.last_mut() {
+        _ if start == end => {}
+        Some(last) if last.dtype == dtype && last.range.end as u64 == start => {
+            last.range.end = end as usize;
+        }
+        _ => runs.push(BlockSpec { range: start as usize..end as usize, dtype }),
+    };
+    let mut end = 0;
+    for t in &manifest.tensors {
+        // The header, and holes if there were any.
+        add(end, t.offset, DType::U8);
+        add(t.offset, t.offset + t.len, t.dtype);
+        end = t.offset + t.len;
+    }
+    add(end, manifest.image_bytes, DType::U8);
+    let cut = |run: &BlockSpec| {
+        let (range, dtype) = (run.range.clone(), run.dtype);
+        let starts = range.clone().step_by(BLOCK_BYTES);
+        starts.map(move |s| BlockSpec { range: s..(s + BLOCK_BYTES).min(range.end), dtype })
+    };
+    runs.iter().flat_map(cut).collect()
+}
+
+fn encode_block(dtype: DType, old: &[u8], new: &[u8], scratch: &mut Scratch) -> Vec<u8> {
+    let coded = match dtype {
+        DType::BF16 => coded::<Bf16>(old, new, scratch),
+        DType::F16 => coded::<F16>(old, new, scratch),
+        DType::F32 => coded::<F32>(old, new, scratch),
+        DType::F8E4M3 => coded::<F8E4M3>(old, new, scratch),
+        DType::F8E5M2 => coded::<F8E5M2>(old, new, scratch),
+        DType::Bool | DType::U8 | DType::I8 | DType::F8E8M0 => coded::<Byte>(old, new, scratch),
+        DType::I16 | DType::U16 => coded::<Word>(old, new, scratch),
+        DType::I32 | DType::U32 => coded::<Int>(old, new, scratch),
+        DType::I64 | DType::U64 | DType::F64 => coded::<Long>(old, new, scratch),
+    };
+    match coded {
+        None => Vec::new(),
+        Some(mut coded) if coded.len() < new.len() => {
+            coded.insert(0, CHANGES);
+            coded
+        }
+        Some(_) => [&[RAW], new].concat(),
+    }
+}
+
+fn coded<E: Element>(old: &[u8], new: &[u8], scratch: &mut Scratch) -> Option<Vec<u8>> {
+    block::encode::<E>(old, new, scratch)
+}
+
+fn apply_block(
+    dtype: DType,
+    payload: &[u8],
+    base: &[u8],
+    out: &mut [u8],
+    scratch: &mut Scratch,
+) -> Result<(), BadBits> {
+    let bits = match payload.split_first() {
+        None => {
+            out.copy_from_slice(base);
+            return Ok(());
+        }
+        Some((&RAW, raw)) if raw.len() == out.len() => {
+            out.copy_from_slice(raw);
+            return Ok(());
+        }
+        Some((&CHANGES, bits)) => bits,
+        Some(_) => return Err(BadBits),
+    };
+    out.copy_from_slice(base);
+    match dtype {
+        DType::BF16 => block::apply::<Bf16>(bits, out, scratch),
+        DType::F16 => block::apply::<F16>(bits, out, scratch),
+        DType::F32 => block::apply::<F32>(bits, out, scratch),
+        DType::F8E4M3 => block::apply::<F8E4M3>(bits, out, scratch),
+        DType::F8E5M2 => block::apply::<F8E5M2>(bits, out, scratch),
+        DType::Bool | DType::U8 | DType::I8 | DType::F8E8M0 => {
+            block::apply::<Byte>(bits, out, scratch)
+        }
+        DType::I16 | DType::U16 => block::apply::<Word>(bits, out, scratch),
+        DType::I32 | DType::U32 => block::apply::<Int>(bits, out, scratch),
+        DType::I64 | DType::U64 | DType::F64 => block::apply::<Long>(bits, out, scratch),
+    }
+}
+
+/// Runs `work` on `threads` threads and joins what they give; `None` if one gave up.
+fn in_parallel<T: Send>(
+    threads: usize,
+    work: &(impl Fn() -> Option<Vec<T>> + Sync),
+) -> Option<Vec<T>> {
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mut out = work();
+        for other in others {
+            let theirs = other.join().expect("coding does not panic");
+            out = out.zip(theirs).map(|(mut all, more)| {
+                all.extend(more);
+                all
+            });
+        }
+        out
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,136 @@
+use anabranch_proto::manifest::{Kind, Manifest};
+use proptest::prelude::*;
+
+use super::*;
+use crate::layout::{Layout, TensorSpec};
+
+fn manifest(tensors: &[(DType, u64)]) -> Manifest {
+    let spec = |(ix, (dtype, len)): (usize, &(DType, u64))| TensorSpec {
+        name: format!("t{ix}"),
+        dtype: *dtype,
+        shape: vec![*len],
+    };
+    let specs: Vec<TensorSpec> = tensors.iter().enumerate().map(spec).collect();
+    let layout = Layout::new(&specs).expect("layout");
+    Manifest {
+        kind: Kind::Full,
+        chunk_bytes: 1 << 20,
+        image_bytes: layout.image_bytes(),
+        tensors: layout.tensors().to_vec(),
+        chunk_hashes: Vec::new(),
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 ^ self.0 >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 11
+    }
+
+    fn unit(&mut self) -> f64 {
+        self.next() as f64 / (1u64 << 53) as f64
+    }
+
+    fn normal(&mut self) -> f64 {
+        (-2.0 * self.unit().max(1e-12).ln()).sqrt() * (std::f64::consts::TAU * self.unit()).cos()
+    }
+}
+
+fn bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) as u16
+}
+
+/// Weights with an f32 master, before and after steps of about `step`.
+fn trained(len: usize, step: f64, seed: u64) -> (Vec<u8>, Vec<u8>) {
+    let mut random = Random(seed);
+    let (mut old, mut new) = (Vec::new(), Vec::new());
+    for _ in 0..len {
+        let master = (random.normal() * 0.02) as f32;
+        let moved = master + (random.normal() * step) as f32;
+        old.extend_from_slice(&bf16(master).to_le_bytes());
+        new.extend_from_slice(&bf16(moved).to_le_bytes());
+    }
+    (old, new)
+}
+
+/// (bytes, bits per changed element, density)
+fn measure(step: f64) -> (usize, f64, f64) {
+    let len = 1 << 20;
+    let m = manifest(&[(DType::BF16, len)]);
+    let head = (m.image_bytes - 2 * len) as usize;
+    let (old, new) = trained(len as usize, step, 7);
+    let image = |data: &[u8]| [vec![0; head].as_slice(), data].concat();
+    let (old, new) = (image(&old), image(&new));
+    let blob = encode(&m, &old, &new, 1, &|| true).expect("encoded");
+    let mut out = vec![0xAA; new.len()];
+    apply(&m, &blob, &old, &mut out).expect("applied");
+    assert!(out == new, "bit-exact");
+    let changed = old.chunks(2).zip(new.chunks(2)).filter(|(a, b)| a != b).count();
+    (blob.len(), blob.len() as f64 * 8.0 / changed as f64, changed as f64 / len as f64)
+}
+
+#[test]
+fn sparse_steps_cost_less_than_a_quarter_of_index_and_value_pairs() {
+    for step in [2e-8, 6e-8, 2e-7, 6e-7] {
+        let (bytes, bits, density) = measure(step);
+        eprintln!("density {:.2}%: {bytes} bytes, {bits:.2} bits per change", density * 100.0);
+        assert!(bits <= 0.25 * 48.0, "{bits} bits at {density}");
+    }
+}
+
+#[test]
+fn every_dtype_comes_back_bit_by_bit() {
+    let tensors: Vec<(DType, u64)> = DType::ALL.into_iter().map(|d| (d, 70_001)).collect();
+    let m = manifest(&tensors);
+    let mut random = Random(3);
+    for density in [0.0, 0.003, 0.3, 1.0] {
+        let old: Vec<u8> = (0..m.image_bytes).map(|_| random.next() as u8).collect();
+        let mut new = old.clone();
+        for byte in &mut new {
+            if random.unit() < density {
+                *byte = random.next() as u8;
+            }
+        }
+        let blob = encode(&m, &old, &new, 3, &|| true).expect("encoded");
+        let mut out = vec![0; new.len()];
+        apply(&m, &blob, &old, &mut out).expect("applied");
+        assert!(out == new, "at {density}");
+        assert!(blob.len() <= new.len() + new.len() / 1000 + 4096, "never much more than raw");
+    }
+}
+
+#[test]
+fn an_unchanged_version_costs_four_bytes_a_block() {
+    let m = manifest(&[(DType::BF16, 1 << 20)]);
+    let image = vec![1; m.image_bytes as usize];
+    let blob = encode(&m, &image, &image, 1, &|| true).expect("encoded");
+    assert_eq!(blob.len(), 8 + 4 * 9);
+    assert_eq!(encode(&m, &image, &image, 2, &|| false), None);
+}
+
+proptest! {
+    #[test]
+    fn damaged_deltas_never_panic(
+        damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let m = manifest(&[(DType::BF16, 3000), (DType::F32, 100), (DType::U8, 100)]);
+        let mut random = Random(5);
+        let old: Vec<u8> = (0..m.image_bytes).map(|_| random.next() as u8).collect();
+        let mut new = old.clone();
+        for at in (0..new.len()).step_by(37) { new[at] ^= 1; }
+        let mut blob = encode(&m, &old, &new, 1, &|| true).expect("encoded");
+        for (at, value) in damage {
+            let at = at.index(blob.len());
+            blob[at] = value;
+        }
+        if cut.index(3) == 0 {
+            blob.truncate(cut.index(blob.len()));
+        }
+        let mut out = vec![0; new.len()];
+        let _ = apply(&m, &blob, &old, &mut out);
+    }
+}
