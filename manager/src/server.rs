@@ -1,6 +1,7 @@
 //! Starts and stops a manager: listener, tokens, certificate, loop, feed, announcement. The only place
 //! that knows all parts.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,7 +53,8 @@ pub struct Manager {
 /// Runs until `shutdown`, printing how to attach engines when ready.
 pub async fn run(config: ManagerConfig, shutdown: CancellationToken) -> Result<(), ManagerError> {
     let mut manager = Manager::start(config).await?;
-    println!("{}", manager.ready().text());
+    // Whoever started us may have closed its end; that is no reason to stop.
+    let _ = writeln!(std::io::stdout(), "{}", manager.ready().text());
     let ended = tokio::select! {
         () = shutdown.cancelled() => Ok(()),
         error = manager.failed() => Err(error),

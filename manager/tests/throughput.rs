@@ -82,6 +82,7 @@ async fn load(announce: &std::path::Path, pid: u32) {
     let mut trainer = Trainer::open(connect().await).await;
     let mut consumer =
         trainer.consume(pb::Pack { min: 64, max_wait_ms: 20, ..Default::default() }).await;
+    consumer.patience = Duration::from_secs(600);
     let total = AGENTS as u32 * samples;
     let groups = (0..total / 8).map(|n| group(&format!("g{n}"), 8, tokens)).collect();
     let (cpu_before, from) = (cpu_seconds(pid), Instant::now());
@@ -90,9 +91,7 @@ async fn load(announce: &std::path::Path, pid: u32) {
     let mut delays = Vec::new();
     let mut got = 0;
     while got < total {
-        let batch = tokio::time::timeout(Duration::from_secs(600), consumer.batch())
-            .await
-            .expect("in time");
+        let batch = consumer.batch().await;
         let now = Instant::now();
         for trajectory in &batch.trajectories {
             check_exact(trajectory, tokens);

@@ -19,7 +19,11 @@ use tonic::{Status, Streaming};
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub async fn within<T>(what: &str, wait: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, wait)
+    within_time(PATIENCE, what, wait).await
+}
+
+async fn within_time<T>(patience: Duration, what: &str, wait: impl Future<Output = T>) -> T {
+    tokio::time::timeout(patience, wait)
         .await
         .unwrap_or_else(|_| panic!("waited too long for {what}"))
 }
@@ -267,6 +271,7 @@ pub struct Trainer {
 pub struct Consumer {
     to: mpsc::Sender<pb::FromConsumer>,
     from: Streaming<pb::ToConsumer>,
+    pub patience: Duration,
 }
 
 /// A whole micro-batch.
@@ -306,15 +311,24 @@ impl Trainer {
     }
 
     pub async fn consume(&mut self, pack: pb::Pack) -> Consumer {
+        self.consume_shard(pack, 0, 1).await
+    }
+
+    pub async fn consume_shard(&mut self, pack: pb::Pack, index: u32, count: u32) -> Consumer {
         let (to, out) = mpsc::channel(64);
-        let attach = pb::Attach { session: self.session, pack: Some(pack), ..Default::default() };
+        let attach = pb::Attach {
+            session: self.session,
+            pack: Some(pack),
+            shard_index: index,
+            shard_count: count,
+        };
         let consumer_says = |kind| pb::FromConsumer { kind: Some(kind) };
         to.send(consumer_says(from_consumer::Kind::Attach(attach))).await.expect("open");
         let credit = pb::Credit { bytes: 1 << 40, samples: 1 << 30 };
         to.send(consumer_says(from_consumer::Kind::Credit(credit))).await.expect("open");
         let from =
             self.client.consume(ReceiverStream::new(out)).await.expect("attached").into_inner();
-        Consumer { to, from }
+        Consumer { to, from, patience: PATIENCE }
     }
 }
 
@@ -324,7 +338,7 @@ impl Consumer {
     }
 
     pub async fn next(&mut self) -> Result<Option<to_consumer::Kind>, Status> {
-        let message = within("a batch", self.from.message()).await?;
+        let message = within_time(self.patience, "a batch", self.from.message()).await?;
         Ok(message.and_then(|message| message.kind))
     }
 
