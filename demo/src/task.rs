@@ -7,7 +7,7 @@
 //! strand (A-T, C-G), ended by the model's own EOS. Whether position i is right depends on token i
 //! alone, so its reward is exact and immediate.
 
-use crate::rng::{hash_bytes, mix};
+use crate::rng::{hash_bytes, mix, unit};
 
 pub const STRAND_BASES: usize = 16;
 
@@ -18,6 +18,9 @@ const FIRST_BASE: u32 = 3;
 const BASES: [char; 4] = ['A', 'C', 'G', 'T'];
 /// One strand in this many is held out of training, decided by the strand's own hash.
 const HELD_OUT_SHARE: u64 = 8;
+/// Where the warm-up's problems begin, far from any training problem.
+const FORM_STREAM: u64 = 1 << 40;
+const COPIED_SHARE: f64 = 0.5;
 
 /// One question, and what is needed to grade its answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +58,8 @@ pub trait Task: Send + Sync {
     /// The training problem `index`; never one of the held-out set.
     fn train_problem(&self, index: u64) -> Problem;
     fn held_out(&self, count: usize) -> Vec<Problem>;
+    /// A prompt with an answer of the right form and the wrong content: what a warm-up may see.
+    fn form_example(&self, index: u64) -> Problem;
     fn score(&self, problem: &Problem, answer: &[u32]) -> Score;
     /// For people: tokens as text.
     fn show(&self, tokens: &[u32]) -> String;
@@ -111,10 +116,23 @@ impl Task for Strand {
         (0..count as u64).map(|i| self.draw(Side::HeldOut, i)).collect()
     }
 
+    /// Half copies the prompt, half is noise. A copied base is never its own complement, so the
+    /// habit that this teaches scores below chance; it only shows where to look and when to stop.
+    fn form_example(&self, index: u64) -> Problem {
+        let problem = self.draw(Side::Train, FORM_STREAM + index);
+        let key = mix(mix(self.seed, FORM_STREAM), index);
+        let noise = strand(key);
+        let copied = |i: usize| unit(mix(key, FORM_STREAM), i as u64) < COPIED_SHARE;
+        let prompt = &problem.prompt[1..];
+        let mut expected: Vec<u32> =
+            (0..STRAND_BASES).map(|i| if copied(i) { prompt[i] } else { noise[i] }).collect();
+        expected.push(EOS);
+        Problem { prompt: problem.prompt, expected }
+    }
+
     fn score(&self, problem: &Problem, answer: &[u32]) -> Score {
-        let right = |(i, token): (usize, &u32)| {
-            f32::from(u8::from(problem.expected.get(i) == Some(token)))
-        };
+        let right =
+            |(i, token): (usize, &u32)| f32::from(u8::from(problem.expected.get(i) == Some(token)));
         let per_token: Vec<f32> = answer.iter().enumerate().map(right).collect();
         let reward = per_token.iter().sum::<f32>() / problem.expected.len() as f32;
         Score { per_token, reward, exact: answer == problem.expected }
@@ -184,6 +202,22 @@ mod tests {
     }
 
     #[test]
+    fn the_warm_up_shows_the_form_and_answers_worse_than_chance() {
+        let task = Strand::new(2);
+        let right: usize = (0..400)
+            .map(|i| {
+                let shown = task.form_example(i);
+                assert_eq!(shown.expected.len(), STRAND_BASES + 1);
+                assert_eq!(shown.expected.last(), Some(&EOS));
+                let wanted = problem(&shown.prompt[1..=STRAND_BASES]).expected;
+                (0..STRAND_BASES).filter(|at| shown.expected[*at] == wanted[*at]).count()
+            })
+            .sum();
+        let share = right as f64 / (400 * STRAND_BASES) as f64;
+        assert!((share - 0.125).abs() < 0.02, "{share} of the shown bases are right");
+    }
+
+    #[test]
     fn a_wrong_an_early_and_a_missing_end_are_graded_by_position() {
         let task = Strand::new(1);
         let p = task.train_problem(5);
@@ -192,7 +226,8 @@ mod tests {
         let early = task.score(&p, &wrong[..4]);
         assert_eq!(early.per_token, [1.0, 1.0, 1.0, 0.0]);
         assert!(!early.exact);
-        assert!((early.reward - 3.0 / 17.0).abs() < 1e-6);
+        let whole = (STRAND_BASES + 1) as f32;
+        assert!((early.reward - 3.0 / whole).abs() < 1e-6);
         let mut endless = p.expected.clone();
         *endless.last_mut().unwrap() = FIRST_BASE;
         assert!(!task.score(&p, &endless).exact);

@@ -86,9 +86,7 @@ impl Weights {
         mask: &Tensor,
     ) -> Result<Tensor> {
         let (heads, dim) = (self.config.num_attention_heads, self.config.head_dim());
-        let split = |x: Tensor| {
-            x.reshape((batch, len, heads, dim))?.transpose(1, 2)?.contiguous()
-        };
+        let split = |x: Tensor| x.reshape((batch, len, heads, dim))?.transpose(1, 2)?.contiguous();
         let q = rotate(&split(h.matmul(&layer.q)?)?, tables)?;
         let k = rotate(&split(h.matmul(&layer.k)?)?, tables)?;
         let v = split(h.matmul(&layer.v)?)?;
