@@ -342,7 +342,8 @@ engine_tests! {
         let engine = Engine::synthetic(|config| config.rate = Some(50.0)).await;
         let mut one = engine.stream(body("a", &[5], 3, 500)).await;
         let mut two = engine.stream(body("b", &[5], 3, 500)).await;
-        (one.chunk().await, two.chunk().await);
+        one.chunk().await;
+        two.chunk().await;
         let fault = engine.post("/fault", json!({"kind": "end_early", "count": 1})).await;
         assert_eq!(fault, (200, json!({"ok": true, "affected": 1})));
         let (chunks, end) = one.rest().await;
