@@ -9,6 +9,7 @@ pub mod config;
 pub mod event;
 pub mod timer;
 
+mod check;
 mod deliver;
 mod engines;
 mod leases;
@@ -210,6 +211,8 @@ impl Core {
                 Timer::Drain(session) => self.drain_over(now, session),
                 Timer::Quarantine(session) => self.quarantine_over(now, session),
                 Timer::Load(session) => self.load_overdue(now, session),
+                Timer::Rested(_) => self.placeable = true,
+                // Settling after the timer orders it again.
                 Timer::LoadRetry(_) => {}
                 Timer::Leader(group) => self.release_siblings(group),
                 Timer::Group(group) => self.group_overdue(now, group),

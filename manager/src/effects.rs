@@ -75,6 +75,7 @@ impl Effects {
         match action {
             Action::OpenPage { sample, rules } => self.ledger.open(sample, rules),
             Action::ClearPage { sample } => self.ledger.clear(sample),
+            Action::FreezePage { sample } => self.ledger.freeze(sample),
             Action::Forget { samples } => self.forget(&samples),
             Action::Start(order) => self.start(&order),
             Action::Stop { session, sample, attempt, why } => {

@@ -82,6 +82,10 @@ pub(crate) struct Engine {
     pub kv_used: f32,
     /// Waits for the answer to a mode order.
     pub mode_order: Option<OrderId>,
+    /// Its memory was asked for and not given back yet: after a lost link it is told again.
+    pub parked: bool,
+    /// What the trainer said it loaded there.
+    pub attested: Option<Version>,
     /// Kept free for a sample that may be poison.
     pub reserved: Option<SampleId>,
     /// Ends with "busy" or garbage: no new work before this.
@@ -162,14 +166,13 @@ impl Engine {
         })
     }
 
-    pub fn fits(&self, weight: u64, context: u32) -> bool {
+    pub fn has_room(&self, weight: u64) -> bool {
         let hello = &self.hello;
-        let max_context = hello.model.max_context;
-        let room = hello.max_running == 0 || (self.running.len() as u32) < hello.max_running;
+        let seats = hello.max_running == 0 || (self.running.len() as u32) < hello.max_running;
         let memory = hello.kv_tokens == 0
             || self.running.is_empty()
             || self.committed_tokens + weight <= hello.kv_tokens;
-        room && memory && (max_context == 0 || context <= max_context)
+        seats && memory
     }
 
     /// For "least outstanding tokens", engines of different size compared by GPU.

@@ -140,6 +140,13 @@ impl Ledger {
         }
     }
 
+    /// The sample ends as it is: what still comes for it is stale.
+    pub fn freeze(&self, sample: SampleId) {
+        if let Some(page) = self.shard(sample).pages.get_mut(&sample) {
+            page.end_attempt();
+        }
+    }
+
     /// A finished (or given up) sample's content.
     pub fn view(&self, sample: SampleId) -> Option<PageView> {
         self.shard(sample).pages.get(&sample).map(Page::view)

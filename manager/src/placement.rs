@@ -62,7 +62,8 @@ impl Need {
             .map(|(_, _, session)| session)
     }
 
-    fn may_run_on(&self, now: Now, allowed: Allowed, engine: &Engine) -> bool {
+    /// It will be able to take the sample once it has room: version and context fit.
+    pub fn suits(&self, allowed: Allowed, engine: &Engine) -> bool {
         let Some(at) = engine.serving() else { return false };
         let version_fits = match (self.pin, allowed.max_lag) {
             (Some(pin), _) => at == pin,
@@ -71,13 +72,17 @@ impl Need {
                 at.lag_behind(&allowed.current).is_some_and(|lag| lag <= max_lag)
             }
         };
+        let context = engine.hello.model.max_context;
+        version_fits && (context == 0 || self.prefill + self.remaining <= context)
+    }
+
+    fn may_run_on(&self, now: Now, allowed: Allowed, engine: &Engine) -> bool {
         let free = match engine.reserved {
             Some(reserved) => reserved == self.sample && engine.running.is_empty(),
             None => !self.alone,
         };
-        version_fits
-            && free
-            && engine.not_before <= now
-            && engine.fits(self.weight(), self.prefill + self.remaining)
+        free && engine.not_before <= now
+            && self.suits(allowed, engine)
+            && engine.has_room(self.weight())
     }
 }

@@ -13,6 +13,7 @@ pub(crate) struct Standing {
     pub at: Standpoint,
     /// A load order is on its way to it.
     pub loading: bool,
+    pub to: Option<Version>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +57,27 @@ pub(crate) fn wave(
     wave
 }
 
+/// Pinned versions that no engine serves or loads, with the engine that should get each: an idle one first.
+/// `None`: no engine is free to.
+pub(crate) fn missing_pins(engines: &[Standing], pins: &Pins) -> Vec<(Option<SessionId>, Version)> {
+    let has = |pin: &Version| {
+        engines.iter().any(|e| e.at == Standpoint::Serving(*pin) || e.to == Some(*pin))
+    };
+    let mut taken = Vec::new();
+    let mut missing = Vec::new();
+    for pin in pins.keys().filter(|pin| !has(pin)) {
+        let free = |e: &&Standing| {
+            let keeps = matches!(e.at, Standpoint::Serving(at) if pins.contains_key(&at));
+            !e.loading && !keeps && !taken.contains(&e.session)
+        };
+        let choice =
+            engines.iter().filter(free).min_by_key(|e| e.at != Standpoint::Idle).map(|e| e.session);
+        taken.extend(choice);
+        missing.push((choice, *pin));
+    }
+    missing
+}
+
 /// For each pinned version, the one engine that stays with it.
 fn keepers(target: Version, engines: &[Standing], pins: &Pins) -> Vec<SessionId> {
     let stays = |pin: &Version| {
@@ -77,6 +99,7 @@ mod tests {
             session: SessionId(i as u64),
             at: at.map_or(Standpoint::Idle, |n| Standpoint::Serving(v(n))),
             loading: loading.get(i).copied().unwrap_or(false),
+            to: None,
         };
         at.iter().enumerate().map(stand).collect()
     }

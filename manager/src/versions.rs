@@ -108,6 +108,11 @@ impl Versions {
         self.records.get(&number)
     }
 
+    /// By number and root: another epoch's version of the same number is another version.
+    pub fn find(&self, version: Version) -> Option<&VersionRecord> {
+        self.records.get(&version.number).filter(|record| record.version == version)
+    }
+
     pub fn get_mut(&mut self, number: u64) -> Option<&mut VersionRecord> {
         self.records.get_mut(&number)
     }

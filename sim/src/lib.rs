@@ -1,1 +1,18 @@
-//! Placeholder; see ARCHITECTURE.
+//! Virtual-time worlds that drive the manager's real cores: seeded schedules of kills, stalls, clean ends, lost
+//! finishes, partitions, repeated messages, version bumps, mode switches, drains and trainer restarts.
+//! After each event the invariants are checked, and each delivered trajectory is recomputed with the oracle.
+//! A failing seed reproduces exactly: `anabranch sim --seed N`.
+//!
+//! What is real: the deciding core, the ledger, the oracle. What is modelled: agents and engines as one
+//! ([`fleet`]), the trainer ([`trainer`]), the network ([`world`]).
+
+mod check;
+mod faults;
+mod fleet;
+mod rng;
+mod scenario;
+mod trainer;
+mod world;
+
+pub use scenario::Scenario;
+pub use world::{Failure, Outcome, run};

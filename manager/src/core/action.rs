@@ -29,6 +29,10 @@ pub enum Action {
     ClearPage {
         sample: SampleId,
     },
+    /// The sample ends as it is (cancelled): what its engine still sends is stale.
+    FreezePage {
+        sample: SampleId,
+    },
     /// Nobody will ask for these again.
     Forget {
         samples: Vec<SampleId>,

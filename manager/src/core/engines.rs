@@ -105,6 +105,8 @@ impl Core {
             tokens: 0,
             kv_used: 0.0,
             mode_order: None,
+            parked: false,
+            attested: None,
             reserved: None,
             not_before: now,
             broken: 0,
@@ -152,14 +154,46 @@ impl Core {
             self.detach_from_engine(sample, session);
             self.requeue(now, sample);
         }
-        let suspect = matches!(self.engines[&session].state, EngineState::Suspect { .. });
-        let draining = matches!(self.engines[&session].state, EngineState::Draining { .. });
-        if draining {
-            let left =
-                self.timers.get(Timer::Drain(session)).map_or(Duration::ZERO, |at| now.until(at));
-            self.order_mode(session, ModeKind::Drain, left, "drain, again after the link broke");
-        } else if suspect || self.engines[&session].version().is_some() {
-            self.join_job(now, session);
+        self.take_up_again(now, session);
+    }
+
+    /// It is heard again: it goes on with what it was told, which may not have arrived.
+    pub(super) fn take_up_again(&mut self, now: Now, session: SessionId) {
+        let left =
+            self.timers.get(Timer::Drain(session)).map_or(Duration::ZERO, |at| now.until(at));
+        let training = self.training;
+        let Some(engine) = self.engines.get_mut(&session) else { return };
+        match &engine.state {
+            EngineState::Draining { .. } => {
+                self.order_mode(
+                    session,
+                    ModeKind::Drain,
+                    left,
+                    "drain, again after the link broke",
+                );
+            }
+            _ if engine.parked && training => {
+                engine.state = EngineState::Releasing;
+                self.order_mode(
+                    session,
+                    ModeKind::ReleaseMemory,
+                    self.config.lease(),
+                    "the trainer trains",
+                );
+            }
+            _ if engine.parked => {
+                engine.state = EngineState::Released;
+                self.order_mode(
+                    session,
+                    ModeKind::ResumeMemory,
+                    self.config.lease(),
+                    "the trainer generates",
+                );
+            }
+            EngineState::Suspect { .. }
+            | EngineState::Serving { .. }
+            | EngineState::Updating { .. } => self.join_job(now, session),
+            _ => {}
         }
     }
 
@@ -191,14 +225,18 @@ impl Core {
         let loaded = engine.hello.loaded;
         let proven = match engine.hello.weights_by_trainer {
             // Only the trainer can say what such an engine has, unless nobody loaded anything yet.
-            true => loaded.is_base() && self.current.is_base(),
+            true => loaded.is_base() && self.current.is_base() || engine.attested == Some(loaded),
             false if loaded.is_base() => self.current.is_base(),
             false => {
                 self.versions.get(loaded.number).is_some_and(|record| record.version == loaded)
             }
         };
         if proven {
-            self.set_serving(now, session, if loaded.is_base() { self.current } else { loaded });
+            self.set_serving(
+                now,
+                session,
+                if self.current.is_base() && loaded.is_base() { self.current } else { loaded },
+            );
         } else {
             engine.state = EngineState::Syncing { to: self.current };
         }
@@ -256,6 +294,7 @@ impl Core {
             Timer::Lease(session),
             Timer::Reattach(session),
             Timer::Progress(session),
+            Timer::Rested(session),
             Timer::Drain(session),
             Timer::Load(session),
             Timer::LoadRetry(session),

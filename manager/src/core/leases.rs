@@ -22,7 +22,7 @@ impl Core {
         // A lease that was over while the link held: it was only slow.
         if matches!(engine.state, EngineState::Suspect { .. }) {
             self.timers.clear(Timer::Reattach(session));
-            self.join_job(now, session);
+            self.take_up_again(now, session);
         }
     }
 

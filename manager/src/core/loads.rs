@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anabranch_proto::{EngineId, SessionId, Version};
+use anabranch_proto::{EngineId, SampleId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
@@ -21,15 +21,20 @@ impl Core {
         if target.is_base() || self.job.is_none() {
             return;
         }
-        let standings = self.standings(now, target);
+        let pins = self.pins();
+        let standings = self.standings(target, &pins);
         let keep_serving = self.job.as_ref().and_then(|job| job.rolling);
-        let wave = rollforward::wave(target, &standings, &self.pins(), keep_serving);
+        for (session, pin) in rollforward::missing_pins(&standings, &pins) {
+            self.order_pinned(now, session, pin);
+        }
+        let standings = self.standings(target, &pins);
+        let wave = rollforward::wave(target, &standings, &pins, keep_serving);
         for session in wave {
             self.order_load(now, session, target);
         }
     }
 
-    fn standings(&mut self, _now: Now, target: Version) -> Vec<Standing> {
+    fn standings(&mut self, target: Version, pins: &Pins) -> Vec<Standing> {
         let mut standings = Vec::new();
         let mut outdated = Vec::new();
         for (&session, engine) in &self.engines {
@@ -46,6 +51,7 @@ impl Core {
             let mut loading = engine.load.is_some();
             if let Some(load) = &engine.load
                 && load.version != target
+                && !pins.contains_key(&load.version)
                 && load.stage < LoadStage::Quiescing
             {
                 // Still fetching something older: skip to the newest.
@@ -53,7 +59,8 @@ impl Core {
                 loading = false;
             }
             loading |= self.timers.get(Timer::LoadRetry(session)).is_some();
-            standings.push(Standing { session, at, loading });
+            let to = engine.load.as_ref().filter(|_| loading).map(|load| load.version);
+            standings.push(Standing { session, at, loading, to });
         }
         for (session, order) in outdated {
             if let Some(engine) = self.engines.get_mut(&session) {
@@ -63,6 +70,33 @@ impl Core {
             self.act(Action::CancelLoad { session, order });
         }
         standings
+    }
+
+    /// Groups are pinned to a version that no engine has: one engine fetches it, or the groups are given up.
+    fn order_pinned(&mut self, now: Now, session: Option<SessionId>, pin: Version) {
+        let somewhere = |core: &Self| {
+            core.versions.find(pin).is_some_and(|record| {
+                let holders = session.map(|session| core.sources(session, pin));
+                record.directory.is_some() || holders.is_some_and(|holders| !holders.is_empty())
+            })
+        };
+        match session {
+            None => {}
+            Some(session) if somewhere(self) => self.order_load(now, session, pin),
+            Some(_) => {
+                let stranded: Vec<_> = self
+                    .groups
+                    .iter()
+                    .filter(|(_, group)| group.pin == Some(pin) && !group.is_over())
+                    .map(|(id, _)| *id)
+                    .collect();
+                for group in stranded {
+                    let why =
+                        format!("pinned to {pin}, which no engine and no holder has any more");
+                    self.give_up_group(now, group, &why, false);
+                }
+            }
+        }
     }
 
     fn pins(&self) -> Pins {
@@ -79,7 +113,7 @@ impl Core {
     }
 
     fn order_load(&mut self, now: Now, session: SessionId, version: Version) {
-        let Some(record) = self.versions.get(version.number) else { return };
+        let Some(record) = self.versions.find(version) else { return };
         let (bytes, directory) = (record.bytes, record.directory.clone());
         let sources = self.sources(session, version);
         if sources.is_empty() && directory.is_none() {
@@ -125,7 +159,7 @@ impl Core {
     }
 
     /// Peers first, so that the trainer sends a version as few times as can be; then the trainer.
-    fn sources(&self, receiver: SessionId, version: Version) -> Vec<Holder> {
+    pub(super) fn sources(&self, receiver: SessionId, version: Version) -> Vec<Holder> {
         let peers = self.engines.values().filter(|engine| {
             engine.session != receiver
                 && engine.link.is_some()
@@ -139,7 +173,7 @@ impl Core {
                 serve_key: engine.serve_key,
             })
             .collect();
-        if let Some(record) = self.versions.get(version.number)
+        if let Some(record) = self.versions.find(version)
             && record.publisher.is_some()
             && !record.addresses.is_empty()
         {
@@ -196,14 +230,23 @@ impl Core {
             });
         }
         match report.stage {
-            LoadStage::Quiescing => self.begin_update(session, version),
+            LoadStage::Quiescing => self.begin_update(now, session, version),
             LoadStage::Active => self.load_done(now, session, version, report),
             LoadStage::Failed => self.load_failed(now, session),
             _ => {}
         }
     }
 
-    fn begin_update(&mut self, session: SessionId, to: Version) {
+    fn begin_update(&mut self, now: Now, session: SessionId, to: Version) {
+        let Some(engine) = self.engines.get(&session) else { return };
+        let pinned = |id: &&SampleId| {
+            self.groups.get(&id.group).and_then(|group| group.pin).is_some_and(|pin| pin != to)
+        };
+        let leave: Vec<SampleId> = engine.running.keys().filter(pinned).copied().collect();
+        for sample in leave {
+            self.take_off(now, sample, "pinned to the version that goes");
+            self.requeue(now, sample);
+        }
         let Some(engine) = self.engines.get_mut(&session) else { return };
         if let EngineState::Serving { at } = engine.state {
             engine.state = EngineState::Updating { from: at, to };

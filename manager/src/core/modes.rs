@@ -60,6 +60,8 @@ impl Core {
     fn order_switch(&mut self, session: SessionId, train: bool, deadline: Duration) -> bool {
         let Some(engine) = self.engines.get_mut(&session) else { return false };
         match (&engine.state, train) {
+            // It is told when it is heard again.
+            (EngineState::Suspect { .. }, false) => return false,
             (EngineState::Released | EngineState::Releasing, true) => return false,
             (
                 EngineState::Gone { .. } | EngineState::Quarantined | EngineState::Draining { .. },
@@ -69,6 +71,8 @@ impl Core {
             }
             (_, true) => {
                 engine.state = EngineState::Releasing;
+                engine.parked = true;
+                engine.attested = None;
                 engine.load = None;
                 self.timers.clear(Timer::Load(session));
                 self.order_mode(session, ModeKind::ReleaseMemory, deadline, "the trainer trains");
@@ -129,6 +133,7 @@ impl Core {
     fn returned(&mut self, _now: Now, session: SessionId) {
         let to = self.current;
         if let Some(engine) = self.engines.get_mut(&session) {
+            engine.parked = false;
             engine.state = EngineState::Syncing { to };
         }
     }

@@ -12,7 +12,7 @@ use super::action::{Action, Notice, StartOrder};
 use super::event::SeedKeying;
 use super::timer::Timer;
 use crate::admission;
-use crate::fleet::Running;
+use crate::fleet::{Engine, Running};
 use crate::ledger::StopRules;
 use crate::placement::{Allowed, Need};
 use crate::queue::{Class, Place};
@@ -29,6 +29,7 @@ struct Placed {
 
 impl Core {
     pub(super) fn place(&mut self, now: Now) {
+        self.lift_reservations();
         let Some(job) = &self.job else { return };
         if job.paused
             || self.queue.is_empty()
@@ -86,18 +87,46 @@ impl Core {
         };
         let choice = need.choose(now, allowed, self.engines.values());
         if choice.is_none() && need.alone {
-            self.reserve_for(place.sample);
+            self.reserve_for(&need, allowed);
         }
         choice
     }
 
-    /// A sample that may be poison runs alone: the emptiest engine takes nothing new until it is free.
-    fn reserve_for(&mut self, sample: SampleId) {
-        if self.engines.values().any(|engine| engine.reserved == Some(sample)) {
-            return;
+    /// A reserved engine waits for its sample only while that waits for it, or runs there.
+    fn lift_reservations(&mut self) {
+        let lapsed = |core: &Self, session: SessionId, id: SampleId| match core.sample(id) {
+            Some(sample) if sample.state == SampleState::Waiting { queued: true } => {
+                core.place_of(id).class != Class::Held
+            }
+            Some(sample) => sample.running_on().is_none_or(|(at, _)| at != session),
+            None => true,
+        };
+        let over: Vec<SessionId> = self
+            .engines
+            .values()
+            .filter(|e| {
+                e.reserved.is_some_and(|id| e.serving().is_none() || lapsed(self, e.session, id))
+            })
+            .map(|engine| engine.session)
+            .collect();
+        for session in over {
+            if let Some(engine) = self.engines.get_mut(&session) {
+                engine.reserved = None;
+            }
         }
-        let free =
-            self.engines.values_mut().filter(|e| e.serving().is_some() && e.reserved.is_none());
+    }
+
+    /// A sample that may be poison runs alone: the emptiest engine takes nothing new until it is free.
+    fn reserve_for(&mut self, need: &Need, allowed: Allowed) {
+        let sample = need.sample;
+        if let Some(engine) = self.engines.values_mut().find(|e| e.reserved == Some(sample)) {
+            if need.suits(allowed, engine) {
+                return;
+            }
+            engine.reserved = None;
+        }
+        let suits = |e: &&mut Engine| e.reserved.is_none() && need.suits(allowed, e);
+        let free = self.engines.values_mut().filter(suits);
         if let Some(engine) = free.min_by_key(|engine| engine.running.len()) {
             engine.reserved = Some(sample);
             self.placeable = true;
@@ -190,7 +219,7 @@ impl Core {
                 min_tokens: group.sampling.min_tokens,
                 stop_ids: group.stop_ids.as_deref().unwrap_or_default().to_vec(),
                 vocab: model.vocab,
-                pin: group.pin.map(|pin| pin.number),
+                pin: group.pin,
             };
             self.act(Action::OpenPage { sample: id, rules: Arc::new(rules) });
         }

@@ -1,6 +1,7 @@
 //! What happens to samples: progress, ends, losses, and the end of their group.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anabranch_proto::{Attempt, EngineId, GroupId, SampleId, SessionId};
 use anabranch_runtime::clock::Now;
@@ -8,11 +9,13 @@ use anabranch_runtime::clock::Now;
 use super::Core;
 use super::action::{Action, Finish, Notice, ShortGroup};
 use super::timer::Timer;
-use crate::fleet::{Engine, PromptUse};
+use crate::fleet::{Engine, EngineState, PromptUse};
 use crate::ledger::{Ended, Fact, Finished};
 use crate::queue::{Class, Place};
 use crate::sample::SampleState;
 
+/// An engine that said "busy" gets nothing new for so long.
+const BUSY_PAUSE: Duration = Duration::from_millis(200);
 /// Broken streams of one sample without a token in between, after which it is given up.
 const MAX_LOSSES: u32 = 8;
 /// Engine deaths without a token in between: from here on it runs alone, two more and it is given up.
@@ -162,9 +165,8 @@ impl Core {
             Ended::Aborted => "aborted",
             Ended::Busy(_) => {
                 let engine = self.engines.get_mut(&session)?;
-                engine.not_before = now + std::time::Duration::from_millis(200);
-                self.timers
-                    .set(Timer::Progress(session), now + std::time::Duration::from_millis(200));
+                engine.not_before = now + BUSY_PAUSE;
+                self.timers.set(Timer::Rested(session), now + BUSY_PAUSE);
                 "engine busy"
             }
             Ended::Lost(what) => {
@@ -301,7 +303,7 @@ impl Core {
         self.queue.remove(&place);
     }
 
-    fn place_of(&self, id: SampleId) -> Place {
+    pub(super) fn place_of(&self, id: SampleId) -> Place {
         let group = &self.groups[&id.group];
         let sample = &group.samples[id.index as usize];
         let class = match (sample.deaths, sample.attempts) {
@@ -362,6 +364,7 @@ impl Core {
             self.unqueue(sample);
             self.take_off(now, sample, "given up");
             if keep_partial && has_tokens {
+                self.act(Action::FreezePage { sample });
                 self.finish_sample(now, sample, Finish::Cancelled);
             } else {
                 let record = self.sample_mut(sample).expect("looked up above");
@@ -452,6 +455,7 @@ impl Core {
             let pause = now + self.config.silence(0, true);
             if let Some(engine) = self.engines.get_mut(&session) {
                 engine.not_before = pause;
+                self.timers.set(Timer::Rested(session), pause);
             }
         }
         self.tell_moved(session, moved, "no progress");
@@ -459,9 +463,7 @@ impl Core {
 
     fn silent_samples(&self, now: Now, engine: &Engine) -> Vec<SampleId> {
         // While it loads weights an engine makes no tokens.
-        if engine.serving().is_none()
-            && !matches!(engine.state, crate::fleet::EngineState::Draining { .. })
-        {
+        if matches!(engine.state, EngineState::Updating { .. } | EngineState::Suspect { .. }) {
             return Vec::new();
         }
         let overdue = |id: &&SampleId| match self.sample(**id).map(|sample| &sample.state) {

@@ -10,6 +10,8 @@ pub enum Timer {
     Reattach(SessionId),
     /// Looks at an engine's running samples for silent ones.
     Progress(SessionId),
+    /// An engine that was busy or silent may get work again.
+    Rested(SessionId),
     /// A draining engine's time is up.
     Drain(SessionId),
     /// A quarantined engine may serve again.

@@ -1,17 +1,14 @@
 //! Weight versions: announced, sealed, made current, settled, retired.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use anabranch_proto::{EngineId, GroupId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Action, Answer, FailKind, Holder, LoadOrder, Notice, OnEngine, VersionStatus};
-use super::event::{Announce, LoadReport, LoadStage, OnExceed, PublisherId, ReplyTo, Verdict};
-use super::timer::Timer;
-use crate::fleet::{EngineState, Load};
-use crate::rollforward::{self, Pins, Standing, Standpoint};
+use super::action::{Action, Answer, FailKind, Notice, OnEngine, VersionStatus};
+use super::event::{Announce, LoadStage, OnExceed, PublisherId, ReplyTo};
+use crate::fleet::EngineState;
 use crate::versions::{Progress, VersionRecord, VersionState};
 
 impl Core {
@@ -92,6 +89,10 @@ impl Core {
         let Some(job) = &self.job else { return };
         let too_old = self.groups_too_old_for(next);
         match job.staleness.on_exceed {
+            // Nobody can make the tokens they wait for any more.
+            OnExceed::Wait if !too_old.is_empty() && !self.current_is_within_reach() => {
+                self.restart_groups(now, &too_old, next);
+            }
             OnExceed::Wait if !too_old.is_empty() => {
                 let steps: Vec<_> = self.steps.keys().copied().collect();
                 return steps.into_iter().for_each(|step| self.flush(now, step));
@@ -105,6 +106,27 @@ impl Core {
             }
         }
         self.make_current(now, next);
+    }
+
+    /// Some engine serves a version that may still make tokens, or can get the current one.
+    fn current_is_within_reach(&self) -> bool {
+        let max_lag = self.job.as_ref().and_then(|job| job.staleness.max_lag);
+        let recent = |at: Version| {
+            let lag = at.lag_behind(&self.current);
+            max_lag.is_none_or(|max| lag.is_some_and(|lag| lag <= max))
+        };
+        let held = || {
+            self.versions
+                .find(self.current)
+                .is_some_and(|r| r.publisher.is_some() || r.directory.is_some())
+                || self
+                    .engines
+                    .values()
+                    .any(|e| e.link.is_some() && e.holds.contains(&self.current))
+        };
+        self.current.is_base()
+            || self.engines.values().any(|engine| engine.version().is_some_and(recent))
+            || held()
     }
 
     /// Groups not offered yet with tokens that would lag more than allowed behind `next`.
@@ -243,6 +265,7 @@ impl Core {
             return self.fail(reply, FailKind::Unavailable, why);
         }
         record.hello.loaded = version;
+        record.attested = Some(version);
         self.set_serving(now, target, version);
         self.reply(reply, Answer::Done);
     }

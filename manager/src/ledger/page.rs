@@ -81,6 +81,8 @@ pub(super) enum Appended {
         repeated: u32,
         past_stop: u32,
     },
+    /// The engine's weights moved on under a pinned sample: not its fault, but not its tokens either.
+    PastPin(String),
     Broken(String),
 }
 
@@ -165,8 +167,8 @@ impl Page {
                 piece.offset
             ));
         };
-        if self.rules.pin.is_some_and(|pin| pin != piece.version.number) {
-            return Appended::Broken(format!("pinned sample got tokens of {}", piece.version));
+        if self.rules.pin.is_some_and(|pin| pin != piece.version) {
+            return Appended::PastPin(format!("pinned sample got tokens of {}", piece.version));
         }
         let count = (piece.tokens.len() / WIDTH) as u32;
         let skip = skip.min(count);

@@ -9,8 +9,8 @@ pub struct StopRules {
     pub stop_ids: Vec<u32>,
     /// Ids at or above it are foreign; 0: not known.
     pub vocab: u32,
-    /// Only this version number may make tokens.
-    pub pin: Option<u64>,
+    /// Only this version may make tokens.
+    pub pin: Option<anabranch_proto::Version>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -98,6 +98,11 @@ fn append(
             let (kept, oldest) = (page.kept(), oldest(page.spans()));
             Some(Fact::Finished { sample, attempt, kept, oldest, how, running: true })
         }
+        Appended::PastPin(what) => {
+            stats.stale_tokens += count;
+            page.end_attempt();
+            Some(Fact::Ended { sample, attempt, kept: page.kept(), why: Ended::Lost(what) })
+        }
         Appended::Broken(what) => {
             stats.broken += 1;
             page.end_attempt();

@@ -1,0 +1,208 @@
+//! What goes wrong, and how it heals.
+
+use std::time::Duration;
+
+use anabranch_manager::core::event::Event;
+use anabranch_proto::EngineId;
+use anabranch_proto::pb::end::Why;
+
+use crate::trainer::Phase;
+use crate::world::{Happening, World};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Fault {
+    /// Agent and engine die; the manager sees the reset.
+    Kill,
+    /// They die and nobody hears of it before the lease is over.
+    SilentDeath,
+    /// The engine process dies; its agent says so and starts it again.
+    EngineDown,
+    /// It makes no token for a while.
+    Stall,
+    Slow,
+    /// One stream ends cleanly without a finish.
+    CleanEnd,
+    /// From now on for a while, finishes are lost.
+    LostFinish,
+    /// The link is cut, and comes back.
+    Partition,
+    /// The link breaks and is dialled again at once.
+    Reset,
+    /// Ticks come twice.
+    Repeat,
+    Garbage,
+    Drain,
+    Remove,
+    FailedLoad,
+    ConsumerReset,
+    TrainerRestart,
+    /// The manager's process is stopped for a while.
+    ManagerPause,
+    CancelGroup,
+}
+
+const ALL: &[Fault] = &[
+    Fault::Kill,
+    Fault::Kill,
+    Fault::SilentDeath,
+    Fault::EngineDown,
+    Fault::Stall,
+    Fault::Slow,
+    Fault::CleanEnd,
+    Fault::CleanEnd,
+    Fault::LostFinish,
+    Fault::Partition,
+    Fault::Partition,
+    Fault::Reset,
+    Fault::Repeat,
+    Fault::Garbage,
+    Fault::Drain,
+    Fault::Remove,
+    Fault::FailedLoad,
+    Fault::ConsumerReset,
+    Fault::TrainerRestart,
+    Fault::ManagerPause,
+    Fault::CancelGroup,
+];
+
+impl World {
+    pub(crate) fn strike(&mut self) {
+        let fault = *self.rng.pick(ALL).unwrap_or(&Fault::Kill);
+        let engine = self.rng.range(0, self.engines.len() as u64) as usize;
+        self.note(format!("fault {fault:?} at engine {engine}"));
+        *self.outcome.faults.entry(format!("{fault:?}")).or_default() += 1;
+        match fault {
+            Fault::Repeat => self.repeat_ticks(engine),
+            Fault::ConsumerReset => self.reset_consumer(),
+            Fault::TrainerRestart => self.restart_trainer(),
+            Fault::ManagerPause => self.pause_manager(),
+            Fault::CancelGroup => self.cancel_some(),
+            _ => self.strike_engine(fault, engine),
+        }
+    }
+
+    fn strike_engine(&mut self, fault: Fault, engine: usize) {
+        if !self.engines[engine].alive {
+            return;
+        }
+        let now = self.now;
+        let a_while = Duration::from_millis(self.rng.range(100, 9_000));
+        match fault {
+            Fault::Kill => self.kill(engine, a_while, true),
+            Fault::SilentDeath => self.kill(engine, a_while, false),
+            Fault::EngineDown => self.engine_down(engine, a_while),
+            Fault::Stall => self.engines[engine].stalled_until = now + a_while,
+            Fault::Slow => {
+                self.engines[engine].slow = self.rng.range(2, 10);
+                self.after(a_while, Happening::Recover { engine });
+            }
+            Fault::CleanEnd => {
+                let live: Vec<_> = self.engines[engine].live.keys().copied().collect();
+                if let Some(sample) = self.rng.pick(&live) {
+                    self.engines[engine].end(*sample, Why::Lost, "clean end without a finish");
+                }
+            }
+            Fault::LostFinish => {
+                self.lose_finishes_at = Some((engine, now + a_while));
+            }
+            Fault::Partition => {
+                self.engines[engine].net_up = false;
+                self.after(a_while, Happening::NetUp { engine });
+                if self.rng.chance(50) {
+                    self.break_link(engine, true);
+                }
+            }
+            Fault::Reset => {
+                self.break_link(engine, true);
+                self.redial(engine, Duration::from_millis(50));
+            }
+            Fault::Garbage => self.garble = Some(engine),
+            Fault::Drain => {
+                let deadline = Duration::from_millis(self.rng.range(0, 2_000));
+                let (engine, reply) = (self.id(engine), self.no_reply());
+                self.core_event(Event::DrainRequested { engine, deadline, reply });
+            }
+            Fault::Remove => {
+                let (engine, reply) = (self.id(engine), self.no_reply());
+                self.core_event(Event::RemoveRequested { engine, reply });
+            }
+            Fault::FailedLoad => {
+                if let Some(load) = self.engines[engine].load.as_mut() {
+                    load.fails = true;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn id(&self, engine: usize) -> EngineId {
+        EngineId::new(&self.engines[engine].name)
+    }
+
+    fn kill(&mut self, engine: usize, back_in: Duration, heard: bool) {
+        self.engines[engine].alive = false;
+        if heard {
+            self.break_link(engine, true);
+        }
+        self.after(back_in, Happening::Reborn { engine });
+    }
+
+    fn engine_down(&mut self, engine: usize, back_in: Duration) {
+        if let Some(session) = self.engines[engine].session.filter(|_| self.engines[engine].net_up)
+        {
+            self.to_core(Event::EngineDied { session, why: "engine process died".into() });
+        }
+        self.engines[engine].alive = false;
+        self.after(back_in, Happening::Reborn { engine });
+    }
+
+    fn repeat_ticks(&mut self, engine: usize) {
+        let ticks: Vec<_> = self.engines[engine].unacked.iter().cloned().collect();
+        for tick in ticks {
+            self.send_tick(engine, tick);
+        }
+    }
+
+    fn pause_manager(&mut self) {
+        let gap = Duration::from_millis(self.rng.range(500, 8_000));
+        self.paused = Some((self.now, self.now + gap));
+    }
+
+    fn cancel_some(&mut self) {
+        let Some(session) = self.trainer.session else { return };
+        let keys: Vec<String> = self.asked.keys().cloned().collect();
+        let Some(key) = self.rng.pick(&keys).cloned() else { return };
+        let (keep_partial, reply) = (self.rng.chance(50), self.no_reply());
+        let what = anabranch_manager::core::event::CancelWhat::Keys(vec![key]);
+        self.to_core(Event::GroupsCancelled { session, what, keep_partial, reply });
+    }
+
+    fn reset_consumer(&mut self) {
+        let Some((&consumer, &shard)) = self.trainer.consumers.first_key_value() else { return };
+        self.trainer.consumers.remove(&consumer);
+        self.core_event(Event::ConsumerLost { consumer });
+        self.after(Duration::from_millis(40), Happening::Consume { shard });
+    }
+
+    fn restart_trainer(&mut self) {
+        if !self.scenario.restarts
+            || matches!(self.trainer.phase, Phase::Down | Phase::Done | Phase::Opening)
+        {
+            return;
+        }
+        let consumers: Vec<_> = self.trainer.consumers.keys().copied().collect();
+        for consumer in consumers {
+            self.core_event(Event::ConsumerLost { consumer });
+        }
+        if let Some(publisher) = self.trainer.publisher {
+            self.core_event(Event::PublisherLost { publisher });
+        }
+        self.trainer.crash();
+        if self.rng.chance(50) {
+            self.trainer.epoch += 1;
+            self.trainer.version = 0;
+        }
+        let back_in = Duration::from_millis(self.rng.range(200, 3_000));
+        self.after(back_in, Happening::OpenJob);
+    }
+}

@@ -1,0 +1,247 @@
+//! Agent and engine as one model: runs samples with the oracle, stamps offsets and versions, buffers ticks until
+//! they are acknowledged, loads versions in stages, drains and releases. Speaks the agent's protocol in events.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use anabranch_engine::synthetic::{self, Chain, SyntheticParams, WeightsKey};
+use anabranch_manager::core::action::StartOrder;
+use anabranch_manager::core::event::{Held, LinkId, LoadStage, OnRunning};
+use anabranch_proto::pb::{self, end::Why};
+use anabranch_proto::{Attempt, OrderId, SampleId, SessionId, Version, tokens};
+use anabranch_runtime::clock::Now;
+use bytes::Bytes;
+
+pub(crate) struct SimEngine {
+    pub name: String,
+    pub incarnation: u64,
+    pub alive: bool,
+    /// False: cut off from the manager.
+    pub net_up: bool,
+    pub link: Option<LinkId>,
+    pub session: Option<SessionId>,
+    pub attached: bool,
+    pub by_trainer: bool,
+    pub live: BTreeMap<SampleId, Live>,
+    pub loaded: Version,
+    pub load: Option<LoadRun>,
+    pub drain: Option<(OrderId, Now)>,
+    pub released: bool,
+    pub stalled_until: Now,
+    pub slow: u64,
+    pub unacked: VecDeque<pb::Tick>,
+    pub next_tick: u64,
+    /// Ends to report with the next tick.
+    pub ends: Vec<pb::End>,
+    last_made: Now,
+}
+
+pub(crate) struct Live {
+    pub attempt: Attempt,
+    chain: Chain,
+    offset: u32,
+    remaining: u32,
+    ignore_eos: bool,
+    min_left: u32,
+    credit_us: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct LoadRun {
+    pub order: OrderId,
+    pub version: Version,
+    pub stage: LoadStage,
+    pub on_running: OnRunning,
+    pub fails: bool,
+}
+
+/// The weights digest behind a version: a version is its root, and nothing else has that digest.
+pub(crate) fn weights(version: &Version) -> WeightsKey {
+    let digest = if version.is_base() { synthetic::base_digest() } else { version.root.0 };
+    WeightsKey::new(&digest)
+}
+
+impl SimEngine {
+    pub fn new(name: String, by_trainer: bool, now: Now) -> Self {
+        Self {
+            name,
+            incarnation: 1,
+            alive: true,
+            net_up: true,
+            link: None,
+            session: None,
+            attached: false,
+            by_trainer,
+            live: BTreeMap::new(),
+            loaded: Version::base(0),
+            load: None,
+            drain: None,
+            released: false,
+            stalled_until: Now::ZERO,
+            slow: 1,
+            unacked: VecDeque::new(),
+            next_tick: 1,
+            ends: Vec::new(),
+            last_made: now,
+        }
+    }
+
+    /// A new process: nothing of the old one is left.
+    pub fn reborn(&mut self, now: Now) {
+        let incarnation = self.incarnation + 1;
+        *self = Self { incarnation, ..Self::new(self.name.clone(), self.by_trainer, now) };
+    }
+
+    pub fn held(&self) -> Vec<Held> {
+        let live = self.live.iter().map(|(sample, live)| Held {
+            sample: *sample,
+            attempt: live.attempt,
+            upto: live.offset,
+        });
+        // Ended samples whose last tokens are still in the buffer.
+        let buffered = self.unacked.iter().flat_map(|tick| &tick.ends).filter_map(|end| {
+            let sample: SampleId = end.sample?.into();
+            Some(Held { sample, attempt: Attempt(end.attempt), upto: end.at })
+        });
+        live.chain(buffered).collect()
+    }
+
+    pub fn start(&mut self, order: &StartOrder, kept: &Bytes) {
+        let prompt: Vec<u32> = tokens::ids(&order.prompt).collect();
+        let given: Vec<u32> = tokens::ids(kept).collect();
+        let sampling = &order.sampling;
+        let offset = given.len() as u32;
+        self.live.insert(
+            order.sample,
+            Live {
+                attempt: order.attempt,
+                chain: Chain::new(order.seed).extend(&prompt).extend(&given),
+                offset,
+                remaining: sampling.max_tokens - offset,
+                ignore_eos: sampling.ignore_eos,
+                min_left: sampling.min_tokens.saturating_sub(offset),
+                credit_us: 0,
+            },
+        );
+    }
+
+    pub fn stop(&mut self, sample: SampleId, attempt: Attempt) {
+        if self.live.get(&sample).is_some_and(|live| live.attempt == attempt) {
+            self.end(sample, Why::Aborted, "");
+        }
+    }
+
+    pub fn end(&mut self, sample: SampleId, why: Why, detail: &str) {
+        if let Some(live) = self.live.remove(&sample) {
+            self.ends.push(pb::End {
+                sample: Some(sample.into()),
+                attempt: live.attempt.0,
+                at: live.offset,
+                why: why as i32,
+                matched: detail.to_owned(),
+                ..Default::default()
+            });
+        }
+    }
+
+    pub fn end_all(&mut self, why: Why) {
+        let all: Vec<SampleId> = self.live.keys().copied().collect();
+        for sample in all {
+            self.end(sample, why, "");
+        }
+    }
+
+    /// Generates what is due, `rate` tokens a second a sample; the tick to send, if there is anything to say.
+    pub fn make(&mut self, now: Now, rate: u64, params: SyntheticParams) -> Option<pb::Tick> {
+        let elapsed = now.since(self.last_made).as_micros() as u64;
+        self.last_made = now;
+        let frozen = self.load.as_ref().is_some_and(|load| load.stage >= LoadStage::Quiescing)
+            || now < self.stalled_until
+            || self.released;
+        let mut tick = pb::Tick { versions: vec![self.loaded.into()], ..Default::default() };
+        let (mut ids, mut logprobs) = (Vec::new(), Vec::new());
+        let mut finished = Vec::new();
+        if !frozen {
+            let key = weights(&self.loaded);
+            for (sample, live) in &mut self.live {
+                live.credit_us += elapsed;
+                let step = 1_000_000 * self.slow / rate;
+                let due = (live.credit_us / step) as u32;
+                live.credit_us %= step;
+                let before = ids.len();
+                let why = live.run(due, key, params, &mut ids, &mut logprobs);
+                let count = (ids.len() - before) as u32;
+                if count > 0 {
+                    tick.segs.push(live.segment(*sample, count));
+                }
+                finished.extend(why.map(|why| (*sample, why)));
+            }
+        }
+        for (sample, why) in finished {
+            self.end(sample, why, "");
+        }
+        tick.ends = std::mem::take(&mut self.ends);
+        tick.tokens = tokens::encode_ids(&ids);
+        tick.logprobs = tokens::encode_logprobs(&logprobs);
+        if tick.segs.is_empty() && tick.ends.is_empty() {
+            return None;
+        }
+        tick.seq = self.next_tick;
+        self.next_tick += 1;
+        self.unacked.push_back(tick.clone());
+        Some(tick)
+    }
+
+    /// The finish of the next tick that has one is never said: the stream ends instead.
+    pub fn lose_finishes(tick: &mut pb::Tick) {
+        for end in &mut tick.ends {
+            if matches!(end.why(), Why::StopId | Why::Length) {
+                end.why = Why::Lost as i32;
+            }
+        }
+    }
+
+    pub fn acked(&mut self, seq: u64) {
+        self.unacked.retain(|tick| tick.seq > seq);
+    }
+}
+
+impl Live {
+    fn run(
+        &mut self,
+        due: u32,
+        key: WeightsKey,
+        params: SyntheticParams,
+        ids: &mut Vec<u32>,
+        logprobs: &mut Vec<f32>,
+    ) -> Option<Why> {
+        for _ in 0..due {
+            let made =
+                synthetic::next(self.chain, key, params, self.ignore_eos || self.min_left > 1);
+            self.chain = self.chain.push(made.token);
+            self.offset += 1;
+            self.remaining -= 1;
+            self.min_left = self.min_left.saturating_sub(1);
+            ids.push(made.token);
+            logprobs.push(made.logprob);
+            if made.token == params.eos_id && !self.ignore_eos {
+                return Some(Why::StopId);
+            }
+            if self.remaining == 0 {
+                return Some(Why::Length);
+            }
+        }
+        None
+    }
+
+    fn segment(&self, sample: SampleId, count: u32) -> pb::Seg {
+        pb::Seg {
+            group: sample.group.0,
+            index: sample.index,
+            attempt: self.attempt.0,
+            offset: self.offset - count,
+            count,
+            version_ix: 0,
+            ..Default::default()
+        }
+    }
+}

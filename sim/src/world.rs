@@ -1,0 +1,417 @@
+//! The world: virtual clock, network, and what each message does when it arrives. Jumps from one event to the
+//! next; the manager's cores are the production ones.
+
+mod act;
+mod life;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use anabranch_engine::synthetic::SyntheticParams;
+use anabranch_manager::core::Core;
+use anabranch_manager::core::action::{Answer, Batch, LoadOrder, ModeKind, StartOrder};
+use anabranch_manager::core::config::CoreConfig;
+use anabranch_manager::core::event::{ConsumerId, Event, Held, LinkId, ReplyTo};
+use anabranch_manager::ledger::Ledger;
+use anabranch_proto::pb;
+use anabranch_proto::{Attempt, OrderId, SampleId, SessionId, Version};
+use anabranch_runtime::clock::Now;
+use bytes::Bytes;
+
+use crate::fleet::SimEngine;
+use crate::rng::Rng;
+use crate::scenario::Scenario;
+use crate::trainer::{Phase, Trainer};
+
+/// One way through the network.
+const LATENCY: Duration = Duration::from_millis(2);
+pub(crate) const TICK: Duration = Duration::from_millis(20);
+/// A world that is not done by then hangs.
+const PATIENCE: Duration = Duration::from_secs(900);
+
+/// What a world came to.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct Outcome {
+    pub seed: u64,
+    pub virtual_ms: u64,
+    pub events: u64,
+    pub delivered: u64,
+    pub checked_tokens: u64,
+    pub migrations: u64,
+    pub regenerated_tokens: u64,
+    pub abandoned: u64,
+    pub versions: u64,
+    pub faults: BTreeMap<String, u64>,
+    /// Of everything the manager decided and everything delivered: equal seeds, equal digests.
+    pub digest: String,
+}
+
+/// A broken promise, with the last things that happened before it.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    pub seed: u64,
+    pub at_ms: u64,
+    pub what: String,
+    pub story: Vec<String>,
+}
+
+/// What is on its way, or due.
+pub(crate) enum Happening {
+    Core(Event),
+    /// A tick, over this link.
+    Tick {
+        link: LinkId,
+        session: SessionId,
+        tick: pb::Tick,
+    },
+    ToAgent {
+        engine: usize,
+        link: LinkId,
+        message: ToAgent,
+    },
+    Make {
+        engine: usize,
+    },
+    Redial {
+        engine: usize,
+    },
+    Reborn {
+        engine: usize,
+    },
+    NetUp {
+        engine: usize,
+    },
+    Recover {
+        engine: usize,
+    },
+    LoadStep {
+        engine: usize,
+        incarnation: u64,
+        order: OrderId,
+    },
+    DrainOver {
+        engine: usize,
+        incarnation: u64,
+        order: OrderId,
+    },
+    Strike,
+    OpenJob,
+    Consume {
+        shard: u32,
+    },
+    Take {
+        consumer: ConsumerId,
+        batch: std::sync::Arc<Batch>,
+        samples: Vec<usize>,
+    },
+    Done {
+        consumer: ConsumerId,
+        report: std::sync::Arc<anabranch_manager::core::action::StepReport>,
+    },
+    Answer {
+        to: ReplyTo,
+        answer: Answer,
+    },
+    Beats,
+}
+
+pub(crate) enum ToAgent {
+    Welcome { session: SessionId, acked: u64, keep: Vec<Held> },
+    Start(Box<StartOrder>, Bytes),
+    Stop { sample: SampleId, attempt: Attempt },
+    Ack(u64),
+    Load(Box<LoadOrder>),
+    CancelLoad(OrderId),
+    Mode { order: OrderId, mode: ModeKind, deadline: Duration },
+    Closed { retry: Option<Duration> },
+}
+
+/// What an answer is for.
+pub(crate) enum Waiting {
+    Open,
+    Submit { step: u64 },
+    Announce { version: Version },
+    Seal { step: Option<u64> },
+    Train { step: u64, by: Now },
+    Generate { step: u64, by: Now },
+    Nothing,
+}
+
+pub(crate) struct World {
+    pub scenario: Scenario,
+    pub params: SyntheticParams,
+    pub now: Now,
+    pub rng: Rng,
+    pub core: Core,
+    pub ledger: Ledger,
+    pub engines: Vec<SimEngine>,
+    pub trainer: Trainer,
+    queue: BTreeMap<(Now, u64), Happening>,
+    next: u64,
+    pub links: BTreeMap<LinkId, usize>,
+    /// The manager's side of each session: its newest link.
+    pub sessions: BTreeMap<SessionId, LinkId>,
+    acked: BTreeMap<SessionId, u64>,
+    pub waiting: BTreeMap<ReplyTo, Waiting>,
+    /// Group key -> n, as admitted.
+    pub asked: BTreeMap<String, u32>,
+    pub admitted: BTreeSet<String>,
+    pub pins: BTreeMap<String, Version>,
+    pub lose_finishes_at: Option<(usize, Now)>,
+    pub garble: Option<usize>,
+    /// The manager's process is stopped: since, until.
+    pub paused: Option<(Now, Now)>,
+    pub outcome: Outcome,
+    digest: blake3::Hasher,
+    story: VecDeque<String>,
+    broken: Option<String>,
+}
+
+/// Runs one world to its end.
+pub fn run(scenario: Scenario) -> Result<Outcome, Box<Failure>> {
+    let mut world = World::new(scenario);
+    world.begin();
+    while world.trainer.phase != Phase::Done && world.broken.is_none() {
+        world.step();
+    }
+    world.finish()
+}
+
+impl World {
+    fn new(scenario: Scenario) -> Self {
+        let mut rng = Rng::new(scenario.seed ^ 0x5151);
+        let now = Now::ZERO;
+        let colocated = usize::from(scenario.colocated);
+        let named = |i: usize| SimEngine::new(format!("e{i}"), i < colocated, now);
+        let config =
+            CoreConfig { quarantine_deaths: 5, quarantine_ms: 3_000, ..CoreConfig::default() };
+        let mean_len = Some(scenario.mean_len);
+        Self {
+            params: SyntheticParams { vocab: 32_000, eos_id: 2, mean_len },
+            engines: (0..scenario.engines + colocated).map(named).collect(),
+            outcome: Outcome { seed: scenario.seed, ..Outcome::default() },
+            rng: Rng::new(rng.next()),
+            scenario,
+            now,
+            core: Core::new(config, now),
+            ledger: Ledger::new(4),
+            trainer: Trainer::new(),
+            queue: BTreeMap::new(),
+            next: 0,
+            links: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            acked: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            admitted: BTreeSet::new(),
+            pins: BTreeMap::new(),
+            lose_finishes_at: None,
+            garble: None,
+            paused: None,
+            digest: blake3::Hasher::new(),
+            story: VecDeque::new(),
+            broken: None,
+        }
+    }
+
+    fn begin(&mut self) {
+        let opens = Duration::from_millis(self.rng.range(0, 50));
+        self.after(opens, Happening::OpenJob);
+        self.after(Duration::from_millis(500), Happening::Beats);
+        for engine in 0..self.engines.len() {
+            let joins = Duration::from_millis(self.rng.range(0, 3_000));
+            self.after(joins, Happening::Redial { engine });
+            self.after(TICK, Happening::Make { engine });
+        }
+        if !self.scenario.fault_every.is_zero() {
+            self.after(self.scenario.fault_every, Happening::Strike);
+        }
+    }
+
+    /// The next thing that happens: a message, a model's timer, or a deadline of the core.
+    fn step(&mut self) {
+        let due = self.queue.first_key_value().map(|(at, _)| at.0);
+        let deadline = self.core.next_timeout().filter(|_| self.paused.is_none());
+        let wakes = self.paused.map(|(_, until)| until);
+        let first = [due, deadline, wakes].into_iter().flatten().min();
+        let Some(first) = first else { return self.fail("nothing is left to happen".into()) };
+        self.now = self.now.max(first);
+        if self.now.0 > PATIENCE {
+            return self.fail(format!("hangs: {}", self.why_it_hangs()));
+        }
+        self.end_pause();
+        match deadline {
+            Some(at) if due.is_none_or(|due| at <= due) => {
+                self.core_event(Event::TimePassed { gap: Duration::ZERO });
+            }
+            _ if due.is_none_or(|due| due > self.now) => {}
+            _ => {
+                if let Some((_, happening)) = self.queue.pop_first() {
+                    self.happen(happening);
+                }
+            }
+        }
+    }
+
+    /// A stopped manager learns how long it was away before anything is held against its peers.
+    fn end_pause(&mut self) {
+        if let Some((since, _)) = self.paused.filter(|(_, until)| *until <= self.now) {
+            self.paused = None;
+            self.core_event(Event::TimePassed { gap: self.now.since(since) });
+        }
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        if let (Some((_, until)), true) = (self.paused, happening.is_for_manager()) {
+            return self.at(until + Duration::from_millis(1), happening);
+        }
+        match happening {
+            Happening::Core(event) => self.core_event(event),
+            Happening::Tick { link, session, tick } => self.tick_arrived(link, session, &tick),
+            Happening::ToAgent { engine, link, message } => self.agent_got(engine, link, message),
+            Happening::Strike => self.strike_and_rearm(),
+            other => self.happen_outside(other),
+        }
+    }
+
+    fn strike_and_rearm(&mut self) {
+        if self.now.0 > self.scenario.faults_until {
+            return;
+        }
+        self.strike();
+        let mean = self.scenario.fault_every.as_millis() as u64;
+        let next = Duration::from_millis(self.rng.range(mean / 4 + 1, mean * 2));
+        self.after(next, Happening::Strike);
+    }
+
+    fn tick_arrived(&mut self, link: LinkId, session: SessionId, tick: &pb::Tick) {
+        if !self.links.contains_key(&link) {
+            return;
+        }
+        match self.ledger.apply(tick) {
+            Err(bad) => self.core_event(Event::LinkLost { link, why: leak(bad.to_string()) }),
+            Ok(facts) => {
+                let acked = self.acked.entry(session).or_default();
+                *acked = (*acked).max(tick.seq);
+                if !facts.is_empty() {
+                    self.core_event(Event::FactsFound { session, facts });
+                }
+                self.send_agent(link, ToAgent::Ack(tick.seq));
+            }
+        }
+    }
+
+    pub(crate) fn core_event(&mut self, event: Event) {
+        self.outcome.events += 1;
+        self.core.handle(self.now, event);
+        while let Some(action) = self.core.poll_action() {
+            self.act(action);
+        }
+        if let Err(what) = self.core.check() {
+            self.fail(what);
+        }
+    }
+
+    pub(crate) fn to_core(&mut self, event: Event) {
+        self.after(LATENCY, Happening::Core(event));
+    }
+
+    pub(crate) fn send_agent(&mut self, link: LinkId, message: ToAgent) {
+        if let Some(&engine) = self.links.get(&link) {
+            self.after(LATENCY, Happening::ToAgent { engine, link, message });
+        }
+    }
+
+    pub(crate) fn after(&mut self, wait: Duration, happening: Happening) {
+        self.at(self.now + wait, happening);
+    }
+
+    fn at(&mut self, at: Now, happening: Happening) {
+        self.next += 1;
+        self.queue.insert((at, self.next), happening);
+    }
+
+    pub(crate) fn ask(&mut self, what: Waiting) -> ReplyTo {
+        self.next += 1;
+        let reply = ReplyTo(self.next);
+        self.waiting.insert(reply, what);
+        reply
+    }
+
+    pub(crate) fn no_reply(&mut self) -> ReplyTo {
+        self.ask(Waiting::Nothing)
+    }
+
+    pub(crate) fn note(&mut self, line: String) {
+        self.digest.update(line.as_bytes());
+        if self.story.len() >= 400 {
+            self.story.pop_front();
+        }
+        self.story.push_back(format!("{:>8} ms  {line}", self.now.as_millis()));
+    }
+
+    pub(crate) fn fail(&mut self, what: String) {
+        self.broken.get_or_insert(what);
+    }
+
+    fn why_it_hangs(&self) -> String {
+        let state = self.core.state(self.now);
+        let engines: Vec<String> = state
+            .engines
+            .iter()
+            .filter(|e| !matches!(e.state, anabranch_manager::fleet::EngineState::Gone { .. }))
+            .map(|e| format!("{} {:?} link {} running {}", e.id, e.state, e.connected, e.running))
+            .collect();
+        format!(
+            "trainer {:?}, current {}, pending {:?}, {:?}, {:?}, {:?}, {engines:?}",
+            self.trainer.phase,
+            state.current,
+            state.pending,
+            state.queue,
+            state.steps,
+            state.egress
+        )
+    }
+
+    fn finish(mut self) -> Result<Outcome, Box<Failure>> {
+        if self.broken.is_none() {
+            let accounts = self.trainer.account(&self.admitted_n());
+            let at_rest = self.core.check_at_rest();
+            let pages = self.ledger.stats().pages;
+            let pages =
+                if pages == 0 { Ok(()) } else { Err(format!("I7: {pages} pages are left")) };
+            if let Err(what) = accounts.and(at_rest).and(pages) {
+                self.fail(what);
+            }
+        }
+        if let Some(what) = self.broken {
+            let (seed, at_ms) = (self.scenario.seed, self.now.as_millis());
+            return Err(Box::new(Failure { seed, at_ms, what, story: self.story.into() }));
+        }
+        let counters = self.core.counters();
+        self.outcome.virtual_ms = self.now.as_millis();
+        self.outcome.delivered = self.trainer.got.len() as u64;
+        self.outcome.checked_tokens = self.trainer.checked_tokens;
+        self.outcome.migrations = counters.migrations;
+        self.outcome.regenerated_tokens = counters.regenerated_tokens;
+        self.outcome.abandoned = counters.abandoned;
+        self.outcome.digest = self.digest.finalize().to_hex()[..16].to_owned();
+        Ok(self.outcome)
+    }
+
+    fn admitted_n(&self) -> BTreeMap<String, u32> {
+        let of = |key: &String| self.asked.get(key).map(|n| (key.clone(), *n));
+        self.admitted.iter().filter_map(of).collect()
+    }
+}
+
+impl Happening {
+    fn is_for_manager(&self) -> bool {
+        matches!(self, Self::Core(_) | Self::Tick { .. })
+    }
+}
+
+/// The core's link events carry a static reason; a world makes at most a handful of its own.
+fn leak(reason: String) -> &'static str {
+    Box::leak(reason.into_boxed_str())
+}
