@@ -412,10 +412,10 @@ impl World {
     fn take(&mut self, consumer: ConsumerId, batch: &super::Batch, samples: &[usize]) {
         let Some(&shard) = self.trainer.consumers.get(&consumer) else { return };
         let seen = self.trainer.seen.get(&shard).copied().unwrap_or_default();
-        if batch.seq <= seen {
-            return;
-        }
-        if let Err(what) = self.trainer.take(shard, batch, samples) {
+        // What came twice is acknowledged (and its credit given) twice, and taken once.
+        if batch.seq > seen
+            && let Err(what) = self.trainer.take(shard, batch, samples)
+        {
             return self.fail(what);
         }
         let seq = batch.seq;
