@@ -200,3 +200,6 @@ impl LedgerStats {
 pub(crate) fn oldest(spans: &[SpanRecord]) -> u64 {
     spans.iter().map(|span| span.version.number).min().unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests;
