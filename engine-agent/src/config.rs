@@ -74,7 +74,9 @@ pub enum BadConfig {
     Vllm,
     #[error("--engine {0}=...: unknown kind of engine; known: sglang")]
     UnknownKind(String),
-    #[error("engine address {0:?}: write http://HOST:PORT (https is not spoken to engines: keep them on loopback)")]
+    #[error(
+        "engine address {0:?}: write http://HOST:PORT (https is not spoken to engines: keep them on loopback)"
+    )]
     Url(String),
     #[error("the command after -- is empty")]
     EmptyCommand,

@@ -71,9 +71,12 @@ pub struct Core {
     next_link: u64,
     /// Dials since the last Welcome.
     dials: u32,
+    /// Of the present or last life of the engine.
     incarnation: u64,
     /// `None` while the engine is down.
     engine: Option<EngineInfo>,
+    /// Of the last life, to speak for it when it is over.
+    known: Option<EngineInfo>,
     loads: Loads,
     /// Made by engines since the agent started.
     engine_tokens: u64,
@@ -116,6 +119,7 @@ impl Core {
             next_link: 1,
             dials: 0,
             engine: None,
+            known: None,
             loads: Loads::default(),
             engine_tokens: 0,
             outbox: Outbox::new(),
@@ -212,8 +216,8 @@ impl Core {
         if matches!(self.state, AgentState::Stopped) || self.engine.is_some() {
             return;
         }
-        let came_back = self.session.is_some();
-        self.incarnation += u64::from(came_back);
+        self.incarnation += u64::from(self.known.is_some());
+        self.known = Some(info.clone());
         self.loader.engine_started(&info, probe);
         self.memory = Memory::Held;
         self.paused = false;
@@ -222,7 +226,7 @@ impl Core {
             AgentState::Booting => self.state = AgentState::Serving,
             AgentState::Serving | AgentState::Draining(_) | AgentState::Stopped => return,
         }
-        match came_back {
+        match self.session.is_some() {
             true => self.begin_rejoin(now),
             false => self.dial(),
         }
@@ -233,17 +237,18 @@ impl Core {
         if self.engine.take().is_none() {
             return;
         }
+        // First what it made, then that it died, then what that ended: so a sample that kills engines is
+        // seen to have run at its death, and no token is lost to the end of the session.
+        let ends = self.outbox.take_lost_ends();
+        self.outbox.seal();
+        self.send_ticks(now);
+        self.tell_engine_down(why, will_restart);
+        ends.into_iter().for_each(|end| self.outbox.end(now, end));
         self.lose_all_runs(now, why);
+        self.outbox.seal();
         self.engine_lost_in_load(why);
         self.memory = Memory::Held;
         self.loads = Loads::default();
-        self.outbox.seal();
-        // The tokens first, as far as two streams have an order: the manager takes both.
-        self.send_ticks(now);
-        self.tell(pb::from_agent::Kind::EngineDown(pb::EngineDown {
-            why: why.to_owned(),
-            will_restart,
-        }));
         if matches!(self.state, AgentState::Serving) {
             self.state = AgentState::Booting;
         }

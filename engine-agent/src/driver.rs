@@ -108,8 +108,7 @@ impl<E: Engine> Driver<E> {
             Action::ServePeers { job, key } => self.weights.serve(&job, &key),
             Action::Generate(request) => {
                 let (run, drain) = (request.run, self.drain.clone());
-                let task =
-                    generate::stream_task(self.shared.clone(), self.engine.clone(), request);
+                let task = generate::stream_task(self.shared.clone(), self.engine.clone(), request);
                 self.shared.open_stream(run, move || drain.spawn("stream", task).abort_handle());
             }
             Action::Abort { run, rid } => self.abort(run, rid),

@@ -64,7 +64,14 @@ pub fn link(
     let (cancel, done) = (CancellationToken::new(), CancellationToken::new());
     let hello = pb::FromAgent { kind: Some(from_agent::Kind::Hello(hello)) };
     control.try_send(hello).expect("the queue is new");
-    let handle = LinkHandle { id, control, data, bind: Some(bind), cancel: cancel.clone(), done: done.clone() };
+    let handle = LinkHandle {
+        id,
+        control,
+        data,
+        bind: Some(bind),
+        cancel: cancel.clone(),
+        done: done.clone(),
+    };
     let link = Link {
         id,
         shared: shared.clone(),

@@ -190,6 +190,9 @@ mod tests {
         assert_eq!(launch(""), Err(BadConfig::EmptyCommand));
         assert!(matches!(launch("./server"), Err(BadConfig::NoPort(_))));
         assert!(matches!(launch("sglang serve --port x"), Err(BadConfig::NoPort(_))));
-        assert!(matches!(launch("anabranch engine --listen 127.0.0.1:0"), Err(BadConfig::NoPort(_))));
+        assert!(matches!(
+            launch("anabranch engine --listen 127.0.0.1:0"),
+            Err(BadConfig::NoPort(_))
+        ));
     }
 }

@@ -93,10 +93,10 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
 const CLOSE: Duration = Duration::from_secs(15);
 
 async fn close(drain: &Drain) -> Result<(), AgentError> {
-    drain.close(CLOSE).await.map_err(|stuck| AgentError::Stuck {
-        tasks: stuck.names.join(", "),
-        waited: stuck.waited,
-    })
+    drain
+        .close(CLOSE)
+        .await
+        .map_err(|stuck| AgentError::Stuck { tasks: stuck.names.join(", "), waited: stuck.waited })
 }
 
 async fn leave_task(
@@ -118,13 +118,15 @@ fn manager(config: &AgentConfig) -> Result<Manager, AgentError> {
         true => config.manager.clone(),
         false => format!("http://{}", config.manager),
     };
-    let endpoint = Endpoint::parse(&text)
-        .map_err(|error| AgentError::Manager(anabranch_runtime::ConnectError::Endpoint(error.into())))?;
+    let endpoint = Endpoint::parse(&text).map_err(|error| {
+        AgentError::Manager(anabranch_runtime::ConnectError::Endpoint(error.into()))
+    })?;
     Ok(Manager { endpoint, token: token(config)? })
 }
 
 fn token(config: &AgentConfig) -> Result<Option<JoinToken>, AgentError> {
-    let parse = |text: &String| JoinToken::parse(text).map_err(|e| AgentError::Token(e.to_string()));
+    let parse =
+        |text: &String| JoinToken::parse(text).map_err(|e| AgentError::Token(e.to_string()));
     config.token.as_ref().map(parse).transpose()
 }
 

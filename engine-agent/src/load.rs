@@ -66,7 +66,8 @@ pub async fn probe<E: Engine>(engine: &E, vocab: u32) -> Result<ProbeResult, Str
 
 fn probe_request(vocab: u32) -> Generate {
     // Spread over small ids, which every vocabulary has.
-    let prompt: Vec<u32> = (0..PROBE_PROMPT_TOKENS).map(|i| (i * 7 + 3) % vocab.clamp(1, 97)).collect();
+    let prompt: Vec<u32> =
+        (0..PROBE_PROMPT_TOKENS).map(|i| (i * 7 + 3) % vocab.clamp(1, 97)).collect();
     let sampling = pb::Sampling {
         max_tokens: PROBE_TOKENS,
         temperature: Some(0.0),

@@ -105,7 +105,10 @@ impl<E: Engine> Watch<E> {
             match self.engine.info().await {
                 Ok(info) => return Ok(info),
                 Err(error) if self.launch.is_some() && began.elapsed() > self.start_timeout => {
-                    return Err(format!("no answer {:?} after its start: {error}", self.start_timeout));
+                    return Err(format!(
+                        "no answer {:?} after its start: {error}",
+                        self.start_timeout
+                    ));
                 }
                 Err(error) => {
                     if !said || reminded.elapsed() > REMIND {
@@ -121,14 +124,28 @@ impl<E: Engine> Watch<E> {
     async fn announce(&self, info: EngineInfo) {
         self.weights.engine_started(info.model_directory.as_deref());
         if !info.incremental {
-            tracing::warn!("this engine repeats every token in each chunk: start it with --incremental-streaming-output; until then chunks come seldom and more tokens are at risk");
+            tracing::warn!(
+                "this engine repeats every token in each chunk: start it with --incremental-streaming-output; until then chunks come seldom and more tokens are at risk"
+            );
         }
         if info.model.vocab == 0 {
-            tracing::warn!("the engine does not say its vocabulary and its config.json cannot be read here: token ids go unchecked");
+            tracing::warn!(
+                "the engine does not say its vocabulary and its config.json cannot be read here: token ids go unchecked"
+            );
         }
         let probe = load::probe(&*self.engine, info.model.vocab).await;
-        let probe = probe.inspect_err(|error| tracing::warn!(error, "no probe of the start-up weights")).ok();
-        tracing::info!(url = self.url, kind = info.kind, model = info.model.id, vocab = info.model.vocab, context = info.model.max_context, kv_tokens = info.kv_tokens, "engine is up");
+        let probe = probe
+            .inspect_err(|error| tracing::warn!(error, "no probe of the start-up weights"))
+            .ok();
+        tracing::info!(
+            url = self.url,
+            kind = info.kind,
+            model = info.model.id,
+            vocab = info.model.vocab,
+            context = info.model.max_context,
+            kv_tokens = info.kv_tokens,
+            "engine is up"
+        );
         self.shared.handle(Event::EngineUp { info: Box::new(info), probe });
     }
 
@@ -170,7 +187,9 @@ impl<E: Engine> Watch<E> {
         match before {
             // Around a load there is nothing to compare with.
             Some(expected) if Some(&expected) == after.as_ref() && expected != label => {
-                Err(Look::Gone(format!("its weights are {label:?}, not {expected:?}: it was restarted")))
+                Err(Look::Gone(format!(
+                    "its weights are {label:?}, not {expected:?}: it was restarted"
+                )))
             }
             _ => Ok(()),
         }

@@ -37,8 +37,15 @@ struct Inner {
 
 enum Link {
     /// The listener only keeps the port that Hello announces.
-    Reserved { listener: Option<TcpListener> },
-    Open { job: String, fetcher: Fetcher, holder: Holder, server: Option<Server> },
+    Reserved {
+        listener: Option<TcpListener>,
+    },
+    Open {
+        job: String,
+        fetcher: Fetcher,
+        holder: Holder,
+        server: Option<Server>,
+    },
 }
 
 type Table = BTreeMap<String, (DType, Vec<u64>)>;
@@ -91,7 +98,11 @@ impl Weights {
         }
         let Link::Open { job: known, holder, .. } = &inner.link else { return };
         if known != job {
-            tracing::warn!(job, known, "the manager changed the job; peers are served for the old one");
+            tracing::warn!(
+                job,
+                known,
+                "the manager changed the job; peers are served for the old one"
+            );
         }
         match key.try_into() {
             Ok(key) => holder.set_key(key),
@@ -202,7 +213,9 @@ impl Weights {
             let diff = differences(baseline, &table);
             if diff != LayoutDiff::default() {
                 let at = directory.display();
-                return Err(format!("{at} does not fit this engine, which keeps its old weights: {diff}"));
+                return Err(format!(
+                    "{at} does not fit this engine, which keeps its old weights: {diff}"
+                ));
             }
         }
         let bytes = image_bytes(&table);
@@ -212,8 +225,12 @@ impl Weights {
     /// The engine serves `directory` now: memory of all others may be used again.
     pub fn keep(&self, version: Version, directory: &Path) {
         let mut inner = self.lock();
-        let gone: Vec<Version> =
-            inner.kept.iter().filter(|(dir, _)| *dir != directory).map(|(_, staged)| staged.version).collect();
+        let gone: Vec<Version> = inner
+            .kept
+            .iter()
+            .filter(|(dir, _)| *dir != directory)
+            .map(|(_, staged)| staged.version)
+            .collect();
         inner.kept.retain(|dir, _| dir == directory);
         inner.serving = Some(directory.to_owned());
         if inner.baseline.is_none() {

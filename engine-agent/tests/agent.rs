@@ -32,12 +32,19 @@ fn verify_all(ledger: &Ledger, prompt: &[u32], digests: &BTreeMap<u64, [u8; 32]>
 
 fn stage(kind: &from_agent::Kind, wanted: &[Stage]) -> Option<pb::LoadState> {
     match kind {
-        from_agent::Kind::LoadState(state) if wanted.contains(&state.stage()) => Some(state.clone()),
+        from_agent::Kind::LoadState(state) if wanted.contains(&state.stage()) => {
+            Some(state.clone())
+        }
         _ => None,
     }
 }
 
-fn load(order: u64, number: u64, directory: &std::path::Path, on_running: pb::OnRunning) -> to_agent::Kind {
+fn load(
+    order: u64,
+    number: u64,
+    directory: &std::path::Path,
+    on_running: pb::OnRunning,
+) -> to_agent::Kind {
     to_agent::Kind::Load(pb::Load {
         order,
         version: Some(pb::Version { epoch: 1, number, root: vec![number as u8; 32].into() }),
@@ -56,7 +63,10 @@ async fn samples_run_to_their_end_and_every_token_is_the_oracles() {
     let mut attached = manager.attach(|_| welcome(1)).await;
     let hello = &attached.hello;
     assert_eq!(hello.model.as_ref().expect("model").vocab, 1000);
-    assert_eq!(hello.caps.as_ref().expect("caps").seed_keying(), pb::caps::SeedKeying::AbsolutePosition);
+    assert_eq!(
+        hello.caps.as_ref().expect("caps").seed_keying(),
+        pb::caps::SeedKeying::AbsolutePosition
+    );
     let mut ledger = Ledger::default();
     let samples = samples(16);
     start_all(&attached, &samples, &[1, 2, 3], 100).await;
@@ -170,7 +180,11 @@ async fn a_directory_that_does_not_fit_is_refused_and_the_old_version_goes_on() 
             .until_said(&mut ledger, |kind| stage(kind, &[Stage::Active, Stage::Failed]))
             .await;
         assert_eq!(failed.stage(), Stage::Failed);
-        assert!(failed.error.contains("[5, 8]") || failed.error.contains("none"), "{}", failed.error);
+        assert!(
+            failed.error.contains("[5, 8]") || failed.error.contains("none"),
+            "{}",
+            failed.error
+        );
     }
     attached.until(&mut ledger, |ledger| ledger.ended() == 2).await;
     verify_all(&ledger, &[4, 5], &BTreeMap::from([(1, v1)]));
@@ -193,7 +207,8 @@ async fn every_way_a_stream_can_break_is_a_lost_sample_whose_tokens_so_far_are_g
         }
         attached.start(sample, digest, 60, 0).await;
         if matches!(fault, "end_early" | "reset") {
-            let has_some = |l: &Ledger| l.samples.get(&sample).is_some_and(|row| !row.tokens.is_empty());
+            let has_some =
+                |l: &Ledger| l.samples.get(&sample).is_some_and(|row| !row.tokens.is_empty());
             attached.until(&mut ledger, has_some).await;
             engine.fault(&format!(r#"{{"kind":"{fault}"}}"#)).await;
         }
@@ -246,7 +261,9 @@ async fn an_engine_that_dies_costs_its_samples_and_comes_back_as_a_new_incarnati
     first.until(&mut ledger, |ledger| ledger.tokens() > 200).await;
     engine.kill().await;
     first
-        .until_said(&mut ledger, |kind| matches!(kind, from_agent::Kind::EngineDown(_)).then_some(()))
+        .until_said(&mut ledger, |kind| {
+            matches!(kind, from_agent::Kind::EngineDown(_)).then_some(())
+        })
         .await;
     first.until(&mut ledger, |ledger| ledger.ended() == 4).await;
     assert!(samples(4).iter().all(|sample| ledger.why(*sample) == Why::Lost));
@@ -314,7 +331,12 @@ async fn a_drain_reports_every_sample_before_the_agent_leaves() {
         attached.start(SampleId::new(5, index), digest, max_tokens, u64::from(index)).await;
     }
     attached.until(&mut ledger, |ledger| ledger.tokens() > 80).await;
-    let mode = pb::Mode { order: 77, kind: pb::mode::Kind::Drain.into(), deadline_ms: 1500, why: "test".into() };
+    let mode = pb::Mode {
+        order: 77,
+        kind: pb::mode::Kind::Drain.into(),
+        deadline_ms: 1500,
+        why: "test".into(),
+    };
     attached.control(to_agent::Kind::Mode(mode)).await;
     let done = attached
         .until_said(&mut ledger, |kind| match kind {
@@ -337,8 +359,9 @@ async fn a_drain_reports_every_sample_before_the_agent_leaves() {
 async fn sigterm_is_announced_and_drains() {
     let engine = TestEngine::start(|config| config.rate = Some(300.0)).await;
     let mut manager = TestManager::start().await;
-    let agent =
-        TestAgent::start(manager.addr, engine.addr, |c| c.drain_deadline = Duration::from_millis(600));
+    let agent = TestAgent::start(manager.addr, engine.addr, |c| {
+        c.drain_deadline = Duration::from_millis(600)
+    });
     let mut attached = manager.attach(|_| welcome(1)).await;
     let mut ledger = Ledger::default();
     start_all(&attached, &samples(3), &[6], 9000).await;
@@ -368,7 +391,12 @@ async fn memory_is_released_only_after_every_terminal_chunk_and_comes_back_witho
     start_all(&attached, &samples(6), &[2], 9000).await;
     attached.until(&mut ledger, |ledger| ledger.tokens() > 100).await;
     let order = |order, kind: pb::mode::Kind| {
-        to_agent::Kind::Mode(pb::Mode { order, kind: kind.into(), deadline_ms: 5000, why: String::new() })
+        to_agent::Kind::Mode(pb::Mode {
+            order,
+            kind: kind.into(),
+            deadline_ms: 5000,
+            why: String::new(),
+        })
     };
     let done = |kind: &from_agent::Kind| match kind {
         from_agent::Kind::ModeDone(done) => Some(done.clone()),
@@ -387,9 +415,8 @@ async fn memory_is_released_only_after_every_terminal_chunk_and_comes_back_witho
     attached.until(&mut ledger, |ledger| ledger.ended() == 7).await;
     assert_eq!(ledger.why(SampleId::new(6, 0)), Why::Busy, "no weights yet");
     attached.control(load(3, 1, dir.path(), pb::OnRunning::Finish)).await;
-    let loaded = attached
-        .until_said(&mut ledger, |kind| stage(kind, &[Stage::Active, Stage::Failed]))
-        .await;
+    let loaded =
+        attached.until_said(&mut ledger, |kind| stage(kind, &[Stage::Active, Stage::Failed])).await;
     assert_eq!((loaded.stage(), loaded.error.as_str()), (Stage::Active, ""));
     attached.start(SampleId::new(7, 0), digest, 20, 0).await;
     attached.until(&mut ledger, |ledger| ledger.ended() == 8).await;
@@ -418,7 +445,9 @@ async fn a_convention_that_the_engine_cannot_give_ends_the_agent_with_the_way_ou
     let engine = TestEngine::start(|_| {}).await;
     let mut manager = TestManager::start().await;
     let agent = TestAgent::start(manager.addr, engine.addr, |_| {});
-    manager.welcome_only(pb::Welcome { convention: pb::Convention::Raw.into(), ..welcome(1) }).await;
+    manager
+        .welcome_only(pb::Welcome { convention: pb::Convention::Raw.into(), ..welcome(1) })
+        .await;
     let error = agent.ended().await.expect_err("refused");
     assert!(matches!(error, AgentError::Convention { .. }), "{error}");
     assert!(error.to_string().contains("--logprob-convention"));
@@ -430,7 +459,9 @@ async fn a_manager_that_refuses_for_good_ends_the_agent_and_one_that_is_busy_doe
     let mut manager = TestManager::start().await;
     let agent = TestAgent::start(manager.addr, engine.addr, |_| {});
     manager.refuse(pb::Refused { why: "wait".into(), retry: true, retry_after_ms: 50 }).await;
-    manager.refuse(pb::Refused { why: "wrong model".into(), retry: false, retry_after_ms: 0 }).await;
+    manager
+        .refuse(pb::Refused { why: "wrong model".into(), retry: false, retry_after_ms: 0 })
+        .await;
     let error = agent.ended().await.expect_err("refused");
     assert!(matches!(&error, AgentError::Refused(why) if why == "wrong model"), "{error}");
 }

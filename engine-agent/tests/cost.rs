@@ -42,7 +42,8 @@ impl Drop for EngineProcess {
 }
 
 fn engine_process() -> EngineProcess {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("addr");
+    let free =
+        std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("addr");
     let exe = std::env::current_exe().expect("own path");
     let child = Command::new(exe)
         .args(["--exact", "serve_engine", "--ignored"])
@@ -68,7 +69,8 @@ async fn cost_of_a_chunk() {
     let leave = stop.clone();
     let (ask, asked) = std::sync::mpsc::channel::<std::sync::mpsc::Sender<Duration>>();
     let agent = std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         let staging = tempfile::tempdir().expect("dir");
         let spec = EngineSpec::parse(&format!("sglang={engine_at}")).expect("url");
         let mut config = AgentConfig::new(format!("http://{manager_at}"), spec);
@@ -100,7 +102,9 @@ async fn cost_of_a_chunk() {
     for index in 0..SAMPLES {
         attached.start(SampleId::new(1, index), digest, 20_000, u64::from(index)).await;
     }
-    attached.until(&mut ledger, |l| l.samples.len() == SAMPLES as usize && l.tokens() > 40_000).await;
+    attached
+        .until(&mut ledger, |l| l.samples.len() == SAMPLES as usize && l.tokens() > 40_000)
+        .await;
     let (cpu_before, tokens_before, began) = (cpu(), ledger.tokens(), std::time::Instant::now());
     attached.until(&mut ledger, |_| began.elapsed() > Duration::from_secs(SECONDS)).await;
     let (cpu_spent, made) = (cpu() - cpu_before, ledger.tokens() - tokens_before);

@@ -26,6 +26,8 @@ pub(super) enum LinkState {
 pub(super) struct Session {
     pub id: u64,
     pub manager_epoch: u64,
+    /// The life of the engine that it is about.
+    pub incarnation: u64,
     pub tick: Duration,
     pub beats: u64,
     /// The engine died: once the manager has the rest, a new session begins with the new incarnation.
@@ -68,7 +70,7 @@ const MIN_LEASE: Duration = Duration::from_millis(100);
 impl Core {
     pub(super) fn dial(&mut self) {
         let stopped = matches!(self.state, AgentState::Stopped);
-        if stopped || self.link != LinkState::Down || self.engine.is_none() && self.session.is_none() {
+        if stopped || self.link != LinkState::Down || self.engine.is_none() {
             return;
         }
         let link = LinkId(self.next_link);
@@ -81,7 +83,8 @@ impl Core {
     }
 
     fn hello(&self) -> pb::Hello {
-        let info = self.engine.as_ref();
+        let info = self.known.as_ref();
+        let session = self.session.as_ref();
         let mut caps = info.map(|info| info.caps.clone()).unwrap_or_default();
         caps.weights_by_trainer = self.config.weights_by_trainer;
         pb::Hello {
@@ -90,7 +93,7 @@ impl Core {
             token: self.config.token.clone(),
             engine: Some(pb::Engine {
                 id: self.config.id.clone(),
-                incarnation: self.incarnation,
+                incarnation: session.map_or(self.incarnation, |session| session.incarnation),
                 member: 0,
                 members: 1,
             }),
@@ -101,9 +104,9 @@ impl Core {
             gpus: self.config.gpus,
             labels: self.config.labels.clone().into_iter().collect(),
             addresses: self.config.addresses.clone(),
-            held: self.session.as_ref().map(|_| self.held()).unwrap_or_default(),
+            held: session.map(|_| self.held()).unwrap_or_default(),
             loaded: self.loader.serving().map(|version| version.into()),
-            resume_session: self.session.as_ref().map_or(0, |session| session.id),
+            resume_session: session.map_or(0, |session| session.id),
             engine_kind: info.map(|info| info.kind.clone()).unwrap_or_default(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         }
@@ -177,7 +180,7 @@ impl Core {
         self.heard(now);
         self.timers.set(Timer::Beat, now + lease / 3);
         match self.session.as_ref() {
-            Some(session) if session.is(&welcome) => self.re_attached(&welcome),
+            Some(session) if session.is(&welcome) => self.re_attached(now, &welcome),
             former => {
                 let former = former.map(|session| session.id);
                 self.attached_anew(now, &welcome, former);
@@ -202,7 +205,7 @@ impl Core {
     }
 
     /// Exactly what the manager keeps goes on; the rest is dropped without a word.
-    fn re_attached(&mut self, welcome: &pb::Welcome) {
+    fn re_attached(&mut self, now: Now, welcome: &pb::Welcome) {
         let keep: BTreeSet<(SampleId, u32)> = welcome
             .keep
             .iter()
@@ -212,8 +215,18 @@ impl Core {
         self.outbox.ack(welcome.acked_tick);
         self.outbox.resend_all();
         let (kept, bytes) = (self.runs.live(), self.outbox.bytes());
-        tracing::info!(session = welcome.session, kept, dropped, resent_bytes = bytes, "re-attached");
+        tracing::info!(
+            session = welcome.session,
+            kept,
+            dropped,
+            resent_bytes = bytes,
+            "re-attached"
+        );
         self.resend_outcomes();
+        let old_life = self.session.as_ref().is_some_and(|s| s.incarnation != self.incarnation);
+        if self.engine.is_none() || old_life {
+            self.begin_rejoin(now);
+        }
     }
 
     fn attached_anew(&mut self, now: Now, welcome: &pb::Welcome, former: Option<u64>) {
@@ -229,6 +242,7 @@ impl Core {
         self.session = Some(Session {
             id: welcome.session,
             manager_epoch: welcome.manager_epoch,
+            incarnation: self.incarnation,
             tick,
             beats: 0,
             ending: false,
@@ -293,6 +307,11 @@ impl Core {
         self.link = LinkState::Down;
         self.timers.clear(Timer::LinkSilent);
         self.timers.clear(Timer::Beat);
+        if self.session.as_ref().is_some_and(|session| session.ending) {
+            // It was about a dead engine, and the manager knows.
+            self.session = None;
+            self.outbox.clear();
+        }
         let backoff = FIRST_REDIAL.saturating_mul(1 << self.dials.min(10)).min(MAX_REDIAL);
         self.timers.set(Timer::Redial, now + backoff.max(at_least));
     }
@@ -357,8 +376,20 @@ impl Core {
         }
     }
 
-    pub(super) fn begin_rejoin(&mut self, now: Now) {
+    /// Its samples are lost; with the link up the manager ends the session over it.
+    pub(super) fn tell_engine_down(&mut self, why: &str, will_restart: bool) {
+        let up = matches!(self.link, LinkState::Joined { .. } | LinkState::Bound { .. });
         if let Some(session) = self.session.as_mut() {
+            session.ending |= up;
+        }
+        let why = why.to_owned();
+        self.tell(from_agent::Kind::EngineDown(pb::EngineDown { why, will_restart }));
+    }
+
+    /// A new life of the engine is a new session, once the manager has the rest of the old one.
+    pub(super) fn begin_rejoin(&mut self, now: Now) {
+        let Some(session) = self.session.as_mut() else { return };
+        if matches!(self.link, LinkState::Joined { .. } | LinkState::Bound { .. }) {
             session.ending = true;
             self.timers.set(Timer::Rejoin, now + REJOIN);
         }
@@ -367,13 +398,14 @@ impl Core {
     /// The manager has everything of the engine's former life: begin the new one.
     pub(super) fn settle_rejoin(&mut self) {
         let ending = self.session.as_ref().is_some_and(|session| session.ending);
-        if ending && self.outbox.is_empty() {
+        if ending && self.engine.is_some() && self.outbox.is_empty() {
             self.rejoin();
         }
     }
 
     pub(super) fn rejoin(&mut self) {
-        if !self.session.as_ref().is_some_and(|session| session.ending) {
+        let ending = self.session.as_ref().is_some_and(|session| session.ending);
+        if !ending || self.engine.is_none() {
             return;
         }
         self.session = None;
@@ -402,4 +434,3 @@ impl Core {
         self.loader.serving().unwrap_or_else(|| Version::base(0))
     }
 }
-

@@ -15,190 +15,27 @@
 //! `Active` carries the version; in Restoring the old one is being put back. An engine that dies in
 //! any of them leaves all of them.
 
-use std::collections::VecDeque;
-use std::ops::Range;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anabranch_proto::pb::load_state::Stage;
 use anabranch_proto::pb::probe::Verdict;
 use anabranch_proto::pb::{self, OnRunning, from_agent};
-use anabranch_proto::Version;
 use anabranch_runtime::Now;
 
 use super::action::{Action, Exit, FetchOrder};
-use super::event::{Call, ProbeResult, RunEnd, Staged};
+use super::event::{Call, ProbeResult, Staged};
 use super::timer::Timer;
 use super::{AgentState, Core, Memory};
-use crate::engine::{Chunk, EngineInfo, LabelSpan, RunId};
 
-#[derive(Default)]
-pub(super) struct Loader {
-    state: LoadState,
-    /// What the engine's weights are; `None`: they are gone, or nobody knows.
-    serving: Option<Serving>,
-    /// The newest order that came too late to replace the one under way.
-    next: Option<Job>,
-    last_probe: Option<ProbeResult>,
-    last_report: Option<pb::LoadState>,
-    /// Labels of late, for the engine's own spans.
-    labels: VecDeque<(String, Version)>,
-    /// From the moment the streams go on until the probe spoke; bounded by a probe's length.
-    held_back: Vec<HeldBack>,
-}
+mod job;
+mod loader;
 
-#[derive(Clone, Debug)]
-struct Serving {
-    version: Version,
-    label: String,
-    directory: Option<PathBuf>,
-}
-
-#[derive(Debug, Default)]
-enum LoadState {
-    #[default]
-    Active,
-    Fetching(Job),
-    Quiescing(Job, Staged),
-    Freezing(Job, Staged),
-    Loading(Job, Staged),
-    Thawing(Job, Staged),
-    Probing(Job, Staged),
-    /// `reload`: the old weights are being loaded again; else only the pause is being ended.
-    Restoring { job: Job, why: String, reload: bool },
-}
-
-#[derive(Clone, Debug)]
-struct Job {
-    order: u64,
-    to: Version,
-    on_running: OnRunning,
-    deadline: Option<Now>,
-    deadline_ms: u32,
-    bytes: u64,
-    sources: Vec<pb::Source>,
-    directory: Option<PathBuf>,
-    reference: Option<pb::Probe>,
-}
-
-enum HeldBack {
-    Tokens { run: RunId, tokens: Vec<u32>, logprobs: Vec<f32>, spans: Vec<LabelSpan> },
-    End { run: RunId, end: RunEnd },
-}
+use job::{Job, verdict, wire};
+pub(super) use loader::Loader;
+use loader::{HeldBack, LoadState, Serving};
 
 /// How long streams that were told to end for a load may take.
 const QUIESCE: Duration = Duration::from_secs(15);
-/// Probes agree within this.
-const TOLERANCE: f32 = 1e-4;
-const MAX_LABELS: usize = 8;
-
-// === impl Loader ===
-
-impl Loader {
-    pub fn serving(&self) -> Option<Version> {
-        self.serving.as_ref().map(|serving| serving.version)
-    }
-
-    /// What the engine must call its weights; `None` while that is about to change.
-    pub fn settled_label(&self) -> Option<&str> {
-        match self.state {
-            LoadState::Active | LoadState::Fetching(_) | LoadState::Quiescing(..) => {
-                self.serving.as_ref().map(|serving| serving.label.as_str())
-            }
-            _ => None,
-        }
-    }
-
-    /// What a sample started now will be served by: held samples start after the load.
-    pub fn next_serving(&self) -> Option<Version> {
-        match &self.state {
-            LoadState::Active | LoadState::Fetching(_) | LoadState::Restoring { .. } => {
-                self.serving()
-            }
-            LoadState::Quiescing(job, _)
-            | LoadState::Freezing(job, _)
-            | LoadState::Loading(job, _)
-            | LoadState::Thawing(job, _)
-            | LoadState::Probing(job, _) => Some(job.to),
-        }
-    }
-
-    /// Starts are held.
-    pub fn is_loading(&self) -> bool {
-        !matches!(self.state, LoadState::Active | LoadState::Fetching(_))
-    }
-
-    /// Streams go on, but what they bring may not leave before the probe spoke.
-    pub fn holds_back(&self) -> bool {
-        matches!(self.state, LoadState::Thawing(..) | LoadState::Probing(..))
-    }
-
-    pub fn hold_back(&mut self, run: RunId, chunk: &Chunk) {
-        self.held_back.push(HeldBack::Tokens {
-            run,
-            tokens: chunk.tokens.clone(),
-            logprobs: chunk.logprobs.clone(),
-            spans: chunk.spans.clone(),
-        });
-    }
-
-    pub fn hold_back_end(&mut self, run: RunId, end: RunEnd) {
-        self.held_back.push(HeldBack::End { run, end });
-    }
-
-    pub fn drop_held_back(&mut self) {
-        self.held_back.clear();
-    }
-
-    pub fn last_report(&self) -> Option<&pb::LoadState> {
-        self.last_report.as_ref()
-    }
-
-    pub fn engine_started(&mut self, info: &EngineInfo, probe: Option<ProbeResult>) {
-        self.state = LoadState::Active;
-        self.last_probe = probe;
-        let version = Version::base(0);
-        self.take(Serving {
-            version,
-            label: info.weight_label.clone(),
-            directory: info.model_directory.clone(),
-        });
-    }
-
-    fn take(&mut self, serving: Serving) {
-        self.labels.retain(|(label, _)| *label != serving.label);
-        self.labels.push_back((serving.label.clone(), serving.version));
-        if self.labels.len() > MAX_LABELS {
-            self.labels.pop_front();
-        }
-        self.serving = Some(serving);
-    }
-
-    /// Cuts `count` tokens from `leg_offset` of their request by what the engine says made them.
-    pub fn place(
-        &self,
-        spans: &[LabelSpan],
-        leg_offset: u32,
-        count: usize,
-    ) -> Vec<(Range<usize>, Version)> {
-        let fallback = self.serving().unwrap_or_else(|| Version::base(0));
-        let version_of = |at: u32| {
-            let span = spans.iter().find(|span| span.start <= at && at < span.end)?;
-            self.labels.iter().find(|(label, _)| *label == span.label).map(|(_, version)| *version)
-        };
-        let mut pieces: Vec<(Range<usize>, Version)> = Vec::new();
-        for (index, at) in (leg_offset..).take(count).enumerate() {
-            let version = version_of(at).unwrap_or(fallback);
-            match pieces.last_mut() {
-                Some((range, last)) if *last == version => range.end = index + 1,
-                _ => pieces.push((index..index + 1, version)),
-            }
-        }
-        pieces
-    }
-}
-
-// === impl Core ===
 
 impl Core {
     pub(super) fn load_ordered(&mut self, now: Now, load: pb::Load) {
@@ -212,10 +49,6 @@ impl Core {
         };
         if let Some(why) = self.cannot_load() {
             return self.report(job.failed(why));
-        }
-        if self.loader.serving() == Some(job.to) && matches!(self.loader.state, LoadState::Active) {
-            let probe = self.loader.last_probe.clone();
-            return self.report(job.active(probe, Verdict::Inconclusive, None));
         }
         match &self.loader.state {
             LoadState::Active => self.begin_fetch(now, job),
@@ -248,6 +81,10 @@ impl Core {
     }
 
     fn begin_fetch(&mut self, now: Now, job: Job) {
+        if self.loader.serving() == Some(job.to) {
+            let probe = self.loader.last_probe.clone();
+            return self.report(job.active(probe, Verdict::Inconclusive, None));
+        }
         if let Some(deadline) = job.deadline {
             self.timers.set(Timer::LoadDeadline, deadline.max(now));
         }
@@ -313,7 +150,8 @@ impl Core {
     /// Goes on once the streams are quiet.
     pub(super) fn settle_load(&mut self) {
         let LoadState::Quiescing(job, _) = &self.loader.state else { return };
-        let paused_ones_too = !matches!(job.on_running, OnRunning::Continue | OnRunning::Unspecified);
+        let paused_ones_too =
+            !matches!(job.on_running, OnRunning::Continue | OnRunning::Unspecified);
         if self.unquiet(paused_ones_too) > 0 {
             return;
         }
@@ -414,18 +252,24 @@ impl Core {
         };
         let verdict = verdict(&probe, job.reference.as_ref(), self.loader.last_probe.as_ref());
         if verdict == Verdict::Disagrees {
-            let why = "its log-probabilities differ from a replica's at the same version".to_owned();
-            let report = pb::LoadState {
-                probe: Some(wire(&probe, verdict)),
-                ..job.report(Stage::Probing)
-            };
+            let why =
+                "its log-probabilities differ from a replica's at the same version".to_owned();
+            let report =
+                pb::LoadState { probe: Some(wire(&probe, verdict)), ..job.report(Stage::Probing) };
             self.report(report);
             return self.go_back(now, job, why);
         }
         self.activate(now, job, staged, probe, verdict);
     }
 
-    fn activate(&mut self, now: Now, job: Job, staged: Staged, probe: ProbeResult, verdict: Verdict) {
+    fn activate(
+        &mut self,
+        now: Now,
+        job: Job,
+        staged: Staged,
+        probe: ProbeResult,
+        verdict: Verdict,
+    ) {
         tracing::info!(version = %job.to, probe = verdict.as_str_name(), "version active");
         self.timers.clear(Timer::LoadDeadline);
         self.loader.take(Serving {
@@ -579,114 +423,4 @@ impl Core {
         }
         self.tell(from_agent::Kind::LoadState(report));
     }
-}
-
-// === impl Job ===
-
-impl Job {
-    fn parse(now: Now, load: pb::Load) -> Result<Job, Box<pb::LoadState>> {
-        let order = load.order;
-        let on_running = load.on_running();
-        let to = match load.version.clone().map(Version::try_from) {
-            Some(Ok(version)) => version,
-            bad => {
-                let error = match bad {
-                    Some(Err(error)) => error.to_string(),
-                    _ => "the order names no version".to_owned(),
-                };
-                let failed = pb::LoadState {
-                    order,
-                    version: load.version,
-                    stage: Stage::Failed.into(),
-                    error,
-                    ..Default::default()
-                };
-                return Err(Box::new(failed));
-            }
-        };
-        let deadline = Duration::from_millis(load.deadline_ms.into());
-        Ok(Job {
-            order,
-            to,
-            on_running,
-            deadline: (load.deadline_ms > 0).then(|| now + deadline),
-            deadline_ms: load.deadline_ms,
-            bytes: load.bytes,
-            sources: load.sources,
-            directory: Some(load.directory).filter(|path| !path.is_empty()).map(PathBuf::from),
-            reference: load.reference.filter(|probe| !probe.ids.is_empty()),
-        })
-    }
-
-    fn report(&self, stage: Stage) -> pb::LoadState {
-        pb::LoadState {
-            order: self.order,
-            version: Some(self.to.into()),
-            stage: stage.into(),
-            ..Default::default()
-        }
-    }
-
-    fn failed(&self, error: String) -> pb::LoadState {
-        pb::LoadState { error, ..self.report(Stage::Failed) }
-    }
-
-    fn active(
-        &self,
-        probe: Option<ProbeResult>,
-        verdict: Verdict,
-        staged: Option<&Staged>,
-    ) -> pb::LoadState {
-        pb::LoadState {
-            probe: probe.map(|probe| wire(&probe, verdict)),
-            bytes: staged.map_or(0, |staged| staged.bytes),
-            holds: staged.is_some_and(|staged| staged.holds),
-            fetched_from: staged
-                .map(|staged| staged.from.clone().into_iter().collect())
-                .unwrap_or_default(),
-            ..self.report(Stage::Active)
-        }
-    }
-}
-
-fn wire(probe: &ProbeResult, verdict: Verdict) -> pb::Probe {
-    pb::Probe {
-        ids: probe.ids.clone(),
-        logprobs: probe.logprobs.clone(),
-        verdict: verdict.into(),
-    }
-}
-
-fn verdict(
-    probe: &ProbeResult,
-    reference: Option<&pb::Probe>,
-    before: Option<&ProbeResult>,
-) -> Verdict {
-    if let Some(reference) = reference {
-        let agrees = same(probe, &reference.ids, &reference.logprobs);
-        return if agrees { Verdict::Agrees } else { Verdict::Disagrees };
-    }
-    match before {
-        Some(before) if *before == *probe => Verdict::Inconclusive,
-        _ => Verdict::First,
-    }
-}
-
-/// Compares up to the first differing id: there the two must have been a tie.
-fn same(probe: &ProbeResult, ids: &[u32], logprobs: &[f32]) -> bool {
-    if probe.ids.len() != ids.len() || probe.logprobs.len() != logprobs.len() {
-        return false;
-    }
-    let rows = probe.ids.iter().zip(ids).zip(probe.logprobs.iter().zip(logprobs));
-    for ((ours, theirs), (our_logprob, their_logprob)) in rows {
-        // A NaN is near nothing.
-        let near = (our_logprob - their_logprob).abs() <= TOLERANCE;
-        if !near {
-            return false;
-        }
-        if ours != theirs {
-            return true;
-        }
-    }
-    true
 }

@@ -36,9 +36,14 @@ enum Phase {
 pub(super) enum Memory {
     Held,
     /// `called`: the engine was asked, since it is idle.
-    Releasing { order: u64, called: bool },
+    Releasing {
+        order: u64,
+        called: bool,
+    },
     Released,
-    Resuming { order: u64 },
+    Resuming {
+        order: u64,
+    },
 }
 
 /// Kept of a deadline for the terminal chunks and the last ticks; at most a quarter of it.
@@ -60,7 +65,8 @@ impl Core {
             mode::Kind::Pause => self.pause(order, true),
             mode::Kind::Resume => self.pause(order, false),
             mode::Kind::Unspecified => {
-                let error = format!("unknown mode {}: this agent is older than the manager", mode.kind);
+                let error =
+                    format!("unknown mode {}: this agent is older than the manager", mode.kind);
                 self.mode_done(pb::ModeDone { order, error, ..Default::default() });
             }
         }
@@ -140,7 +146,8 @@ impl Core {
         let AgentState::Draining(drain) = &self.state else { return };
         let (running, unacknowledged_bytes) = (self.runs.live(), self.outbox.bytes());
         if let Some(order) = drain.order {
-            let error = format!("{running} samples running, {unacknowledged_bytes} bytes not taken");
+            let error =
+                format!("{running} samples running, {unacknowledged_bytes} bytes not taken");
             self.mode_done(pb::ModeDone { order, error, ..Default::default() });
         }
         self.exit(Exit::DrainCut { running, unacknowledged_bytes });
@@ -157,7 +164,9 @@ impl Core {
         }
         if !self.engine.as_ref().is_some_and(|engine| engine.caps.release_memory) {
             // The barrier still holds: nothing runs here afterwards.
-            tracing::warn!("this engine keeps its memory; SGLang can release it with --enable-memory-saver");
+            tracing::warn!(
+                "this engine keeps its memory; SGLang can release it with --enable-memory-saver"
+            );
         }
         self.memory = Memory::Releasing { order, called: false };
         let within = if within.is_zero() { RELEASE } else { within };
@@ -178,7 +187,12 @@ impl Core {
             false => {
                 self.memory = Memory::Released;
                 self.timers.clear(Timer::MemoryDeadline);
-                self.mode_done(pb::ModeDone { order, ok: true, drained: true, ..Default::default() });
+                self.mode_done(pb::ModeDone {
+                    order,
+                    ok: true,
+                    drained: true,
+                    ..Default::default()
+                });
             }
         }
     }

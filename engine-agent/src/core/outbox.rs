@@ -85,6 +85,12 @@ impl Outbox {
         self.open.ends.push(end);
     }
 
+    /// Takes back the ends of lost samples that no tick was closed over yet.
+    pub fn take_lost_ends(&mut self) -> Vec<pb::End> {
+        let is_lost = |end: &mut pb::End| end.why() == pb::end::Why::Lost;
+        self.open.ends.extract_if(.., is_lost).collect()
+    }
+
     /// Closes the open tick, if anything is in it.
     pub fn seal(&mut self) {
         let Some(since) = self.open.since.take() else { return };
@@ -252,7 +258,8 @@ mod tests {
         outbox.append(Now::ZERO, &place(1, 1, 2), &[5], &[0.5]);
         outbox.seal();
         let tick = outbox.next_to_send(Now::from_millis(7)).expect("sealed");
-        let segs: Vec<_> = tick.segs.iter().map(|s| (s.index, s.offset, s.count, s.version_ix)).collect();
+        let segs: Vec<_> =
+            tick.segs.iter().map(|s| (s.index, s.offset, s.count, s.version_ix)).collect();
         assert_eq!(segs, [(0, 0, 3, 0), (1, 0, 1, 0), (1, 1, 1, 1)]);
         assert_eq!(anabranch_proto::tokens::ids(&tick.tokens).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
         assert_eq!((tick.seq, tick.held_ms, tick.versions.len()), (1, 7, 2));

@@ -79,10 +79,14 @@ impl World {
     }
 
     fn ready_with(buffer_bytes: usize) -> World {
-        let mut world = World::new(buffer_bytes);
+        World::new(buffer_bytes).begun()
+    }
+
+    fn begun(mut self) -> World {
+        let world = &mut self;
         world.handle(Event::EngineUp { info: Box::new(info()), probe: Some(probe(0.0)) });
         world.attach(welcome(1));
-        world
+        self
     }
 
     fn attach(&mut self, welcome: pb::Welcome) {
@@ -162,7 +166,8 @@ impl World {
     }
 
     fn tokens(&mut self, run: RunId, ids: &[u32]) {
-        let chunk = Chunk { tokens: ids.to_vec(), logprobs: vec![-1.0; ids.len()], ..Default::default() };
+        let chunk =
+            Chunk { tokens: ids.to_vec(), logprobs: vec![-1.0; ids.len()], ..Default::default() };
         self.core.tokens(self.now, run, &chunk);
         self.drain();
     }
@@ -508,7 +513,9 @@ fn a_fetch_that_fails_or_is_late_never_disturbs_a_sample() {
         .control
         .iter()
         .filter_map(|kind| match kind {
-            from_agent::Kind::LoadState(state) if state.error.contains("superseded") => Some(state.order),
+            from_agent::Kind::LoadState(state) if state.error.contains("superseded") => {
+                Some(state.order)
+            }
             _ => None,
         })
         .collect();
@@ -540,13 +547,22 @@ fn a_probe_that_disagrees_brings_the_old_weights_back_and_no_token_of_the_new_on
     world.called(Call::Thaw, Ok(()));
     world.tokens(paused, &[67]);
     world.handle(Event::Probed { result: Ok(probe(-0.7)) });
-    assert!(world.other.iter().any(|action| action.contains("LoadWeights") && action.contains("/model")));
+    assert!(
+        world
+            .other
+            .iter()
+            .any(|action| action.contains("LoadWeights") && action.contains("/model"))
+    );
     world.called(Call::Load, Ok(()));
     world.called(Call::Thaw, Ok(()));
     assert_eq!(world.last_load().stage(), Stage::Failed);
     world.pass(TICK);
     assert_eq!(world.segs(), [(1, 0, vec![3])]);
-    assert!(world.ends().contains(&(1, Why::Aborted, 1)), "continues elsewhere: {:?}", world.ends());
+    assert!(
+        world.ends().contains(&(1, Why::Aborted, 1)),
+        "continues elsewhere: {:?}",
+        world.ends()
+    );
     assert_eq!(world.exit, None);
 }
 
@@ -623,6 +639,11 @@ fn a_dead_engine_loses_its_samples_and_the_next_life_is_a_new_session() {
     world.order_start(1, 1);
     world.pass(TICK);
     assert_eq!(world.ends().last(), Some(&(1, Why::Busy, 0)));
+    assert_eq!(
+        (world.ticks[0].ends.len(), world.ticks[1].ends.len()),
+        (0, 1),
+        "tokens, death, ends"
+    );
     world.handle(Event::EngineUp { info: Box::new(info()), probe: None });
     assert_eq!(world.hellos.len(), 1, "the manager takes the rest first");
     world.ack();
@@ -631,11 +652,39 @@ fn a_dead_engine_loses_its_samples_and_the_next_life_is_a_new_session() {
 }
 
 #[test]
+fn an_engine_that_dies_while_the_link_is_down_is_spoken_for_in_its_own_session() {
+    let mut world = World::ready();
+    let run = world.start(0, 1);
+    world.lose_link();
+    world.tokens(run, &[3]);
+    world.handle(Event::EngineDown { why: "killed".into(), will_restart: true });
+    world.handle(Event::EngineUp { info: Box::new(info()), probe: None });
+    world.pass(Duration::from_secs(1));
+    let hello = world.hellos.last().expect("dialled").clone();
+    let incarnation = |hello: &pb::Hello| hello.engine.as_ref().expect("e").incarnation;
+    assert_eq!((hello.resume_session, incarnation(&hello), hello.kv_tokens), (1, 10, 1000));
+    world.attach(pb::Welcome { keep: hello.held, ..welcome(1) });
+    assert_eq!(world.segs(), [(0, 0, vec![3])]);
+    assert!(world.control.iter().any(|kind| matches!(kind, from_agent::Kind::EngineDown(_))));
+    world.order_start(1, 1);
+    world.pass(TICK);
+    assert_eq!(world.ends().last(), Some(&(1, Why::Busy, 0)), "not in the old session");
+    world.ack();
+    let hello = world.hellos.last().expect("dialled");
+    assert_eq!((hello.resume_session, incarnation(hello)), (0, 11));
+}
+
+#[test]
 fn memory_is_given_back_only_when_nothing_runs() {
     let mut world = World::ready();
     let run = world.start(0, 1);
     let kind = pb::mode::Kind::ReleaseMemory.into();
-    world.say(to_agent::Kind::Mode(pb::Mode { order: 3, kind, deadline_ms: 1000, why: String::new() }));
+    world.say(to_agent::Kind::Mode(pb::Mode {
+        order: 3,
+        kind,
+        deadline_ms: 1000,
+        why: String::new(),
+    }));
     assert_eq!(world.aborted, [run]);
     assert!(!world.other.iter().any(|action| action.contains("ReleaseMemory")));
     world.finish(run, Finish::Aborted);
@@ -654,7 +703,8 @@ fn an_engine_that_ignores_stop_ids_is_stopped_at_the_first_one() {
     let ids = tokens::encode_ids(&[1, 2]);
     let digest = tokens::prompt_digest(&ids);
     world.data(data_to_agent::Kind::Prompt(pb::PromptPart { digest, at: 0, ids, last: true }));
-    let sampling = pb::Sampling { max_tokens: 40, min_tokens: 3, ignore_eos: true, ..Default::default() };
+    let sampling =
+        pb::Sampling { max_tokens: 40, min_tokens: 3, ignore_eos: true, ..Default::default() };
     world.data(data_to_agent::Kind::Start(pb::Start {
         sample: Some(SampleId::new(1, 0).into()),
         attempt: 1,
@@ -691,6 +741,30 @@ fn a_version_outside_the_samples_window_is_not_served() {
     world.pass(TICK);
     assert_eq!(world.ends(), [(0, Why::Busy, 0)]);
     assert!(world.ticks[0].ends[0].matched.contains("needs v3@1"));
+}
+
+#[test]
+fn tokens_of_an_engine_that_the_trainer_loads_carry_the_version_it_attested() {
+    let mut world = World::new(1 << 20);
+    world.core.config.weights_by_trainer = true;
+    let mut world = world.begun();
+    let ids = tokens::encode_ids(&[1, 2]);
+    let digest = tokens::prompt_digest(&ids);
+    world.data(data_to_agent::Kind::Prompt(pb::PromptPart { digest, at: 0, ids, last: true }));
+    for (index, number) in [(0, 3), (1, 4)] {
+        world.data(data_to_agent::Kind::Start(pb::Start {
+            sample: Some(SampleId::new(1, index).into()),
+            attempt: 1,
+            prompt: digest,
+            sampling: Some(pb::Sampling { max_tokens: 40, ..Default::default() }),
+            min_version: Some(pb::Version { epoch: 1, number, root: vec![7; 32].into() }),
+            ..Default::default()
+        }));
+        let run = world.generated.last().expect("it was started").run;
+        world.tokens(run, &[5]);
+    }
+    world.pass(Duration::from_millis(20));
+    assert_eq!(world.segs(), [(0, 3, vec![5]), (1, 4, vec![5])]);
 }
 
 #[test]

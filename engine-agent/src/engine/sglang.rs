@@ -69,8 +69,8 @@ impl Sglang {
         let answered: Result<_, HttpError> = timeout(patience, exchange)
             .await
             .map_err(|_| EngineError::Timeout { call, after: patience })?;
-        let (status, body) = answered
-            .map_err(|error| EngineError::Unreachable { call, why: chain(&error) })?;
+        let (status, body) =
+            answered.map_err(|error| EngineError::Unreachable { call, why: chain(&error) })?;
         if status.is_success() {
             return Ok(body);
         }
@@ -93,7 +93,9 @@ impl Engine for Sglang {
     async fn info(&self) -> Result<EngineInfo, EngineError> {
         let model = self.get("model_info", "/model_info").await?;
         let server = self.get("server_info", "/server_info").await?;
-        let info = info::parse(&model, &server, self.convention)?;
+        // Older servers do not have it.
+        let loads = self.get("v1/loads", "/v1/loads?include=core").await.ok();
+        let info = info::parse(&model, &server, loads.as_deref(), self.convention)?;
         self.incremental.store(info.incremental, Ordering::Relaxed);
         Ok(info)
     }

@@ -75,7 +75,8 @@ type Out<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 struct Service {
     attaches: mpsc::Sender<(Streaming<pb::FromAgent>, mpsc::Sender<Result<pb::ToAgent, Status>>)>,
-    datas: mpsc::Sender<(Streaming<pb::DataFromAgent>, mpsc::Sender<Result<pb::DataToAgent, Status>>)>,
+    datas:
+        mpsc::Sender<(Streaming<pb::DataFromAgent>, mpsc::Sender<Result<pb::DataToAgent, Status>>)>,
 }
 
 #[tonic::async_trait]
@@ -105,7 +106,10 @@ impl Agent for Service {
 pub struct TestManager {
     pub addr: SocketAddr,
     attaches: mpsc::Receiver<(Streaming<pb::FromAgent>, mpsc::Sender<Result<pb::ToAgent, Status>>)>,
-    datas: mpsc::Receiver<(Streaming<pb::DataFromAgent>, mpsc::Sender<Result<pb::DataToAgent, Status>>)>,
+    datas: mpsc::Receiver<(
+        Streaming<pb::DataFromAgent>,
+        mpsc::Sender<Result<pb::DataToAgent, Status>>,
+    )>,
     _tasks: JoinSet<()>,
 }
 
@@ -196,12 +200,20 @@ impl Attached {
     pub async fn prompt(&self, ids: &[u32]) -> u64 {
         let ids = tokens::encode_ids(ids);
         let digest = tokens::prompt_digest(&ids);
-        self.data(data_to_agent::Kind::Prompt(pb::PromptPart { digest, at: 0, ids, last: true })).await;
+        self.data(data_to_agent::Kind::Prompt(pb::PromptPart { digest, at: 0, ids, last: true }))
+            .await;
         digest
     }
 
     pub async fn start(&self, sample: SampleId, digest: u64, max_tokens: u32, seed: u64) {
-        self.start_with(sample, digest, seed, &[], pb::Sampling { max_tokens, ..Default::default() }).await;
+        self.start_with(
+            sample,
+            digest,
+            seed,
+            &[],
+            pb::Sampling { max_tokens, ..Default::default() },
+        )
+        .await;
     }
 
     pub async fn start_with(
@@ -342,7 +354,11 @@ impl Ledger {
         assert_eq!((ids.len(), logprobs.len()), (0, 0), "no token belongs to nobody");
         for end in tick.ends {
             let row = self.samples.entry(end.sample.expect("sample").into()).or_default();
-            assert_eq!(end.at as usize, row.tokens.len(), "the end agrees with the tokens: {end:?}");
+            assert_eq!(
+                end.at as usize,
+                row.tokens.len(),
+                "the end agrees with the tokens: {end:?}"
+            );
             assert!(row.end.replace(end).is_none(), "one end");
         }
     }
@@ -360,7 +376,8 @@ impl Ledger {
     }
 
     pub fn summary(&self) -> Vec<(SampleId, usize, Option<i32>)> {
-        let row = |(id, row): (&SampleId, &Row)| (*id, row.tokens.len(), row.end.as_ref().map(|e| e.why));
+        let row =
+            |(id, row): (&SampleId, &Row)| (*id, row.tokens.len(), row.end.as_ref().map(|e| e.why));
         self.samples.iter().map(row).collect()
     }
 }
@@ -391,7 +408,8 @@ pub fn checkpoint(dir: &Path, fill: u8, rows: usize) -> [u8; 32] {
     let data = vec![fill; rows * 8 * 4];
     let shape = vec![rows, 8];
     let view = |data: &'static [u8]| {
-        safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), data).expect("view")
+        safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), data)
+            .expect("view")
     };
     let data: &'static [u8] = data.leak();
     std::fs::create_dir_all(dir).expect("dir");
@@ -410,7 +428,11 @@ pub struct TestAgent {
 
 impl TestAgent {
     #[allow(clippy::disallowed_methods)]
-    pub fn start(manager: SocketAddr, engine: SocketAddr, tune: impl FnOnce(&mut AgentConfig)) -> TestAgent {
+    pub fn start(
+        manager: SocketAddr,
+        engine: SocketAddr,
+        tune: impl FnOnce(&mut AgentConfig),
+    ) -> TestAgent {
         let spec = EngineSpec::parse(&format!("sglang=http://{engine}")).expect("url");
         let mut config = AgentConfig::new(format!("http://{manager}"), spec);
         let staging = tempfile::tempdir().expect("dir");

@@ -155,7 +155,13 @@ struct RawMeta<'a> {
 
 /// `[logprob, token id, text or null]`
 #[derive(Deserialize)]
-struct LogprobEntry(Option<f32>, u32, #[serde(default)] #[allow(dead_code)] IgnoredAny);
+struct LogprobEntry(
+    Option<f32>,
+    u32,
+    #[serde(default)]
+    #[allow(dead_code)]
+    IgnoredAny,
+);
 
 #[derive(Deserialize)]
 struct RawFinish<'a> {
@@ -247,7 +253,6 @@ impl From<SseError<StreamError>> for StreamError {
         }
     }
 }
-
 
 #[cfg(test)]
 mod tests;

@@ -11,10 +11,13 @@ use crate::engine::{EngineError, EngineInfo, Loads};
 pub(super) fn parse(
     model: &[u8],
     server: &[u8],
+    loads: Option<&[u8]>,
     convention: Option<Convention>,
 ) -> Result<EngineInfo, EngineError> {
     let model: ModelInfo = json("model_info", model)?;
     let server: ServerInfo = json("server_info", server)?;
+    let capacity =
+        loads.and_then(|body| json::<RawLoads>("v1/loads", body).ok()).unwrap_or_default();
     let directory = Some(PathBuf::from(&model.model_path)).filter(|path| path.is_dir());
     let files = directory.as_deref().map(ModelFiles::read).unwrap_or_default();
     let embedded = server.version.starts_with(EMBEDDED);
@@ -25,8 +28,8 @@ pub(super) fn parse(
             false => format!("sglang {}", server.version),
         },
         caps: caps(&server, embedded, convention),
-        kv_tokens: server.max_total_num_tokens.or_else(|| server.state(|s| s.max_total_num_tokens)).unwrap_or(0),
-        max_running: server.max_running_requests.or_else(|| server.state(|s| s.max_running_requests)).unwrap_or(0),
+        kv_tokens: server.max_total_num_tokens.unwrap_or_else(|| capacity.kv_tokens()),
+        max_running: server.max_running_requests.unwrap_or_else(|| capacity.max_running()),
         model: pb::Model {
             id: model.served_model_name.unwrap_or_else(|| model.model_path.clone()),
             tokenizer_digest: files.tokenizer_digest,
@@ -117,26 +120,28 @@ struct ServerInfo {
     enable_memory_saver: bool,
     #[serde(default)]
     return_original_logprob: bool,
-    #[serde(default)]
-    internal_states: Vec<InternalState>,
 }
 
-#[derive(Deserialize)]
-struct InternalState {
-    max_total_num_tokens: Option<u64>,
-    max_running_requests: Option<u32>,
-}
-
-impl ServerInfo {
-    fn state<T>(&self, pick: impl Fn(&InternalState) -> Option<T>) -> Option<T> {
-        self.internal_states.first().and_then(pick)
-    }
-}
-
-#[derive(Deserialize)]
+#[derive(Deserialize, Default)]
 struct RawLoads {
     loads: Vec<RawLoad>,
 }
+
+impl RawLoads {
+    /// Of all data-parallel ranks. An engine that does not say gets a modest guess: 0 would mean none.
+    fn kv_tokens(&self) -> u64 {
+        let sum = self.loads.iter().map(|load| load.max_total_num_tokens).sum();
+        if sum == 0 { GUESSED_KV_TOKENS } else { sum }
+    }
+
+    fn max_running(&self) -> u32 {
+        let sum = self.loads.iter().map(|load| load.max_running_requests).sum();
+        if sum == 0 { GUESSED_MAX_RUNNING } else { sum }
+    }
+}
+
+const GUESSED_KV_TOKENS: u64 = 65_536;
+const GUESSED_MAX_RUNNING: u32 = 64;
 
 #[derive(Deserialize)]
 struct RawLoad {
@@ -146,6 +151,10 @@ struct RawLoad {
     num_waiting_reqs: u32,
     #[serde(default)]
     token_usage: f32,
+    #[serde(default)]
+    max_total_num_tokens: u64,
+    #[serde(default)]
+    max_running_requests: u32,
 }
 
 /// What a Hugging Face model directory tells. Empty where a file is missing or unreadable.

@@ -17,7 +17,8 @@ fn decode(decoder: &mut Decoder, json: &str) -> Result<Chunk, StreamError> {
 #[test]
 fn deltas_and_repeats_from_the_start_give_the_same_tokens() {
     let incremental = [chunk(&[1], &[1], 1, "null", ""), chunk(&[2, 3], &[2, 3], 3, "null", "")];
-    let cumulative = [chunk(&[1], &[1], 1, "null", ""), chunk(&[1, 2, 3], &[1, 2, 3], 3, "null", "")];
+    let cumulative =
+        [chunk(&[1], &[1], 1, "null", ""), chunk(&[1, 2, 3], &[1, 2, 3], 3, "null", "")];
     for stream in [incremental, cumulative] {
         let mut decoder = Decoder::default();
         let first = decode(&mut decoder, &stream[0]).expect("first");
@@ -51,14 +52,21 @@ fn an_abort_in_the_queue_still_brings_what_was_made_but_never_sent() {
 #[test]
 fn every_finish_is_told_apart() {
     let finish = |json: &str| decode(&mut Decoder::default(), &chunk(&[1], &[1], 1, json, ""));
-    assert_eq!(finish(r#"{"type":"stop","matched":286}"#).expect("ok").finish, Some(Finish::StopId));
+    assert_eq!(
+        finish(r#"{"type":"stop","matched":286}"#).expect("ok").finish,
+        Some(Finish::StopId)
+    );
     let text = finish(r#"{"type":"stop","matched":"E\"nd"}"#).expect("ok").finish;
     assert_eq!(text, Some(Finish::StopString("E\"nd".into())));
     assert_eq!(finish(r#"{"type":"length","length":3}"#).expect("ok").finish, Some(Finish::Length));
     let running = r#"{"type":"abort","message":"Aborted","status_code":null,"err_type":null}"#;
     assert_eq!(finish(running).expect("ok").finish, Some(Finish::Aborted));
-    let refused = finish(r#"{"type":"abort","message":"too long","status_code":400,"err_type":"x"}"#);
-    assert_eq!(refused.expect_err("error"), StreamError::Refused { code: 400, message: "too long".into() });
+    let refused =
+        finish(r#"{"type":"abort","message":"too long","status_code":400,"err_type":"x"}"#);
+    assert_eq!(
+        refused.expect_err("error"),
+        StreamError::Refused { code: 400, message: "too long".into() }
+    );
     let failed = finish(r#"{"type":"abort","message":"oom","status_code":500,"err_type":null}"#);
     assert!(matches!(failed.expect_err("error"), StreamError::Failed { code: 500, .. }));
     assert!(matches!(finish(r#"{"type":"new"}"#), Err(StreamError::Malformed { .. })));
@@ -69,15 +77,19 @@ fn the_engines_own_version_spans_come_with_the_finish() {
     let spans = r#","weight_versions":[{"version":"w0","start":0,"end":135},{"version":"w1","start":135,"end":500}]"#;
     let json = chunk(&[1], &[1], 1, r#"{"type":"length","length":1}"#, spans);
     let last = decode(&mut Decoder::default(), &json).expect("end");
-    let wanted = [("w0", 0, 135), ("w1", 135, 500)]
-        .map(|(label, start, end)| LabelSpan { label: label.into(), start, end });
+    let wanted = [("w0", 0, 135), ("w1", 135, 500)].map(|(label, start, end)| LabelSpan {
+        label: label.into(),
+        start,
+        end,
+    });
     assert_eq!(last.spans, wanted);
 }
 
 #[test]
 fn an_error_in_the_stream_is_the_requests_or_the_engines_fault_by_its_code() {
     let error = |code: &str| {
-        let json = format!(r#"{{"error":{{"message":"m","type":"t","code":{code},"retryable":false}}}}"#);
+        let json =
+            format!(r#"{{"error":{{"message":"m","type":"t","code":{code},"retryable":false}}}}"#);
         decode(&mut Decoder::default(), &json).expect_err("an error")
     };
     assert_eq!(error("400"), StreamError::Refused { code: 400, message: "m".into() });

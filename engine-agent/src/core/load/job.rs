@@ -1,0 +1,132 @@
+//! One order to load, as it was given and as it is reported; and what a probe says.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anabranch_proto::Version;
+use anabranch_proto::pb::load_state::Stage;
+use anabranch_proto::pb::probe::Verdict;
+use anabranch_proto::pb::{self, OnRunning};
+use anabranch_runtime::Now;
+
+use crate::core::event::{ProbeResult, Staged};
+
+#[derive(Clone, Debug)]
+pub struct Job {
+    pub order: u64,
+    pub to: Version,
+    pub on_running: OnRunning,
+    pub deadline: Option<Now>,
+    pub deadline_ms: u32,
+    pub bytes: u64,
+    pub sources: Vec<pb::Source>,
+    pub directory: Option<PathBuf>,
+    pub reference: Option<pb::Probe>,
+}
+
+/// Probes agree within this.
+const TOLERANCE: f32 = 1e-4;
+
+impl Job {
+    pub fn parse(now: Now, load: pb::Load) -> Result<Job, Box<pb::LoadState>> {
+        let order = load.order;
+        let on_running = load.on_running();
+        let to = match load.version.clone().map(Version::try_from) {
+            Some(Ok(version)) => version,
+            bad => {
+                let error = match bad {
+                    Some(Err(error)) => error.to_string(),
+                    _ => "the order names no version".to_owned(),
+                };
+                let failed = pb::LoadState {
+                    order,
+                    version: load.version,
+                    stage: Stage::Failed.into(),
+                    error,
+                    ..Default::default()
+                };
+                return Err(Box::new(failed));
+            }
+        };
+        let deadline = Duration::from_millis(load.deadline_ms.into());
+        Ok(Job {
+            order,
+            to,
+            on_running,
+            deadline: (load.deadline_ms > 0).then(|| now + deadline),
+            deadline_ms: load.deadline_ms,
+            bytes: load.bytes,
+            sources: load.sources,
+            directory: Some(load.directory).filter(|path| !path.is_empty()).map(PathBuf::from),
+            reference: load.reference.filter(|probe| !probe.ids.is_empty()),
+        })
+    }
+
+    pub fn report(&self, stage: Stage) -> pb::LoadState {
+        pb::LoadState {
+            order: self.order,
+            version: Some(self.to.into()),
+            stage: stage.into(),
+            ..Default::default()
+        }
+    }
+
+    pub fn failed(&self, error: String) -> pb::LoadState {
+        pb::LoadState { error, ..self.report(Stage::Failed) }
+    }
+
+    pub fn active(
+        &self,
+        probe: Option<ProbeResult>,
+        verdict: Verdict,
+        staged: Option<&Staged>,
+    ) -> pb::LoadState {
+        pb::LoadState {
+            probe: probe.map(|probe| wire(&probe, verdict)),
+            bytes: staged.map_or(0, |staged| staged.bytes),
+            holds: staged.is_some_and(|staged| staged.holds),
+            fetched_from: staged
+                .map(|staged| staged.from.clone().into_iter().collect())
+                .unwrap_or_default(),
+            ..self.report(Stage::Active)
+        }
+    }
+}
+
+pub(super) fn wire(probe: &ProbeResult, verdict: Verdict) -> pb::Probe {
+    pb::Probe { ids: probe.ids.clone(), logprobs: probe.logprobs.clone(), verdict: verdict.into() }
+}
+
+pub(super) fn verdict(
+    probe: &ProbeResult,
+    reference: Option<&pb::Probe>,
+    before: Option<&ProbeResult>,
+) -> Verdict {
+    if let Some(reference) = reference {
+        let agrees = same(probe, &reference.ids, &reference.logprobs);
+        return if agrees { Verdict::Agrees } else { Verdict::Disagrees };
+    }
+    match before {
+        Some(before) if *before == *probe => Verdict::Inconclusive,
+        _ => Verdict::First,
+    }
+}
+
+/// Compares up to the first differing id: there the two must have been a tie.
+fn same(probe: &ProbeResult, ids: &[u32], logprobs: &[f32]) -> bool {
+    if probe.ids.len() != ids.len() || probe.logprobs.len() != logprobs.len() {
+        return false;
+    }
+    let rows = probe.ids.iter().zip(ids).zip(probe.logprobs.iter().zip(logprobs));
+    for ((ours, theirs), (our_logprob, their_logprob)) in rows {
+        // A NaN is near nothing.
+        let near = (our_logprob - their_logprob).abs() <= TOLERANCE;
+        if !near {
+            return false;
+        }
+        if ours != theirs {
+            return true;
+        }
+    }
+    true
+}

@@ -1,0 +1,162 @@
+//! Which weights the engine has, where a load stands, and what is held back until they are proven.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::path::PathBuf;
+
+use anabranch_proto::{Version, pb};
+
+use super::job::Job;
+use crate::core::event::{ProbeResult, RunEnd, Staged};
+use crate::engine::{Chunk, EngineInfo, LabelSpan, RunId};
+
+#[derive(Default)]
+pub struct Loader {
+    pub state: LoadState,
+    /// What the engine's weights are; `None`: they are gone, or nobody knows.
+    pub serving: Option<Serving>,
+    /// The newest order that came too late to replace the one under way.
+    pub next: Option<Job>,
+    pub last_probe: Option<ProbeResult>,
+    pub last_report: Option<pb::LoadState>,
+    /// Labels of late, for the engine's own spans.
+    pub labels: VecDeque<(String, Version)>,
+    /// From the moment the streams go on until the probe spoke; bounded by a probe's length.
+    pub held_back: Vec<HeldBack>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Serving {
+    pub version: Version,
+    pub label: String,
+    pub directory: Option<PathBuf>,
+}
+
+#[derive(Debug, Default)]
+pub enum LoadState {
+    #[default]
+    Active,
+    Fetching(Job),
+    Quiescing(Job, Staged),
+    Freezing(Job, Staged),
+    Loading(Job, Staged),
+    Thawing(Job, Staged),
+    Probing(Job, Staged),
+    /// `reload`: the old weights are being loaded again; else only the pause is being ended.
+    Restoring {
+        job: Job,
+        why: String,
+        reload: bool,
+    },
+}
+
+pub enum HeldBack {
+    Tokens { run: RunId, tokens: Vec<u32>, logprobs: Vec<f32>, spans: Vec<LabelSpan> },
+    End { run: RunId, end: RunEnd },
+}
+
+const MAX_LABELS: usize = 8;
+
+impl Loader {
+    pub fn serving(&self) -> Option<Version> {
+        self.serving.as_ref().map(|serving| serving.version)
+    }
+
+    /// What the engine must call its weights; `None` while that is about to change.
+    pub fn settled_label(&self) -> Option<&str> {
+        match self.state {
+            LoadState::Active | LoadState::Fetching(_) | LoadState::Quiescing(..) => {
+                self.serving.as_ref().map(|serving| serving.label.as_str())
+            }
+            _ => None,
+        }
+    }
+
+    /// What a sample started now will be served by: held samples start after the load.
+    pub fn next_serving(&self) -> Option<Version> {
+        match &self.state {
+            LoadState::Active | LoadState::Fetching(_) | LoadState::Restoring { .. } => {
+                self.serving()
+            }
+            LoadState::Quiescing(job, _)
+            | LoadState::Freezing(job, _)
+            | LoadState::Loading(job, _)
+            | LoadState::Thawing(job, _)
+            | LoadState::Probing(job, _) => Some(job.to),
+        }
+    }
+
+    /// Starts are held.
+    pub fn is_loading(&self) -> bool {
+        !matches!(self.state, LoadState::Active | LoadState::Fetching(_))
+    }
+
+    /// Streams go on, but what they bring may not leave before the probe spoke.
+    pub fn holds_back(&self) -> bool {
+        matches!(self.state, LoadState::Thawing(..) | LoadState::Probing(..))
+    }
+
+    pub fn hold_back(&mut self, run: RunId, chunk: &Chunk) {
+        self.held_back.push(HeldBack::Tokens {
+            run,
+            tokens: chunk.tokens.clone(),
+            logprobs: chunk.logprobs.clone(),
+            spans: chunk.spans.clone(),
+        });
+    }
+
+    pub fn hold_back_end(&mut self, run: RunId, end: RunEnd) {
+        self.held_back.push(HeldBack::End { run, end });
+    }
+
+    pub fn drop_held_back(&mut self) {
+        self.held_back.clear();
+    }
+
+    pub fn last_report(&self) -> Option<&pb::LoadState> {
+        self.last_report.as_ref()
+    }
+
+    pub fn engine_started(&mut self, info: &EngineInfo, probe: Option<ProbeResult>) {
+        self.state = LoadState::Active;
+        self.last_probe = probe;
+        let version = Version::base(0);
+        self.take(Serving {
+            version,
+            label: info.weight_label.clone(),
+            directory: info.model_directory.clone(),
+        });
+    }
+
+    pub fn take(&mut self, serving: Serving) {
+        self.labels.retain(|(label, _)| *label != serving.label);
+        self.labels.push_back((serving.label.clone(), serving.version));
+        if self.labels.len() > MAX_LABELS {
+            self.labels.pop_front();
+        }
+        self.serving = Some(serving);
+    }
+
+    /// Cuts `count` tokens from `leg_offset` of their request by what the engine says made them.
+    pub fn place(
+        &self,
+        spans: &[LabelSpan],
+        leg_offset: u32,
+        count: usize,
+    ) -> Vec<(Range<usize>, Version)> {
+        let fallback = self.serving().unwrap_or_else(|| Version::base(0));
+        let version_of = |at: u32| {
+            let span = spans.iter().find(|span| span.start <= at && at < span.end)?;
+            self.labels.iter().find(|(label, _)| *label == span.label).map(|(_, version)| *version)
+        };
+        let mut pieces: Vec<(Range<usize>, Version)> = Vec::new();
+        for (index, at) in (leg_offset..).take(count).enumerate() {
+            let version = version_of(at).unwrap_or(fallback);
+            match pieces.last_mut() {
+                Some((range, last)) if *last == version => range.end = index + 1,
+                _ => pieces.push((index..index + 1, version)),
+            }
+        }
+        pieces
+    }
+}

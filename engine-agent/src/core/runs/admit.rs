@@ -1,0 +1,88 @@
+//! What can be said against a sample before the engine sees it.
+
+use std::sync::Arc;
+
+use anabranch_proto::pb::{self, end::Why};
+use anabranch_proto::{Version, tokens};
+
+use crate::core::{AgentState, Core, Memory};
+
+impl Core {
+    /// Everything that can be said against a sample before the engine sees it.
+    pub(super) fn admit(&self, start: &pb::Start) -> Result<Arc<[u32]>, (Why, String)> {
+        let busy = |text: &str| Err((Why::Busy, text.to_owned()));
+        let Some(engine) = &self.engine else { return busy("the engine is down") };
+        match self.state {
+            AgentState::Serving => {}
+            AgentState::Booting => return busy("the engine is starting"),
+            AgentState::Draining(_) | AgentState::Stopped => return busy("the agent is draining"),
+        }
+        if self.session.as_ref().is_none_or(|session| session.incarnation != self.incarnation) {
+            return busy("the engine was restarted");
+        }
+        if !matches!(self.memory, Memory::Held) {
+            return busy("the engine's memory is released");
+        }
+        if self.loader.serving().is_none() && !self.config.weights_by_trainer {
+            return busy("the engine has no weights yet");
+        }
+        if self.outbox.bytes() > self.config.buffer_bytes {
+            return busy("the agent's buffer is full");
+        }
+        if let Some(text) = self.outside_window(start) {
+            return Err((Why::Busy, text));
+        }
+        let Some(prompt) = self.prompts.get(start.prompt) else {
+            return Err((Why::Busy, format!("prompt {:016x} is not here", start.prompt)));
+        };
+        refusal(&engine.model, &prompt, start).map_or(Ok(prompt), |text| Err((Why::Refused, text)))
+    }
+
+    fn outside_window(&self, start: &pb::Start) -> Option<String> {
+        if self.config.weights_by_trainer {
+            return None;
+        }
+        let serving = self.loader.next_serving().unwrap_or_else(|| self.serving_version());
+        let below = bound(&start.min_version).filter(|min| serving.number < min.number);
+        if let Some(min) = below {
+            return Some(format!("serves {serving}, the sample needs {min} or newer"));
+        }
+        let above = bound(&start.max_version).filter(|max| serving.number > max.number)?;
+        Some(format!("serves {serving}, the sample needs {above} or older"))
+    }
+
+    /// Nobody tells an agent what the trainer loaded; a sample is placed by what it attested.
+    pub(super) fn attested(&self, start: &pb::Start) -> Option<Version> {
+        bound(&start.min_version).filter(|_| self.config.weights_by_trainer)
+    }
+}
+
+/// Why the engine must not see it: the same would be refused elsewhere.
+fn refusal(model: &pb::Model, prompt: &[u32], start: &pb::Start) -> Option<String> {
+    if !tokens::is_column(&start.kept) || start.kept.len() / tokens::WIDTH != start.offset as usize
+    {
+        let bytes = start.kept.len();
+        return Some(format!("{bytes} bytes of kept tokens do not make {} tokens", start.offset));
+    }
+    if start.sampling.as_ref().is_none_or(|sampling| sampling.max_tokens == 0) {
+        return Some("max_tokens is 0: nothing is left to generate".to_owned());
+    }
+    let all = prompt.iter().copied().chain(tokens::ids(&start.kept));
+    let length = prompt.len() + start.offset as usize;
+    if length == 0 {
+        return Some("the prompt is empty".to_owned());
+    }
+    let vocab = if model.vocab == 0 { u32::MAX } else { model.vocab };
+    if let Some((at, id)) = all.enumerate().find(|(_, id)| *id >= vocab) {
+        return Some(format!("token {id} at position {at} is outside the vocabulary of {vocab}"));
+    }
+    if model.max_context > 0 && length >= model.max_context as usize {
+        let context = model.max_context;
+        return Some(format!("{length} tokens leave no room in the context of {context}"));
+    }
+    None
+}
+
+fn bound(version: &Option<pb::Version>) -> Option<Version> {
+    version.clone().and_then(|version| Version::try_from(version).ok())
+}
