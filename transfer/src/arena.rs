@@ -30,6 +30,7 @@ struct Shared {
     holder: Holder,
     chunk_bytes: u32,
     slots: Mutex<[Slot; SLOTS]>,
+    sealed: Condvar,
 }
 
 struct Slot {
@@ -48,8 +49,6 @@ enum SlotState {
 
 /// The writer of one slot. Bytes are written from the front; what is complete is hashed behind it.
 pub(crate) struct SlotWriter {
-    arena: Arena,
-    slot: usize,
     map: Arc<SharedMap>,
     progress: Arc<Progress>,
     image_bytes: u64,
@@ -86,8 +85,6 @@ pub enum ArenaError {
          in memory (in a container, memory limits count shared memory too)"
     )]
     Memory { bytes: u64, error: std::io::Error },
-    #[error("version {number} is still being published; publish one version at a time")]
-    Busy { number: u64 },
 }
 
 // === impl Arena ===
@@ -96,19 +93,19 @@ impl Arena {
     pub(crate) fn new(holder: Holder, chunk_bytes: u32) -> Arena {
         let slot = || Slot { map: None, generation: Arc::default(), state: SlotState::Free };
         let slots = Mutex::new([slot(), slot()]);
-        Arena { shared: Arc::new(Shared { holder, chunk_bytes, slots }) }
+        Arena { shared: Arc::new(Shared { holder, chunk_bytes, slots, sealed: Condvar::new() }) }
     }
 
-    /// Takes the free slot, or that of the older version, whose readers are revoked here.
+    /// Takes the free slot, or that of the older version, whose readers are revoked here. Waits for the
+    /// seal of the version before, whose hashing nobody can hold up.
     pub(crate) fn begin(
         &self,
         number: u64,
         layout: &Layout,
     ) -> Result<(SlotWriter, Sealer), ArenaError> {
-        let mut slots = self.lock();
-        if let Some(number) = slots.iter().find_map(Slot::writing) {
-            return Err(ArenaError::Busy { number });
-        }
+        let busy = |slots: &mut [Slot; SLOTS]| slots.iter().any(Slot::is_writing);
+        let slots = self.shared.sealed.wait_while(self.lock(), busy);
+        let mut slots = slots.expect("no holder of the slots' lock panics");
         let ix = (0..SLOTS).min_by_key(|&ix| slots[ix].age()).expect("there are slots");
         let slot = &mut slots[ix];
         slot.generation.fetch_add(1, Ordering::AcqRel);
@@ -123,16 +120,15 @@ impl Arena {
         let state = Mutex::new(Written::Upto(0));
         let progress = Arc::new(Progress { state, moved: Condvar::new() });
         let image_bytes = layout.image_bytes();
-        let (arena, slot) = (self.clone(), ix);
         let sealer = Sealer {
             arena: self.clone(),
-            slot,
+            slot: ix,
             map: Arc::clone(&map),
             progress: Arc::clone(&progress),
             image_bytes,
             sealed: false,
         };
-        Ok((SlotWriter { arena, slot, map, progress, image_bytes, revoked }, sealer))
+        Ok((SlotWriter { map, progress, image_bytes, revoked }, sealer))
     }
 
     /// The image of a sealed version that is still in its slot, with the stamp that says so.
@@ -146,6 +142,7 @@ impl Arena {
 
     fn set(&self, slot: usize, state: SlotState) {
         self.lock()[slot].state = state;
+        self.shared.sealed.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, [Slot; SLOTS]> {
@@ -156,11 +153,8 @@ impl Arena {
 // === impl Slot ===
 
 impl Slot {
-    fn writing(&self) -> Option<u64> {
-        match self.state {
-            SlotState::Writing { number } => Some(number),
-            SlotState::Free | SlotState::Sealed { .. } => None,
-        }
+    fn is_writing(&self) -> bool {
+        matches!(self.state, SlotState::Writing { .. })
     }
 
     /// Free slots first, then the older version.
@@ -210,8 +204,8 @@ impl SlotWriter {
 impl Drop for SlotWriter {
     fn drop(&mut self) {
         if !self.progress.is_complete(self.image_bytes) {
+            // The sealer, which may be hashing here, frees the slot.
             self.progress.abandon();
-            self.arena.set(self.slot, SlotState::Free);
         }
     }
 }

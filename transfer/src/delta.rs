@@ -8,7 +8,7 @@
 //! ```
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use anabranch_proto::manifest::{DType, Manifest};
 
@@ -47,28 +47,32 @@ struct BlockSpec {
     dtype: DType,
 }
 
-/// The delta from `base` to `new`, both images with the tensors of `manifest`. `keep_going` is asked
-/// before each block: false gives up.
+/// The delta from `base` to `new`, both images with the tensors of `manifest`. `keep_going(raw, coded)`
+/// is told before each block how many bytes became how many so far: false gives up.
 pub fn encode(
     manifest: &Manifest,
     base: &[u8],
     new: &[u8],
     threads: usize,
-    keep_going: &(dyn Fn() -> bool + Sync),
+    keep_going: &(dyn Fn(u64, u64) -> bool + Sync),
 ) -> Option<Vec<u8>> {
     let blocks = blocks(manifest);
     let next = AtomicUsize::new(0);
+    let (raw, small) = (AtomicU64::new(0), AtomicU64::new(0));
     let work = || {
         let mut scratch = Scratch::default();
         let mut done = Vec::new();
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
             let Some(spec) = blocks.get(at) else { return Some(done) };
-            if !keep_going() {
+            if !keep_going(raw.load(Ordering::Relaxed), small.load(Ordering::Relaxed)) {
                 return None;
             }
             let (old, new) = (&base[spec.range.clone()], &new[spec.range.clone()]);
-            done.push((at, encode_block(spec.dtype, old, new, &mut scratch)));
+            let block = encode_block(spec.dtype, old, new, &mut scratch);
+            raw.fetch_add(new.len() as u64, Ordering::Relaxed);
+            small.fetch_add(block.len() as u64, Ordering::Relaxed);
+            done.push((at, block));
         }
     };
     let mut coded = vec![Vec::new(); blocks.len()];

@@ -21,10 +21,12 @@ use crate::queue::{QueueRules, QueueStats};
 use crate::staging::{Filling, StageError, StagedSlot, Staging};
 use crate::wire::{BlobId, FailCode, Message};
 
+mod delta;
 mod pool;
 mod pull;
 
 use pool::{Pool, Session};
+use pull::{Job, Sink};
 
 /// Gets versions into one staging area and lends them to peers. Clones are the same fetcher.
 #[derive(Clone)]
@@ -98,8 +100,10 @@ pub struct Staged {
 #[derive(Clone, Debug, Default)]
 pub struct FetchReport {
     pub bytes: u64,
-    /// Equal to chunks that were here already.
+    /// Not received as chunks: they were here already, or came out of a delta.
     pub carried_bytes: u64,
+    /// Received of a delta, if one was used.
+    pub delta_bytes: u64,
     /// Received, wrong and repeated chunks included.
     pub received_bytes: u64,
     /// (holder, verified bytes).
@@ -189,10 +193,10 @@ impl Fetcher {
         let stage = |error| FetchError::Stage { version, error };
         let filling = self.slot(request, &manifest)?;
         let held = Arc::new(Held::new(version, filling.blob(encoded)));
-        self.shared.holder.offer(held);
+        self.shared.holder.prune();
+        self.shared.holder.offer(Arc::clone(&held));
         let mut report = FetchReport { bytes: manifest.image_bytes, ..FetchReport::default() };
-        report.carried_bytes = carried(&filling, &manifest).map_err(stage)?;
-        let pulled = pull::pull(&self.shared, request, &manifest, filling.filler(), &mut report);
+        let pulled = self.fill(request, &filling, &held, &manifest, &mut report);
         if let Err(error) = pulled {
             self.shared.holder.withdraw(version);
             return Err(error);
@@ -200,6 +204,31 @@ impl Fetcher {
         let slot = filling.publish(version).map_err(stage)?;
         report.took = started.elapsed();
         Ok(Staged { slot, version, report })
+    }
+
+    /// Every chunk: those that are here already, those that a delta gives, and the rest in full.
+    fn fill(
+        &self,
+        request: &FetchRequest,
+        filling: &Filling,
+        held: &Held,
+        manifest: &Arc<Manifest>,
+        report: &mut FetchReport,
+    ) -> Result<(), FetchError> {
+        let stage = |error| FetchError::Stage { version: request.version, error };
+        report.carried_bytes = carried(filling, manifest).map_err(stage)?;
+        let filler = filling.filler();
+        if !filler.ledger.is_full() {
+            delta::try_delta(&self.shared, request, filling, held, report)?;
+            report.carried_bytes = manifest.image_bytes - filler.missing_bytes();
+        }
+        let job = Job {
+            blob: BlobId::Image,
+            base: Root::default(),
+            manifest: Arc::clone(manifest),
+            sink: Sink::Slot(filler.clone()),
+        };
+        pull::pull(&self.shared, request, job, report)
     }
 
     /// Waits a while for an engine that still maps the older version.

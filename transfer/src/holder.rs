@@ -122,6 +122,14 @@ impl Holder {
         }
     }
 
+    /// Forgets versions whose memory was given away.
+    pub(crate) fn prune(&self) {
+        let mut state = self.lock();
+        state.versions.retain(|_, held| held.image.stamp.is_valid());
+        let State { versions, first_use, .. } = &mut *state;
+        first_use.retain(|_, used| versions.contains_key(&used.version));
+    }
+
     /// What is lent, oldest first.
     pub fn versions(&self) -> Vec<Version> {
         self.lock().versions.values().map(|h| h.version).collect()

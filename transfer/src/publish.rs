@@ -4,19 +4,21 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anabranch_proto::grant::ServeKey;
-use anabranch_proto::manifest::{DEFAULT_CHUNK_BYTES, DType, Manifest};
-use anabranch_proto::version::Version;
+use anabranch_proto::manifest::{DEFAULT_CHUNK_BYTES, DType, Kind, Manifest};
+use anabranch_proto::version::{Root, Version};
 use tokio::sync::oneshot;
 
 use crate::arena::{Arena, ArenaError, Sealer, SlotWriter};
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::holder::{Held, Holder};
+use crate::chunks::{ChunkSet, Ledger};
+use crate::delta;
+use crate::holder::{Blob, Held, Holder, Stamp};
 use crate::layout::{Layout, LayoutError, TensorSpec};
 use crate::serve::{ServeError, ServeLimits, Server};
+use crate::shm::SharedMap;
 
 #[derive(Clone, Debug)]
 pub struct PublisherConfig {
@@ -27,8 +29,10 @@ pub struct PublisherConfig {
     /// Addresses that receivers should dial, if not the one listened on (host or host:port).
     pub advertise: Vec<String>,
     pub chunk_bytes: u32,
-    /// Threads that hash a published version.
+    /// Threads that hash a published version and code its delta.
     pub hash_threads: usize,
+    /// Also offer each version as a delta to the one before.
+    pub delta: bool,
     pub limits: ServeLimits,
 }
 
@@ -45,14 +49,16 @@ pub struct Publisher {
     server: Server,
     config: PublisherConfig,
     arena: Arena,
-    last: Mutex<Last>,
+    /// One publish at a time.
+    publishing: Mutex<()>,
+    last: Arc<Mutex<Last>>,
 }
 
+/// What later versions are compared with.
 #[derive(Default)]
 struct Last {
     number: Option<u64>,
-    sealing: Option<JoinHandle<()>>,
-    held: Option<Arc<Held>>,
+    sealed: Option<(Version, Arc<Manifest>)>,
 }
 
 /// A version that is in the arena; its hashes are still being made.
@@ -73,8 +79,10 @@ pub struct Published {
     pub version: Version,
     pub manifest: Arc<Manifest>,
     pub bytes: u64,
+    /// Size of the delta to the version before, if there is one.
+    pub delta_bytes: Option<u64>,
     pub copied_in: Duration,
-    /// From the start of the copy until all was hashed.
+    /// From the start of the copy until all was hashed, and the delta coded.
     pub sealed_in: Duration,
     held: Arc<Held>,
 }
@@ -113,6 +121,7 @@ impl PublisherConfig {
             advertise: Vec::new(),
             chunk_bytes: DEFAULT_CHUNK_BYTES,
             hash_threads: 1,
+            delta: true,
             limits: ServeLimits::default(),
         }
     }
@@ -125,7 +134,8 @@ impl Publisher {
         let holder = Holder::new(&config.job);
         let arena = Arena::new(holder.clone(), config.chunk_bytes);
         let server = Server::start(config.listen, holder, config.limits.clone())?;
-        Ok(Publisher { server, config, arena, last: Mutex::default() })
+        let (publishing, last) = (Mutex::default(), Arc::default());
+        Ok(Publisher { server, config, arena, publishing, last })
     }
 
     /// The key that the manager gave: without one, nobody can read.
@@ -205,13 +215,9 @@ impl Publisher {
         layout: Layout,
         mut copy: impl FnMut(usize, &mut [u8]) -> Result<(), PublishError>,
     ) -> Result<Publishing, PublishError> {
-        let mut last = self.lock();
-        if let Some(before) = last.number.filter(|n| number <= *n) {
-            let epoch = self.config.epoch;
-            return Err(PublishError::Regression { number, last: before, epoch });
-        }
-        if let Some(sealing) = last.sealing.take() {
-            sealing.join().ok();
+        let _one = self.publishing.lock().expect("no publisher panics under its lock");
+        if let Some(last) = lock(&self.last).number.filter(|n| number <= *n) {
+            return Err(PublishError::Regression { number, last, epoch: self.config.epoch });
         }
         let started = Instant::now();
         let (writer, sealer) = self.arena.begin(number, &layout)?;
@@ -219,15 +225,15 @@ impl Publisher {
         let bytes = layout.image_bytes();
         let layout = Arc::new(layout);
         let (done, sealed) = oneshot::channel();
-        let thread = self.start_sealing(sealer, number, &layout, started, done)?;
-        last.sealing = Some(thread);
+        self.start_sealing(sealer, number, &layout, started, done)?;
         copy_all(&writer, &layout, &mut copy)?;
         writer.finish();
-        last.number = Some(number);
+        lock(&self.last).number = Some(number);
         let copied_in = started.elapsed();
         Ok(Publishing { number, bytes, copied_in, revoked_streams, sealed })
     }
 
+    /// The thread ends by itself: with the seal and the delta, or when the writer gave up.
     fn start_sealing(
         &self,
         sealer: Sealer,
@@ -235,29 +241,88 @@ impl Publisher {
         layout: &Arc<Layout>,
         started: Instant,
         done: oneshot::Sender<Published>,
-    ) -> Result<JoinHandle<()>, PublishError> {
-        let (epoch, threads, layout) =
-            (self.config.epoch, self.config.hash_threads, Arc::clone(layout));
+    ) -> Result<(), PublishError> {
+        let (config, layout, last) =
+            (self.config.clone(), Arc::clone(layout), Arc::clone(&self.last));
+        let arena = self.arena.clone();
         let seal = move || {
-            let Some((held, manifest)) = sealer.run(epoch, number, &layout, threads) else {
+            let threads = config.hash_threads;
+            let Some((held, manifest)) = sealer.run(config.epoch, number, &layout, threads) else {
                 return;
             };
-            let (sealed_in, bytes) = (started.elapsed(), manifest.image_bytes);
-            let version = held.version();
-            tracing::info!(%version, root = %version.root, bytes, ?sealed_in, "version sealed");
-            // Nobody may be waiting for the seal: the version is lent all the same.
+            let (version, bytes) = (held.version(), manifest.image_bytes);
+            let before = lock(&last).sealed.replace((version, Arc::clone(&manifest)));
+            let mut delta_bytes = None;
+            if let Some((base, base_manifest)) = before.filter(|_| config.delta) {
+                if base_manifest.tensors == manifest.tensors {
+                    delta_bytes = offer_delta(&arena, &config, base, &held, &manifest);
+                }
+            }
+            let sealed_in = started.elapsed();
+            tracing::info!(
+                %version, root = %version.root, bytes, ?delta_bytes, ?sealed_in, "version sealed"
+            );
             let copied_in = Duration::ZERO;
-            done.send(Published { version, manifest, bytes, copied_in, sealed_in, held }).ok();
+            let published =
+                Published { version, manifest, bytes, delta_bytes, copied_in, sealed_in, held };
+            // Nobody may be waiting for the seal: the version is lent all the same.
+            done.send(published).ok();
         };
-        std::thread::Builder::new()
-            .name("transfer-seal".into())
-            .spawn(seal)
-            .map_err(PublishError::Thread)
+        let builder = std::thread::Builder::new().name("transfer-seal".into());
+        builder.spawn(seal).map(drop).map_err(PublishError::Thread)
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, Last> {
-        self.last.lock().expect("no publisher panics under its lock")
+/// Lends the difference to the version before as well, if it is in memory still and worth its bytes.
+fn offer_delta(
+    arena: &Arena,
+    config: &PublisherConfig,
+    base: Version,
+    held: &Held,
+    manifest: &Manifest,
+) -> Option<u64> {
+    let version = held.version();
+    let (old, old_stamp) = arena.sealed(base.root)?;
+    let (new, new_stamp) = arena.sealed(version.root)?;
+    // A newer publish may take either slot meanwhile; what was coded from it is thrown away.
+    let valid = || old_stamp.is_valid() && new_stamp.is_valid();
+    let worth = |raw, coded| valid() && (raw < DELTA_TRIAL_BYTES || coded < raw / 4 * 3);
+    let image = 0..manifest.image_bytes;
+    let coded = old.read(image.clone(), |old| {
+        new.read(image, |new| delta::encode(manifest, old, new, config.hash_threads, &worth))
+    });
+    let coded = coded.filter(|c| valid() && (c.len() as u64) < manifest.image_bytes)?;
+    let bytes = coded.len() as u64;
+    let blob = delta_blob(&coded, config.chunk_bytes, base.root, version.root);
+    match blob {
+        Ok(blob) => held.set_delta(base.root, blob),
+        Err(error) => {
+            tracing::warn!(%version, %error, "no memory for the delta; the version goes out in full");
+            return None;
+        }
     }
+    Some(bytes)
+}
+
+/// After so many bytes it is clear whether a version is worth a delta.
+const DELTA_TRIAL_BYTES: u64 = 8 << 20;
+
+fn delta_blob(coded: &[u8], chunk_bytes: u32, base: Root, result: Root) -> std::io::Result<Blob> {
+    let image_bytes = coded.len() as u64;
+    let map = SharedMap::anonymous("anabranch-delta", image_bytes)?;
+    map.write(0..image_bytes, |out| out.copy_from_slice(coded));
+    let chunk_hashes =
+        coded.chunks(chunk_bytes as usize).map(|c| *blake3::hash(c).as_bytes()).collect();
+    let kind = Kind::Delta { base, result };
+    let manifest = Manifest { kind, chunk_bytes, image_bytes, tensors: Vec::new(), chunk_hashes };
+    let ledger = Arc::new(Ledger::new(ChunkSet::full(manifest.chunk_count())));
+    let encoded = manifest.encode().into();
+    let (file, stamp) = (Arc::clone(map.backing()), Stamp::forever());
+    Ok(Blob { file, manifest: Arc::new(manifest), encoded, ledger, stamp })
+}
+
+fn lock(last: &Mutex<Last>) -> MutexGuard<'_, Last> {
+    last.lock().expect("no publisher panics under its lock")
 }
 
 fn copy_all(

@@ -93,6 +93,17 @@ pub(crate) enum Take {
     Done,
 }
 
+// === impl QueueStats ===
+
+impl QueueStats {
+    pub(crate) fn add(&mut self, more: QueueStats) {
+        self.bad_chunks += more.bad_chunks;
+        self.returned_chunks += more.returned_chunks;
+        self.lost_streams += more.lost_streams;
+        self.rescues += more.rescues;
+    }
+}
+
 // === impl ChunkQueue ===
 
 impl ChunkQueue {

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use anabranch_proto::manifest::{ChunkHash, Manifest};
-use anabranch_proto::version::Version;
+use anabranch_proto::version::{Root, Version};
 
 use crate::chunks::{ChunkSet, Ledger};
 use crate::holder::{Blob, Stamp};
@@ -52,14 +52,27 @@ struct Slot {
     memory: Option<Arc<Memory>>,
     generation: Arc<AtomicU64>,
     state: SlotState,
+    /// Cloned into each [`Base`].
+    reading: Arc<()>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 enum SlotState {
     #[default]
     Idle,
     Filling,
-    Staged,
+    Staged {
+        root: Root,
+        manifest: Arc<Manifest>,
+    },
+}
+
+/// A complete version in the other slot, which stays as it is while this lives.
+pub(crate) struct Base {
+    pub(crate) root: Root,
+    manifest: Arc<Manifest>,
+    memory: Arc<Memory>,
+    _reading: Arc<()>,
 }
 
 /// A slot's mapping, and the hash of each chunk that it is known to hold.
@@ -162,8 +175,8 @@ impl Staging {
         let mut users = Vec::new();
         let mut best: Option<(u32, usize)> = None;
         for ix in 0..SLOTS {
-            if slots[ix].state != SlotState::Idle {
-                users.push(format!("slot {ix} is {:?}", slots[ix].state).to_lowercase());
+            if let Some(user) = slots[ix].state.user() {
+                users.push(format!("slot {ix} {user}"));
                 continue;
             }
             self.recover(&mut slots[ix], ix)?;
@@ -191,6 +204,9 @@ impl Staging {
     /// Who keeps an idle slot from being reused.
     fn user(&self, slot: &Slot, ix: usize) -> Result<Option<String>, StageError> {
         let Some(memory) = &slot.memory else { return Ok(None) };
+        if Arc::strong_count(&slot.reading) > 1 {
+            return Ok(Some(format!("slot {ix} is the base of a transfer")));
+        }
         let mapped = mappers(memory.map.backing(), memory.map.address()).map_err(|e| self.io(e))?;
         let Some(Mapper { pid, command }) = mapped.into_iter().next() else { return Ok(None) };
         Ok(Some(format!("slot {ix} is mapped by process {pid} ({command})")))
@@ -255,13 +271,13 @@ impl Staging {
         Ok(())
     }
 
-    /// Another slot's complete image of the full version with `root`, if there is one: what a delta
-    /// from that base applies to.
-    fn others(&self, slot: usize) -> Option<Arc<Memory>> {
+    /// What is staged in the other slot.
+    fn base(&self, slot: usize) -> Option<Base> {
         let slots = self.lock();
         let other = &slots[(slot + 1) % SLOTS];
-        // Only what is staged cannot change while it is read.
-        other.memory.clone().filter(|_| other.state == SlotState::Staged)
+        let SlotState::Staged { root, manifest } = &other.state else { return None };
+        let (memory, manifest) = (other.memory.clone()?, Arc::clone(manifest));
+        Some(Base { root: *root, manifest, memory, _reading: Arc::clone(&other.reading) })
     }
 
     fn slot_path(&self, ix: usize) -> PathBuf {
@@ -304,17 +320,23 @@ impl Filling {
         }
     }
 
+    /// The staged version, if its tensors lie where those of the new one do.
+    pub(crate) fn base(&self) -> Option<Base> {
+        let same = |b: &Base| b.manifest.tensors == self.filler.manifest.tensors;
+        self.staging.base(self.slot).filter(same)
+    }
+
     /// Copies chunks that the staged version in the other slot has too. Returns their bytes.
     pub(crate) fn carry_over(&self) -> Result<u64, StageError> {
-        let Some(other) = self.staging.others(self.slot) else { return Ok(0) };
+        let Some(base) = self.staging.base(self.slot) else { return Ok(0) };
         let mut carried = 0;
-        for index in other.record.equal(&self.filler.manifest).iter() {
+        for index in base.memory.record.equal(&self.filler.manifest).iter() {
             let range = self.filler.manifest.chunk_range(index);
-            if self.filler.ledger.contains(index) || range.end > other.map.len() {
+            if self.filler.ledger.contains(index) || range.end > base.map().len() {
                 continue;
             }
             let want = &self.filler.manifest.chunk_hashes[index as usize];
-            let copied = other.map.read(range.clone(), |from| {
+            let copied = base.map().read(range.clone(), |from| {
                 self.filler.memory.map.write(range.clone(), |to| {
                     to.copy_from_slice(from);
                     blake3::hash(to).as_bytes() == want
@@ -350,9 +372,10 @@ impl Filling {
         readable(&staging.slot_path(slot), 0o644).map_err(io)?;
         fs::hard_link(staging.slot_path(slot), temporary.join(MODEL_FILE)).map_err(io)?;
         fs::rename(&temporary, &dir).map_err(io)?;
-        staging.lock()[slot].state = SlotState::Staged;
         let (memory, manifest) =
             (Arc::clone(&self.filler.memory), Arc::clone(&self.filler.manifest));
+        let staged = SlotState::Staged { root: version.root, manifest: Arc::clone(&manifest) };
+        staging.lock()[slot].state = staged;
         Ok(StagedSlot { staging: staging.clone(), slot, dir, memory, manifest })
     }
 }
@@ -360,7 +383,7 @@ impl Filling {
 impl Drop for Filling {
     fn drop(&mut self) {
         let mut slots = self.staging.lock();
-        if slots[self.slot].state == SlotState::Filling {
+        if matches!(slots[self.slot].state, SlotState::Filling) {
             slots[self.slot].state = SlotState::Idle;
         }
     }
@@ -378,6 +401,64 @@ impl Filler {
         self.memory.record.set(index, &self.manifest.chunk_hashes[index as usize])?;
         self.ledger.insert(index);
         Ok(())
+    }
+
+    pub(crate) fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    pub(crate) fn missing_bytes(&self) -> u64 {
+        let len = |ix| {
+            let range = self.manifest.chunk_range(ix);
+            range.end - range.start
+        };
+        self.manifest.image_bytes - self.ledger.snapshot().iter().map(len).sum::<u64>()
+    }
+
+    /// Writes `bytes` at `at`, but for what lies in chunks of `kept`: those are verified, and peers may
+    /// be reading them.
+    pub(crate) fn write_unverified(&self, at: u64, bytes: &[u8], kept: &ChunkSet) {
+        let chunk_bytes = u64::from(self.manifest.chunk_bytes);
+        let end = at + bytes.len() as u64;
+        let mut from = at;
+        while from < end {
+            let index = from / chunk_bytes;
+            let to = end.min((index + 1) * chunk_bytes);
+            if !kept.contains(index as u32) {
+                let part = &bytes[(from - at) as usize..(to - at) as usize];
+                self.memory.map.write(from..to, |out| out.copy_from_slice(part));
+            }
+            from = to;
+        }
+    }
+
+    /// Counts the chunk as verified if what lies there has its hash.
+    pub(crate) fn verify(&self, index: u32) {
+        let want = &self.manifest.chunk_hashes[index as usize];
+        let range = self.manifest.chunk_range(index);
+        if self.memory.map.read(range, |bytes| blake3::hash(bytes).as_bytes() == want) {
+            self.verified(index).ok();
+        }
+    }
+}
+
+// === impl Base ===
+
+impl Base {
+    pub(crate) fn map(&self) -> &SharedMap {
+        &self.memory.map
+    }
+}
+
+// === impl SlotState ===
+
+impl SlotState {
+    fn user(&self) -> Option<&'static str> {
+        match self {
+            SlotState::Idle => None,
+            SlotState::Filling => Some("is being filled"),
+            SlotState::Staged { .. } => Some("holds a version that is loaded or being loaded"),
+        }
     }
 }
 

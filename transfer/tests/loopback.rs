@@ -166,7 +166,8 @@ fn a_grant_expires_from_its_first_use() {
 
 #[test]
 fn publishing_takes_the_memory_of_the_oldest_version_and_readers_never_get_torn_bytes() {
-    let (publisher, receiver) = (publisher(), receiver_with(|r| r.strikes = 2));
+    let publisher = publisher_with(|c| c.delta = false);
+    let receiver = receiver_with(|r| (r.strikes, r.progress) = (2, Duration::from_secs(3)));
     let weights: Vec<Weights> = (0..4).map(|seed| Weights::new(64, seed)).collect();
     let v1 = publish(&publisher, 1, &weights[1]).version;
     // Slow enough that two publishes fit into the transfer.
@@ -230,7 +231,7 @@ fn a_slot_that_an_engine_still_maps_is_not_reused() {
 
 #[test]
 fn equal_chunks_are_not_fetched_again() {
-    let (publisher, receiver) = (publisher(), receiver());
+    let (publisher, receiver) = (publisher_with(|c| c.delta = false), receiver());
     let mut weights = Weights::new(16, 9);
     let v1 = publish(&publisher, 1, &weights).version;
     let first = receiver.fetcher.fetch_blocking(&request(v1, vec![from(&publisher, v1)]));
@@ -379,4 +380,39 @@ fn a_receiver_serves_what_it_holds_while_it_is_still_receiving() {
         drop(upstream.join().expect("relay"));
     });
     assert_eq!(published.sent_bytes(), published.bytes, "the leaf cost the trainer nothing");
+}
+
+#[test]
+fn a_sparse_step_travels_as_a_delta_and_relays_hand_it_on() {
+    let (publisher, receiver, leaf) = (publisher(), receiver(), receiver());
+    let mut weights = Weights::new(24, 16);
+    let base = publish(&publisher, 1, &weights);
+    let at = |p: &anabranch_transfer::Publisher, v| vec![from(p, v)];
+    let fetch = |r: &Receiver, v, sources| r.fetcher.fetch_blocking(&request(v, sources));
+    let v1 = base.version;
+    let first = fetch(&receiver, v1, at(&publisher, v1)).expect("v1");
+    let leaf_first = fetch(&leaf, v1, at(&publisher, v1)).expect("v1");
+    // One value in a hundred moves by one step, in every chunk.
+    for (_, _, _, data) in &mut weights.tensors {
+        for byte in data.iter_mut().step_by(200) {
+            *byte ^= 1;
+        }
+    }
+    let second = publish(&publisher, 2, &weights);
+    let v2 = second.version;
+    let delta_bytes = second.delta_bytes.expect("a delta");
+    assert!(delta_bytes * 20 < second.bytes, "{delta_bytes} of {}", second.bytes);
+    let staged = fetch(&receiver, v2, at(&publisher, v2)).expect("v2");
+    assert_holds(staged.dir(), &weights);
+    assert_eq!((staged.report.delta_bytes, second.sent_bytes()), (delta_bytes, delta_bytes));
+
+    let limits = anabranch_transfer::ServeLimits::default();
+    let relay = Server::start(([127, 0, 0, 1], 0).into(), receiver.holder.clone(), limits);
+    let relay = relay.expect("server");
+    let by_relay = vec![source("relay", &relay.addr().to_string(), v2)];
+    let at_leaf = fetch(&leaf, v2, by_relay).expect("v2 from the relay");
+    assert_holds(at_leaf.dir(), &weights);
+    assert_eq!(at_leaf.report.delta_bytes, delta_bytes);
+    assert_eq!(second.sent_bytes(), delta_bytes, "the leaf cost the trainer nothing");
+    drop((first, leaf_first));
 }

@@ -14,21 +14,36 @@ use super::{
     FetchError, FetchProgress, FetchReport, FetchRequest, Session, Shared, SourceRef, StreamError,
     Tried,
 };
+use crate::chunks::Ledger;
 use crate::queue::{Assign, ChunkQueue, SourceId, StreamId, Take};
+use crate::shm::SharedMap;
 use crate::staging::{Filler, StageError};
-use crate::wire::{BlobId, Message};
+use crate::wire::{BlobId, FailCode, Message};
 
 /// Wakes idle streams to look at the clock; also bounds how late a cancel is noticed.
 const TICK: Duration = Duration::from_millis(50);
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// What is pulled, and where to.
+pub(super) struct Job {
+    pub(super) blob: BlobId,
+    pub(super) base: Root,
+    pub(super) manifest: Arc<Manifest>,
+    pub(super) sink: Sink,
+}
+
+/// Where verified chunks go.
+pub(super) enum Sink {
+    Slot(Filler),
+    Memory { map: Arc<SharedMap>, ledger: Arc<Ledger> },
+}
 
 /// One fetch, seen by all its threads. Those may outlive it for a moment (one that waits for a dead
 /// host to accept): they find it ended and go.
 struct Pull {
     shared: Arc<Shared>,
     request: FetchRequest,
-    manifest: Arc<Manifest>,
-    filler: Filler,
+    job: Job,
     state: Mutex<State>,
     changed: Condvar,
     received_bytes: AtomicU64,
@@ -70,11 +85,10 @@ enum StreamEnd {
 pub(super) fn pull(
     shared: &Arc<Shared>,
     request: &FetchRequest,
-    manifest: &Arc<Manifest>,
-    filler: &Filler,
+    job: Job,
     report: &mut FetchReport,
 ) -> Result<(), FetchError> {
-    let held = filler.ledger.snapshot();
+    let held = job.sink.ledger().snapshot();
     let queue = ChunkQueue::new(shared.rules.queue(), &held, request.sources.len());
     let outcome = if queue.is_done() { Outcome::Complete } else { Outcome::Running };
     let state = State {
@@ -82,7 +96,7 @@ pub(super) fn pull(
         handles: BTreeMap::new(),
         next_handle: 0,
         of_stream: BTreeMap::new(),
-        verified_bytes: report.carried_bytes,
+        verified_bytes: if job.blob == BlobId::Image { report.carried_bytes } else { 0 },
         bytes_of: vec![0; request.sources.len()],
         moved: Instant::now(),
         failures: BTreeMap::new(),
@@ -93,8 +107,7 @@ pub(super) fn pull(
     let pull = Arc::new(Pull {
         shared: Arc::clone(shared),
         request: request.clone(),
-        manifest: Arc::clone(manifest),
-        filler: filler.clone(),
+        job,
         state: Mutex::new(state),
         changed: Condvar::new(),
         received_bytes: AtomicU64::new(0),
@@ -159,7 +172,7 @@ impl Pull {
 
     fn tell(&self, bytes: u64) {
         if let Some(progress) = &self.request.progress {
-            progress(FetchProgress { bytes, total_bytes: self.manifest.image_bytes });
+            progress(FetchProgress { bytes, total_bytes: self.job.manifest.image_bytes });
         }
     }
 
@@ -216,9 +229,18 @@ impl Pull {
     /// Until there is nothing left to do with this source.
     fn stream(self: &Arc<Self>, id: StreamId, source: SourceId) -> Result<StreamEnd, StreamError> {
         let at = &self.request.sources[source];
-        let mut session = Session::open(&self.shared, at, Root::default())?;
+        let mut session = Session::open(&self.shared, at, self.job.base)?;
+        let complete = match self.job.blob {
+            BlobId::Image => session.complete,
+            BlobId::Delta if session.delta_bytes == self.job.manifest.image_bytes => true,
+            BlobId::Delta => {
+                self.shared.pool.put(&at.addr, session.link);
+                let text = "it has no such delta".to_owned();
+                return Err(StreamError::Refused { code: FailCode::UnknownVersion, text });
+            }
+        };
         let handle = self.register(&session, Some(id))?;
-        self.learn(source, session.complete);
+        self.learn(source, complete);
         let ended = self.exchange(id, source, &mut session);
         self.unregister(handle);
         if matches!(ended, Ok(StreamEnd::Done)) {
@@ -258,7 +280,7 @@ impl Pull {
             while asked.len() < self.window() {
                 match self.next(id, source, asked.is_empty()) {
                     Next::Ask(index) => {
-                        let blob = BlobId::Image;
+                        let blob = self.job.blob;
                         session.link.send(&Message::Want { blob, first: index, count: 1 })?;
                         asked.push_back(index);
                     }
@@ -276,7 +298,7 @@ impl Pull {
     /// About 1% of the image in flight over all streams, two chunks each at least.
     fn window(&self) -> usize {
         let streams = self.request.streams.max(1) as u32;
-        let window = (self.manifest.chunk_count() / (100 * streams)).max(2);
+        let window = (self.job.manifest.chunk_count() / (100 * streams)).max(2);
         window.min(self.shared.rules.window.max(1)) as usize
     }
 
@@ -318,22 +340,22 @@ impl Pull {
         index: u32,
         session: &mut Session,
     ) -> Result<(), StreamError> {
-        let range = self.manifest.chunk_range(index);
+        let range = self.job.manifest.chunk_range(index);
         let len = range.end - range.start;
         match session.link.receive()? {
-            Message::Chunk { blob: BlobId::Image, index: got, len: sent }
-                if got == index && u64::from(sent) == len => {}
+            Message::Chunk { blob, index: got, len: sent }
+                if blob == self.job.blob && got == index && u64::from(sent) == len => {}
             other => return Err(StreamError::from_reply(other)),
         }
         if !self.begin_write() {
             return Ok(());
         }
-        let received = session.link.receive_chunk(self.filler.map(), range);
+        let received = session.link.receive_chunk(self.job.sink.map(), range);
         self.end_write();
         let hash = received?;
         self.received_bytes.fetch_add(len, Ordering::Relaxed);
         let now = Instant::now();
-        if hash != self.manifest.chunk_hashes[index as usize] {
+        if hash != self.job.manifest.chunk_hashes[index as usize] {
             self.lock().queue.bad(id, index, now);
             tracing::warn!(index, peer = %session.link.peer(), "chunk with a wrong hash");
             return Ok(());
@@ -343,7 +365,7 @@ impl Pull {
             state.verified_bytes += len;
             state.bytes_of[source] += len;
             state.moved = now;
-            let recorded = self.filler.verified(index);
+            let recorded = self.job.sink.verified(index);
             if let Err(error) = recorded {
                 self.fail_stage(&mut state, error);
             }
@@ -401,7 +423,7 @@ impl Pull {
 
     fn watch(&self, source: SourceId) -> Result<(), StreamError> {
         let at = &self.request.sources[source];
-        let mut session = Session::open(&self.shared, at, Root::default())?;
+        let mut session = Session::open(&self.shared, at, self.job.base)?;
         let handle = self.register(&session, None)?;
         let told = session.link.send(&Message::WatchHave).map_err(StreamError::from);
         let ended = told.and_then(|()| self.take_haves(source, &mut session));
@@ -411,7 +433,7 @@ impl Pull {
 
     fn take_haves(&self, source: SourceId, session: &mut Session) -> Result<(), StreamError> {
         let mut had = 0;
-        while had < self.manifest.chunk_count() {
+        while had < self.job.manifest.chunk_count() {
             match session.link.receive()? {
                 Message::Have { ranges } => {
                     had += ranges.iter().map(|r| r.end - r.start).sum::<u32>();
@@ -433,10 +455,13 @@ impl Pull {
         // Their sockets are shut down by now, or they are done: this is a matter of a chunk.
         let state = self.changed.wait_while(self.lock(), |s| s.writers > 0);
         let mut state = state.expect("no panic under the lock");
-        report.queue = state.queue.stats();
+        report.queue.add(state.queue.stats());
         report.received_bytes += self.received_bytes.load(Ordering::Relaxed);
-        for (source, bytes) in self.request.sources.iter().zip(&state.bytes_of) {
-            report.bytes_by_holder.push((source.holder.clone(), *bytes));
+        report.bytes_by_holder.resize_with(self.request.sources.len(), Default::default);
+        let by_source = self.request.sources.iter().zip(&state.bytes_of);
+        for ((source, bytes), entry) in by_source.zip(&mut report.bytes_by_holder) {
+            entry.0.clone_from(&source.holder);
+            entry.1 += bytes;
         }
         // Threads that are still on their way out must find the fetch ended.
         match std::mem::replace(&mut state.outcome, Outcome::Over) {
@@ -460,8 +485,8 @@ impl Pull {
         FetchError::Stalled {
             version: self.request.version,
             waited: state.moved.elapsed(),
-            verified: self.filler.ledger.snapshot().count(),
-            chunks: self.manifest.chunk_count(),
+            verified: self.job.sink.ledger().snapshot().count(),
+            chunks: self.job.manifest.chunk_count(),
             tried: self.tried(state),
         }
     }
@@ -484,4 +509,32 @@ enum Next {
     Ask(u32),
     Receive,
     End(StreamEnd),
+}
+
+// === impl Sink ===
+
+impl Sink {
+    fn map(&self) -> &SharedMap {
+        match self {
+            Sink::Slot(filler) => filler.map(),
+            Sink::Memory { map, .. } => map,
+        }
+    }
+
+    fn ledger(&self) -> &Ledger {
+        match self {
+            Sink::Slot(filler) => &filler.ledger,
+            Sink::Memory { ledger, .. } => ledger,
+        }
+    }
+
+    fn verified(&self, index: u32) -> std::io::Result<()> {
+        match self {
+            Sink::Slot(filler) => filler.verified(index),
+            Sink::Memory { ledger, .. } => {
+                ledger.insert(index);
+                Ok(())
+            }
+        }
+    }
 }
