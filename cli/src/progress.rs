@@ -10,9 +10,9 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 
 pub struct Progress {
     what: &'static str,
+    quiet: bool,
     bar: Option<ProgressBar>,
     total: u64,
-    done: u64,
     said: Instant,
 }
 
@@ -23,20 +23,16 @@ impl Progress {
                 .expect("the template is constant and sound");
             ProgressBar::new(total).with_style(style).with_prefix(what)
         });
-        // A quiet one says its next line never.
-        let said =
-            if quiet { Instant::now() + Duration::from_secs(1 << 31) } else { Instant::now() };
-        Self { what, bar, total, done: 0, said }
+        Self { what, quiet, bar, total, said: Instant::now() }
     }
 
     pub fn set(&mut self, done: u64, note: &str) {
-        self.done = done;
         match &self.bar {
             Some(bar) => {
                 bar.set_position(done);
                 bar.set_message(note.to_owned());
             }
-            None if self.said.elapsed() >= LINE_EVERY => {
+            None if !self.quiet && self.said.elapsed() >= LINE_EVERY => {
                 self.said = Instant::now();
                 eprintln!("{}: {done}/{} {note}", self.what, self.total);
             }
@@ -55,7 +51,8 @@ impl Progress {
     pub fn say(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
-            None => eprintln!("{line}"),
+            None if !self.quiet => eprintln!("{line}"),
+            None => {}
         }
     }
 

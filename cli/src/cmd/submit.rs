@@ -153,18 +153,24 @@ async fn work(
     patience: Duration,
 ) -> Result<bool, Failure> {
     let wanted = groups.len();
-    let consumer =
-        job.consume(Pack { max_wait: Duration::from_millis(100), ..Pack::default() }, Shard::ALL)?;
+    // Written as they come, but not one by one.
+    let pack = Pack { min: 32, max_wait: Duration::from_millis(100), ..Pack::default() };
+    let consumer = job.consume(pack, Shard::ALL)?;
     let step = tally.step;
     let current = job.opened_at().await;
     let mut submit = std::pin::pin!(job.submit(step, groups, true, patience));
     let mut receive = std::pin::pin!(receive(consumer, tally, current));
-    let refused = tokio::select! {
-        results = &mut submit => report(&results?),
+    let results = tokio::select! {
+        results = &mut submit => results?,
         done = &mut receive => return done.map(|done| report_step(&done)),
     };
+    let refused = report(&results);
     if refused == wanted {
-        return Err(Failure::new(Exit::Failed, "the manager refused every prompt"));
+        return Err(Failure::new(Exit::Failed, "the manager took none of the prompts"));
+    }
+    if results.iter().any(|result| matches!(result.outcome, Submitted::Full { .. })) {
+        // No more will come: what was taken is all that the step has.
+        job.submit(step, Vec::new(), true, patience).await?;
     }
     let done = receive.await?;
     Ok(report_step(&done) && refused == 0)

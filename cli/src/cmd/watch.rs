@@ -63,6 +63,7 @@ async fn on_terminal(mut admin: Admin, mut model: Model) -> Outcome {
     let mut events = admin.events().await?;
     let mut keys = keys().or_exit(Exit::Io)?;
     let mut looks = tokio::time::interval(LOOK_EVERY);
+    let mut stop = std::pin::pin!(shutdown_signal());
     let mut terminal = ratatui::try_init().or_exit(Exit::Io)?;
     let ended = loop {
         if let Err(error) = terminal.draw(|frame| draw::draw(frame, &model)) {
@@ -83,6 +84,7 @@ async fn on_terminal(mut admin: Admin, mut model: Model) -> Outcome {
                     }
                 }
             },
+            _ = &mut stop => break Ok(Exit::Ok),
             key = keys.recv() => match key {
                 Some(Key::Quit) | None => break Ok(Exit::Ok),
                 Some(Key::Redraw) => {}

@@ -11,6 +11,9 @@ use crate::table::seconds;
 /// Events kept for the log.
 const EVENTS: usize = 200;
 
+/// Told many times a second, or said by another event as well.
+const QUIET: [&str; 3] = ["batch_acked", "load_stage", "samples_placed"];
+
 pub struct Model {
     pub manager: String,
     pub state: State,
@@ -72,7 +75,7 @@ impl Model {
             self.rate,
             samples.running,
             samples.waiting,
-            samples.delivered,
+            state.counters.delivered,
             state.current,
             if state.training { ", training" } else { "" }
         )
@@ -106,7 +109,11 @@ impl Model {
 /// `12.3 s  samples moved: from e1, samples 4, kept_tokens 312`
 fn describe(json: &str) -> Option<String> {
     let event: Map<String, Value> = serde_json::from_str(json).ok()?;
-    let name = event.get("event")?.as_str()?.replace('_', " ");
+    let name = event.get("event")?.as_str()?;
+    if QUIET.contains(&name) {
+        return None;
+    }
+    let name = name.replace('_', " ");
     let at = seconds(event.get("at_ms").and_then(Value::as_u64).unwrap_or(0));
     let told = |key: &str| matches!(key, "event" | "id" | "at_ms");
     let facts: Vec<String> = event
