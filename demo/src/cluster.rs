@@ -1,0 +1,256 @@
+//! The demo's processes on this machine: one manager, engines with their agents, all of this very
+//! binary. Owns command lines, ports, logs and lives; when what is started or killed is the script's.
+
+mod dirs;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anabranch_runtime::process::{Output, Signal, StartError};
+use anabranch_runtime::{Announce, Child, Drain};
+
+pub use dirs::Dirs;
+
+/// A manager that is not ready by then will not be.
+const MANAGER_START: Duration = Duration::from_secs(20);
+const POLL: Duration = Duration::from_millis(20);
+/// After SIGTERM.
+const STOP_DEADLINE: Duration = Duration::from_secs(3);
+/// Lines of a log that an error repeats.
+const TAIL_LINES: usize = 6;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterError {
+    #[error("cannot make {path}: {source}")]
+    Make { path: PathBuf, source: io::Error },
+    #[error("cannot find this program's own file, to start it as manager and engines: {0}")]
+    NoExe(io::Error),
+    #[error("no free port on loopback: {0}")]
+    NoPort(io::Error),
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error("{name} {how}; its log is {log}{tail}")]
+    NotUp { name: String, how: String, log: PathBuf, tail: String },
+    #[error("cannot signal {name}: {source}")]
+    Signal { name: String, source: io::Error },
+}
+
+/// How every engine of the demo generates.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct EngineFlags {
+    /// Tokens a second of each running sample: slow enough that answers are cut in the middle.
+    pub rate: f64,
+    /// Tokens per stream chunk.
+    pub chunk: u32,
+    pub max_running: u32,
+}
+
+/// Whose GPUs an engine runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    Spare,
+    /// On the trainer's own: the trainer loads its weights and takes it back to train.
+    Colocated,
+}
+
+pub struct Cluster {
+    exe: PathBuf,
+    dirs: Arc<Dirs>,
+    flags: EngineFlags,
+    drain: Drain,
+    manager: Child,
+    url: String,
+    nodes: BTreeMap<String, Node>,
+}
+
+/// One engine with its agent.
+struct Node {
+    url: String,
+    engine: Child,
+    agent: Child,
+}
+
+impl Cluster {
+    /// Starts the manager; returns when it listens.
+    pub async fn start(
+        dirs: Arc<Dirs>,
+        flags: EngineFlags,
+        log: &str,
+    ) -> Result<Self, ClusterError> {
+        let exe = std::env::current_exe().map_err(ClusterError::NoExe)?;
+        let drain = Drain::new();
+        let mut command = subcommand(&exe, "manager", log);
+        command.args(["--listen", "127.0.0.1:0", "--announce"]).arg(dirs.announce());
+        command.arg("--state-dir").arg(dirs.state());
+        let output = Output::File(dirs.log("manager"));
+        let mut manager = Child::start("manager", command, output, &drain).await?;
+        let url = announced(&mut manager, &dirs).await?;
+        Ok(Self { exe, dirs, flags, drain, manager, url, nodes: BTreeMap::new() })
+    }
+
+    /// Where the manager listens.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    pub fn dirs(&self) -> &Dirs {
+        &self.dirs
+    }
+
+    /// Starts an engine with the start-up weights, and its agent. It attaches when it is up.
+    pub async fn attach(&mut self, id: &str, place: Place) -> Result<(), ClusterError> {
+        let addr = free_addr()?;
+        let url = format!("http://{addr}");
+        let engine = self.start_engine(id, &addr).await?;
+        let agent = self.start_agent(id, place, &url).await?;
+        self.nodes.insert(id.to_owned(), Node { url, engine, agent });
+        Ok(())
+    }
+
+    async fn start_engine(&self, id: &str, addr: &str) -> Result<Child, ClusterError> {
+        let name = format!("{id}.engine");
+        let mut command = subcommand(&self.exe, "engine", "info");
+        command.arg("--model").arg(format!("hf:{}", self.dirs.model().display()));
+        command.args(["--listen", addr]);
+        command.args(["--rate", &self.flags.rate.to_string()]);
+        command.args(["--chunk", &self.flags.chunk.to_string()]);
+        command.args(["--max-running", &self.flags.max_running.to_string()]);
+        command.arg("--meter").arg(self.dirs.meter(id));
+        let output = Output::File(self.dirs.log(&name));
+        Ok(Child::start(&name, command, output, &self.drain).await?)
+    }
+
+    async fn start_agent(&self, id: &str, place: Place, url: &str) -> Result<Child, ClusterError> {
+        let name = format!("{id}.agent");
+        let mut command = subcommand(&self.exe, "agent", "info");
+        command.arg("--manager").arg(format!("file:{}", self.dirs.announce().display()));
+        command.args(["--engine", &format!("sglang={url}"), "--id", id]);
+        command.arg("--staging").arg(self.dirs.shm());
+        // Engines fetch a version from each other, too.
+        command.args(["--listen", "127.0.0.1:0"]);
+        if place == Place::Colocated {
+            command.args(["--label", "colocated=true", "--weights-by-trainer"]);
+        }
+        let output = Output::File(self.dirs.log(&name));
+        Ok(Child::start(&name, command, output, &self.drain).await?)
+    }
+
+    /// The engine's own HTTP address.
+    pub fn engine_url(&self, id: &str) -> Option<&str> {
+        self.nodes.get(id).map(|node| node.url.as_str())
+    }
+
+    /// SIGKILL to the engine process alone: its agent lives to tell.
+    pub async fn kill_engine(&mut self, id: &str) -> Result<(), ClusterError> {
+        let Some(node) = self.nodes.get_mut(id) else { return Ok(()) };
+        let killed = node.engine.kill().await;
+        killed.map(drop).map_err(|source| ClusterError::Signal { name: id.to_owned(), source })
+    }
+
+    /// Ends what is left of an engine that is gone for the manager.
+    pub async fn bury(&mut self, id: &str) -> Result<(), ClusterError> {
+        let Some(mut node) = self.nodes.remove(id) else { return Ok(()) };
+        for child in [&mut node.agent, &mut node.engine] {
+            let ended = child.kill().await;
+            ended.map_err(|source| ClusterError::Signal { name: id.to_owned(), source })?;
+        }
+        Ok(())
+    }
+
+    /// An error with the end of its log where the manager ended by itself.
+    pub fn check(&mut self) -> Result<(), ClusterError> {
+        still_up(&mut self.manager, &self.dirs)
+    }
+
+    /// Like [`Self::check`], for one engine and its agent.
+    pub fn check_node(&mut self, id: &str) -> Result<(), ClusterError> {
+        let Some(node) = self.nodes.get_mut(id) else { return Ok(()) };
+        still_up(&mut node.engine, &self.dirs)?;
+        still_up(&mut node.agent, &self.dirs)
+    }
+
+    /// Ends everything: agents, engines, then the manager.
+    pub async fn stop(mut self) -> Result<(), ClusterError> {
+        for node in self.nodes.values() {
+            // All at once; each is waited for below.
+            let _ = node.agent.signal(Signal::KILL);
+            let _ = node.engine.signal(Signal::KILL);
+        }
+        for (id, mut node) in std::mem::take(&mut self.nodes) {
+            for child in [&mut node.agent, &mut node.engine] {
+                let ended = child.wait().await;
+                ended.map_err(|source| ClusterError::Signal { name: id.clone(), source })?;
+            }
+        }
+        let ended = self.manager.terminate(STOP_DEADLINE).await;
+        let signal = |source| ClusterError::Signal { name: "manager".to_owned(), source };
+        ended.map(drop).map_err(signal)
+    }
+}
+
+/// Tokens that all engines' streams ever made, by engine: the files outlive a kill.
+pub fn tokens_made(dirs: &Dirs, ids: impl IntoIterator<Item = String>) -> BTreeMap<String, u64> {
+    ids.into_iter()
+        .map(|id| {
+            let bytes = fs::read(dirs.meter(&id)).unwrap_or_default();
+            let made = bytes.first_chunk::<8>().map_or(0, |word| u64::from_le_bytes(*word));
+            (id, made)
+        })
+        .collect()
+}
+
+fn subcommand(exe: &Path, name: &str, log: &str) -> Command {
+    let mut command = Command::new(exe);
+    command.arg(name);
+    // A level that the user set holds for all processes.
+    if std::env::var_os(anabranch_runtime::telemetry::LOG_ENV).is_none() {
+        command.env(anabranch_runtime::telemetry::LOG_ENV, log);
+    }
+    // Engines share the cores with the trainer: more threads each would only contend.
+    command.env("RAYON_NUM_THREADS", "1");
+    command
+}
+
+async fn announced(manager: &mut Child, dirs: &Dirs) -> Result<String, ClusterError> {
+    let started = Instant::now();
+    loop {
+        if let Ok(announce) = Announce::read(&dirs.announce()) {
+            return Ok(announce.url);
+        }
+        still_up(manager, dirs)?;
+        if started.elapsed() > MANAGER_START {
+            let how = format!("does not listen after {} s", MANAGER_START.as_secs());
+            return Err(not_up("manager", how, dirs));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+fn still_up(child: &mut Child, dirs: &Dirs) -> Result<(), ClusterError> {
+    match child.try_wait() {
+        Ok(None) => Ok(()),
+        Ok(Some(status)) => Err(not_up(child.name(), format!("ended early ({status})"), dirs)),
+        Err(source) => Err(ClusterError::Signal { name: child.name().to_owned(), source }),
+    }
+}
+
+fn not_up(name: &str, how: String, dirs: &Dirs) -> ClusterError {
+    let log = dirs.log(name);
+    let text = fs::read_to_string(&log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    let last = &lines[lines.len().saturating_sub(TAIL_LINES)..];
+    let tail = last.iter().map(|line| format!("\n    {line}")).collect();
+    ClusterError::NotUp { name: name.to_owned(), how, log, tail }
+}
+
+/// Free now; the engine binds it a moment later.
+fn free_addr() -> Result<String, ClusterError> {
+    let socket = TcpListener::bind(("127.0.0.1", 0)).map_err(ClusterError::NoPort)?;
+    Ok(socket.local_addr().map_err(ClusterError::NoPort)?.to_string())
+}

@@ -1,0 +1,100 @@
+//! What a run will do, derived from its flags: task, recipe, engines' pace, script. Pure.
+
+use anabranch_trainer::{JobConfig, OnExceed, OnRunning, Roll, Sampling, Staleness, Trajectory};
+
+use super::DemoArgs;
+use crate::cluster::EngineFlags;
+use crate::grpo::Rollout;
+use crate::recipe::Recipe;
+use crate::rollouts::Ask;
+use crate::script::{Act, Cue, SCRIPT};
+use crate::task::Task;
+
+/// The id of the engine on the trainer's own GPU.
+pub const COLOCATED: &str = "colocated";
+
+pub struct Plan {
+    pub seed: u64,
+    pub task: Box<dyn Task>,
+    pub recipe: Recipe,
+    pub publish: bool,
+    /// Every sample is made by one version of the weights, and trained on in one order.
+    pub deterministic: bool,
+    pub engines: EngineFlags,
+    pub cues: Vec<Cue>,
+    pub held_out: usize,
+    /// The trainer takes its GPU back when so large a share of a step's samples has come.
+    pub take_back_share: f64,
+}
+
+impl Plan {
+    pub fn new(args: &DemoArgs, task: Box<dyn Task>, recipe: Recipe) -> Self {
+        let steps = args.steps.map_or(recipe.steps, |steps| steps as usize);
+        let quiet_script = |cue: &&Cue| !args.deterministic || cue.act == Act::Attach;
+        Self {
+            seed: args.seed,
+            task,
+            recipe: Recipe { steps, ..recipe },
+            publish: !args.no_publish,
+            deterministic: args.deterministic,
+            engines: EngineFlags { rate: 30.0, chunk: 1, max_running: 32 },
+            cues: SCRIPT.iter().filter(quiet_script).copied().collect(),
+            held_out: 256,
+            take_back_share: 0.5,
+        }
+    }
+
+    pub fn steps(&self) -> u64 {
+        self.recipe.steps as u64
+    }
+
+    /// The step of the job that comes after training.
+    pub fn last_evaluation(&self) -> u64 {
+        self.steps() + 1
+    }
+
+    pub fn job(&self) -> JobConfig {
+        let staleness = match self.deterministic {
+            true => Staleness::OnPolicy,
+            false => Staleness::Bounded { max_lag: 1, on_exceed: OnExceed::Wait },
+        };
+        JobConfig {
+            staleness,
+            on_running: OnRunning::Continue,
+            roll: Roll::AllAtOnce,
+            seed: self.seed,
+            ..JobConfig::new("demo")
+        }
+    }
+
+    /// The prompts of a training step.
+    pub fn asks(&self, step: u64) -> Vec<Ask> {
+        let sampling = Sampling::new(self.task.max_answer_tokens() as u32);
+        let ask = |at: u64| Ask {
+            key: format!("step{step:04}-{at:05}"),
+            prompt: self.task.train_problem(self.problem(step, at)).prompt,
+            n: self.recipe.group_size as u32,
+            sampling: sampling.clone(),
+            pin: None,
+        };
+        (0..self.recipe.prompts_per_step as u64).map(ask).collect()
+    }
+
+    /// A trajectory, graded. `None` where it is not one of `step`'s prompts.
+    pub fn grade(&self, step: u64, trajectory: Trajectory) -> Option<Rollout> {
+        let at = trajectory.key.rsplit('-').next()?.parse().ok()?;
+        let group = self.problem(step, at);
+        let problem = self.task.train_problem(group);
+        Some(Rollout {
+            score: self.task.score(&problem, &trajectory.tokens),
+            prompt: problem.prompt,
+            tokens: trajectory.tokens,
+            logprobs: trajectory.logprobs,
+            group,
+        })
+    }
+
+    fn problem(&self, step: u64, at: u64) -> u64 {
+        (step - 1) * self.recipe.prompts_per_step as u64 + at
+    }
+}

@@ -1,0 +1,261 @@
+//! The training loop over a live fleet: each step generates, takes the GPU back, trains while the rest
+//! still comes, and publishes. Owns the order of these; each part is somebody else's.
+
+use std::time::{Duration, Instant};
+
+use anabranch_trainer::{DType, Finish, Job, NamedTensor, Trajectory, Version};
+use bytes::Bytes;
+use tokio::task::block_in_place;
+
+use super::{DemoError, Plan};
+use crate::cluster::Cluster;
+use crate::colocated::Colocated;
+use crate::evaluate::exact_match;
+use crate::progress::View;
+use crate::rollouts::Rollouts;
+use crate::script::{Script, Stage};
+use crate::trainer::{StepStats, Trainer};
+use crate::watch::{Story, Watcher};
+
+/// Samples of one pass of the deterministic mode, whatever order they came in.
+const FIXED_MICRO_BATCH: usize = 64;
+
+/// For the last version to reach every engine.
+const ROLLED: Duration = Duration::from_secs(20);
+
+/// Everything that is alive while the demo runs.
+pub struct Session {
+    pub plan: Plan,
+    pub started: Instant,
+    pub view: View,
+    pub cluster: Cluster,
+    pub watcher: Watcher,
+    pub job: Job,
+    pub rollouts: Rollouts,
+    pub colocated: Colocated,
+    pub script: Script,
+    pub learner: Trainer,
+    /// What the engines serve, or will.
+    pub version: Version,
+    /// The newest step that was submitted.
+    pub submitted: u64,
+    pub steps: Vec<StepRecord>,
+    pub published: Vec<Publication>,
+}
+
+/// What one step was.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepRecord {
+    pub step: u64,
+    pub ended_s: f64,
+    pub took: Duration,
+    pub stats: StepStats,
+    pub tokens: u64,
+    /// Largest of a token, in versions.
+    pub lag: u64,
+}
+
+/// What collecting a step gave.
+#[derive(Default)]
+struct Collected {
+    /// Not trained on yet.
+    rest: Vec<Trajectory>,
+    tokens: u64,
+    lag: u64,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Publication {
+    pub number: u64,
+    pub bytes: u64,
+    /// Since the demo began.
+    pub at_s: f64,
+    /// How long the trainer was kept.
+    pub kept: Duration,
+    /// Until all of it was hashed.
+    pub sealed: Duration,
+}
+
+impl Session {
+    /// Held-out exact match at the current version, as step `step` of the job.
+    pub async fn evaluate(&mut self, step: u64) -> Result<f64, DemoError> {
+        self.view
+            .update(|n| n.doing = format!("evaluating {} held-out problems", self.plan.held_out));
+        let (task, count) = (self.plan.task.as_ref(), self.plan.held_out);
+        Ok(exact_match(&mut self.rollouts, task, (step, count), self.version).await?)
+    }
+
+    pub async fn train(&mut self) -> Result<(), DemoError> {
+        for step in 1..=self.plan.steps() {
+            self.step(step).await?;
+        }
+        Ok(())
+    }
+
+    async fn step(&mut self, step: u64) -> Result<(), DemoError> {
+        let begun = Instant::now();
+        self.cluster.check()?;
+        let (script, mut stage) = self.stage();
+        script.begin_step(step, &mut stage).await?;
+        self.lend().await?;
+        self.submit(step).await?;
+        let Collected { rest, tokens, lag } = self.collect(step).await?;
+        self.view.update(|n| n.doing = "training".to_owned());
+        self.learn(step, rest)?;
+        self.submit_ahead(step + 1).await?;
+        let stats = block_in_place(|| self.learner.step())?;
+        self.publish(stats.version).await?;
+        self.rollouts.commit(step, self.version).await?;
+        let (ended_s, took) = (self.started.elapsed().as_secs_f64(), begun.elapsed());
+        self.steps.push(StepRecord { step, ended_s, took, stats, tokens, lag });
+        self.show_step();
+        Ok(())
+    }
+
+    /// Takes the step's samples as they come, and the GPU back on the way; from then on it trains
+    /// while the rest comes from the other engines.
+    async fn collect(&mut self, step: u64) -> Result<Collected, DemoError> {
+        self.view.update(|n| n.doing = "generating".to_owned());
+        let enough = self.plan.recipe.samples_per_step() as f64 * self.plan.take_back_share;
+        let (mut collected, mut received) = (Collected::default(), 0);
+        while let Some(batch) = self.rollouts.next(step).await? {
+            received += batch.len();
+            collected.add(batch);
+            self.show_samples();
+            let (script, mut stage) = self.stage();
+            script.amid_step(step, &mut stage).await?;
+            script.settle(step, &mut stage).await?;
+            if self.plan.deterministic {
+                continue;
+            }
+            if self.colocated.is_lent() && received as f64 >= enough {
+                self.colocated.take_back(&self.job).await?;
+                self.view.update(|n| n.doing = "training while the rest comes".to_owned());
+            }
+            if !self.colocated.is_lent() {
+                self.learn(step, std::mem::take(&mut collected.rest))?;
+            }
+        }
+        if self.colocated.is_lent() {
+            self.colocated.take_back(&self.job).await?;
+        }
+        Ok(collected)
+    }
+
+    fn learn(&mut self, step: u64, mut samples: Vec<Trajectory>) -> Result<(), DemoError> {
+        samples.retain(|t| !matches!(t.finish, Finish::Abandoned { .. }));
+        if self.plan.deterministic {
+            samples.sort_by(|a, b| (&a.key, a.index).cmp(&(&b.key, b.index)));
+        }
+        let graded: Vec<_> = samples.into_iter().filter_map(|t| self.plan.grade(step, t)).collect();
+        let size = if self.plan.deterministic { FIXED_MICRO_BATCH } else { graded.len().max(1) };
+        block_in_place(|| {
+            for batch in graded.chunks(size) {
+                self.learner.add_micro_batch(batch)?;
+            }
+            Ok(())
+        })
+    }
+
+    async fn lend(&mut self) -> Result<(), DemoError> {
+        if self.colocated.is_lent() {
+            return Ok(());
+        }
+        let model = self.plan.publish.then(|| self.learner.model());
+        Ok(self.colocated.lend(&self.job, model, self.version).await?)
+    }
+
+    async fn submit(&mut self, step: u64) -> Result<(), DemoError> {
+        if self.submitted < step {
+            self.rollouts.submit(step, self.plan.asks(step)).await?;
+            self.submitted = step;
+        }
+        Ok(())
+    }
+
+    /// The spare engines begin the next step while the optimizer makes its version; those samples
+    /// go on with the new version in the middle.
+    async fn submit_ahead(&mut self, step: u64) -> Result<(), DemoError> {
+        match step <= self.plan.steps() && !self.plan.deterministic {
+            true => self.submit(step).await,
+            false => Ok(()),
+        }
+    }
+
+    async fn publish(&mut self, number: u64) -> Result<(), DemoError> {
+        if !self.plan.publish {
+            return Ok(());
+        }
+        let (begun, at_s) = (Instant::now(), self.started.elapsed().as_secs_f64());
+        let tensors = self.learner.tensors()?.into_iter().map(named).collect();
+        let published = self.job.publish(number, tensors).await?;
+        self.version = published.sealed().await?;
+        let (bytes, kept, sealed) = (published.bytes, published.copied_in, begun.elapsed());
+        self.published.push(Publication { number, bytes, at_s, kept, sealed });
+        Ok(())
+    }
+
+    /// After the last step: tells what came of the script, and lets the fleet reach the last version.
+    pub async fn finish(&mut self) -> Result<(), DemoError> {
+        self.lend().await?;
+        let step = self.plan.steps();
+        let number = self.version.number;
+        let what = format!("every engine serves v{number}");
+        let all = |story: &Story| story.all_serve(number).then_some(());
+        self.watcher.until(what, ROLLED, all).await?;
+        let (script, mut stage) = self.stage();
+        Ok(script.settle(step, &mut stage).await?)
+    }
+
+    /// Ends the job and every process.
+    pub async fn close(self) -> Result<(), DemoError> {
+        drop(self.rollouts);
+        self.job.close(false).await?;
+        Ok(self.cluster.stop().await?)
+    }
+
+    fn stage(&mut self) -> (&mut Script, Stage<'_>) {
+        let stage = Stage { cluster: &mut self.cluster, watcher: &self.watcher, view: &self.view };
+        (&mut self.script, stage)
+    }
+
+    fn show_samples(&self) {
+        let totals = self.rollouts.book().totals();
+        self.view.update(|n| (n.tokens, n.migrations) = (totals.tokens, totals.migrations));
+    }
+
+    fn show_step(&self) {
+        let Some(last) = self.steps.last() else { return };
+        let (reward, exact) = (last.stats.batch.mean_reward(), last.stats.batch.exact_share());
+        self.view.update(|n| {
+            n.step = last.step;
+            n.rewards.push(reward);
+        });
+        let rate = last.tokens as f64 / last.took.as_secs_f64();
+        let migrations = self.rollouts.book().totals().migrations;
+        let kl = last.stats.batch.mean_kl();
+        self.view.say_plain(&format!(
+            "step {}/{}: reward {reward:.3}, exact {exact:.3}, kl {kl:.4}, {rate:.0} tokens/s, {migrations} migrations, {}",
+            last.step,
+            self.plan.steps(),
+            self.watcher.with(crate::progress::fleet),
+        ));
+    }
+}
+
+impl Collected {
+    fn add(&mut self, batch: Vec<Trajectory>) {
+        self.tokens += batch.iter().map(|t| t.tokens.len() as u64).sum::<u64>();
+        self.lag = batch.iter().filter_map(Trajectory::lag).fold(self.lag, u64::max);
+        self.rest.extend(batch);
+    }
+}
+
+fn named(tensor: crate::model::NamedTensor) -> NamedTensor {
+    NamedTensor {
+        name: tensor.name,
+        dtype: DType::F32,
+        shape: tensor.shape.into_iter().map(|n| n as u64).collect(),
+        data: Bytes::from(tensor.bytes),
+    }
+}

@@ -1,0 +1,211 @@
+//! What happens to the engines during the run: who attaches, who is killed, who is drained, and what
+//! came of it. Owns the cues and their wording. Starting and signalling processes is the cluster's.
+
+use std::time::{Duration, Instant};
+
+use crate::cluster::{Cluster, ClusterError, Place};
+use crate::progress::View;
+use crate::report::{Happening, HappeningKind, Phase};
+use crate::watch::{Story, WatchError, Watcher};
+
+/// Until an engine runs samples.
+const NOTICE: Duration = Duration::from_secs(3);
+const LOOK: Duration = Duration::from_millis(10);
+/// A kill or drain waits for so many samples on the engine, so that there is something to lose.
+const WORTH_IT: u64 = 8;
+/// Then their answers are somewhere in the middle.
+const SOME_TOKENS: Duration = Duration::from_millis(150);
+/// Running samples may finish within it.
+const DRAIN: Duration = Duration::from_secs(3);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ScriptError {
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    #[error(transparent)]
+    Watch(#[from] WatchError),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Act {
+    /// At the step's begin.
+    Attach,
+    /// SIGKILL in the middle of the step, while samples run there.
+    Kill,
+    /// In the middle of the step.
+    Drain,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cue {
+    pub step: u64,
+    pub engine: &'static str,
+    pub act: Act,
+}
+
+/// Engines that are there from the start, beside the colocated one.
+pub const FIRST: [&str; 2] = ["engine-1", "engine-2"];
+
+pub const SCRIPT: [Cue; 4] = [
+    Cue { step: 3, engine: "engine-3", act: Act::Attach },
+    Cue { step: 5, engine: "engine-1", act: Act::Kill },
+    Cue { step: 7, engine: "engine-2", act: Act::Drain },
+    Cue { step: 8, engine: "engine-4", act: Act::Attach },
+];
+
+/// An act whose outcome is not known yet.
+struct Open {
+    cue: Cue,
+    since_s: f64,
+}
+
+pub struct Script {
+    cues: Vec<Cue>,
+    open: Vec<Open>,
+    told: Vec<Happening>,
+    started: Instant,
+}
+
+/// What the script acts on.
+pub struct Stage<'a> {
+    pub cluster: &'a mut Cluster,
+    pub watcher: &'a Watcher,
+    pub view: &'a View,
+}
+
+impl Script {
+    /// `started` is the story's time zero.
+    pub fn new(cues: &[Cue], started: Instant) -> Self {
+        Self { cues: cues.to_vec(), open: Vec::new(), told: Vec::new(), started }
+    }
+
+    pub fn told(&self) -> &[Happening] {
+        &self.told
+    }
+
+    /// Cues that never came, because the run had too few steps.
+    pub fn left(&self) -> &[Cue] {
+        &self.cues
+    }
+
+    pub async fn begin_step(
+        &mut self,
+        step: u64,
+        stage: &mut Stage<'_>,
+    ) -> Result<(), ScriptError> {
+        for cue in self.due(step, |act| act == Act::Attach) {
+            stage.cluster.attach(cue.engine, Place::Spare).await?;
+            let text = format!("{} starts and attaches", cue.engine);
+            self.tell(stage.view, (step, cue.engine, HappeningKind::Note), text);
+            self.open(cue);
+        }
+        Ok(())
+    }
+
+    /// Called when the step's first samples have come.
+    pub async fn amid_step(&mut self, step: u64, stage: &mut Stage<'_>) -> Result<(), ScriptError> {
+        for cue in self.due(step, |act| act != Act::Attach) {
+            let running = busy(stage.watcher, cue.engine).await?;
+            self.open(cue);
+            let (kind, text) = match cue.act {
+                Act::Kill => {
+                    stage.cluster.kill_engine(cue.engine).await?;
+                    let how = "is killed with SIGKILL while";
+                    let text = format!("{} {how} {running} samples run there", cue.engine);
+                    (HappeningKind::Killed, text)
+                }
+                _ => {
+                    let said = stage.watcher.drain_engine(cue.engine, DRAIN).await?;
+                    (HappeningKind::Drained, said)
+                }
+            };
+            self.tell(stage.view, (step, cue.engine, kind), text);
+        }
+        Ok(())
+    }
+
+    /// Tells what came of earlier acts, and clears away what is left of engines that are gone.
+    pub async fn settle(&mut self, step: u64, stage: &mut Stage<'_>) -> Result<(), ScriptError> {
+        for open in std::mem::take(&mut self.open) {
+            match stage.watcher.with(|story| outcome(story, &open)) {
+                Some(text) => {
+                    let kind = match open.cue.act {
+                        Act::Attach => HappeningKind::Joined,
+                        Act::Kill | Act::Drain => {
+                            stage.cluster.bury(open.cue.engine).await?;
+                            HappeningKind::Note
+                        }
+                    };
+                    self.tell(stage.view, (step, open.cue.engine, kind), text);
+                }
+                None => {
+                    if open.cue.act == Act::Attach {
+                        stage.cluster.check_node(open.cue.engine)?;
+                    }
+                    self.open.push(open);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn due(&mut self, step: u64, which: impl Fn(Act) -> bool) -> Vec<Cue> {
+        let due = |cue: &Cue| cue.step <= step && which(cue.act);
+        let now = self.cues.iter().copied().filter(due).collect();
+        self.cues.retain(|cue| !due(cue));
+        now
+    }
+
+    fn open(&mut self, cue: Cue) {
+        let since_s = self.started.elapsed().as_secs_f64();
+        self.open.push(Open { cue, since_s });
+    }
+
+    fn tell(&mut self, view: &View, about: (u64, &str, HappeningKind), text: String) {
+        let (step, engine, kind) = about;
+        let at_s = self.started.elapsed().as_secs_f64();
+        view.say(&format!("step {step}: {text}"));
+        self.told.push(Happening { at_s, kind, engine: Some(engine.to_owned()), text });
+    }
+}
+
+/// Waits until enough samples run on `engine` and have some tokens; how many run.
+async fn busy(watcher: &Watcher, engine: &str) -> Result<u64, WatchError> {
+    let given_up = Instant::now() + NOTICE;
+    loop {
+        let state = watcher.state().await?;
+        let running = state.engines.iter().filter(|e| e.id == engine).map(|e| e.running).sum();
+        if running >= WORTH_IT || Instant::now() > given_up {
+            tokio::time::sleep(SOME_TOKENS).await;
+            return Ok(running);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// What came of an act, once that is known.
+fn outcome(story: &Story, open: &Open) -> Option<String> {
+    let id = open.cue.engine;
+    match open.cue.act {
+        Act::Attach => {
+            let engine = story.engines.get(id)?;
+            let serving = |(at_s, phase): &(f64, Phase)| match phase {
+                Phase::Serving { version } => Some((*at_s, *version)),
+                _ => None,
+            };
+            let (at_s, version) = engine.phases.iter().find_map(serving)?;
+            let took = at_s - open.since_s;
+            Some(format!("{id} serves v{version}, {took:.1} s after its start"))
+        }
+        Act::Kill | Act::Drain => {
+            let (left_s, why) = story.engines.get(id)?.left.clone()?;
+            let took = left_s - open.since_s;
+            let moved = match story.moved_off(id, open.since_s) {
+                (0, _) => "every sample finished there".to_owned(),
+                (n, kept) => format!("{n} samples went on elsewhere with {kept} tokens kept"),
+            };
+            let done = if open.cue.act == Act::Kill { "killed" } else { "drained" };
+            Some(format!("{id} {done}: {moved} (gone after {took:.2} s: {why})"))
+        }
+    }
+}

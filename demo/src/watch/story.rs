@@ -1,0 +1,214 @@
+//! The events as a story: each engine's life, each version's roll-out, each move of samples.
+
+use std::collections::BTreeMap;
+
+use super::event::{Event, Version};
+use crate::report::Phase;
+
+/// All times are seconds since the demo began.
+#[derive(Debug, Clone, Default)]
+pub struct Story {
+    pub engines: BTreeMap<String, EngineStory>,
+    pub versions: BTreeMap<u64, VersionStory>,
+    pub moves: Vec<Move>,
+    /// What should not happen and is told to the user as it is.
+    pub complaints: Vec<String>,
+    pub missed_events: u64,
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct EngineStory {
+    pub joined_s: f64,
+    pub colocated: bool,
+    /// When it stopped being one thing and became the next.
+    pub phases: Vec<(f64, Phase)>,
+    pub left: Option<(f64, String)>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct VersionStory {
+    pub bytes: u64,
+    pub announced_s: f64,
+    pub sealed_s: Option<f64>,
+    pub current_s: Option<f64>,
+    pub settled_s: Option<f64>,
+    /// By engine.
+    pub active_s: BTreeMap<String, f64>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Move {
+    pub at_s: f64,
+    pub from: String,
+    pub samples: u64,
+    pub kept_tokens: u64,
+    pub why: String,
+}
+
+impl Story {
+    pub(super) fn hear(&mut self, at_s: f64, event: Event) {
+        match event {
+            Event::EngineAttached { engine, colocated } => self.attached(at_s, engine, colocated),
+            Event::EngineServing { engine, version } => self.serving(at_s, engine, version),
+            Event::EngineReleased { engine } => self.enter(at_s, &engine, Phase::Released),
+            Event::EngineDraining { engine, .. } => self.enter(at_s, &engine, Phase::Draining),
+            Event::EngineSuspect { engine, why } => {
+                self.enter(at_s, &engine, Phase::Suspect);
+                self.complaints.push(format!("{engine} is suspect: {why}"));
+            }
+            Event::EngineGone { engine, why } => {
+                self.engine(at_s, &engine).left = Some((at_s, why));
+            }
+            Event::SamplesMoved { from, samples, kept_tokens, why } => {
+                self.moves.push(Move { at_s, from, samples, kept_tokens, why });
+            }
+            Event::EngineQuarantined { engine, why } => {
+                self.complaints.push(format!("{engine} is quarantined: {why}"));
+            }
+            Event::EngineRefused { engine, why } => {
+                self.complaints.push(format!("{engine} was refused: {why}"));
+            }
+            Event::SampleAbandoned { key, why } => {
+                self.complaints.push(format!("a sample of {key} was abandoned: {why}"));
+            }
+            Event::PeerMisbehaved { engine, what } => {
+                self.complaints.push(format!("{engine} broke the protocol: {what}"));
+            }
+            Event::Missed { events } => self.missed_events += events,
+            other => self.hear_of_version(at_s, other),
+        }
+    }
+
+    fn hear_of_version(&mut self, at_s: f64, event: Event) {
+        match event {
+            Event::VersionAnnounced { version, bytes } => {
+                let story = VersionStory { bytes, announced_s: at_s, ..VersionStory::default() };
+                self.versions.insert(version.number, story);
+            }
+            Event::VersionAvailable { version } => self.version(version).sealed_s = Some(at_s),
+            Event::VersionCurrent { version } => self.version(version).current_s = Some(at_s),
+            Event::VersionSettled { version, .. } => self.version(version).settled_s = Some(at_s),
+            Event::LoadStage { engine, version, stage, error, .. } => match stage.as_str() {
+                "quiescing" => {
+                    self.enter(at_s, &engine, Phase::Loading { version: version.number });
+                }
+                "failed" => {
+                    let number = version.number;
+                    self.complaints.push(format!("{engine} could not load v{number}: {error}"));
+                }
+                _ => {}
+            },
+            _ => {}
+        }
+    }
+
+    fn attached(&mut self, at_s: f64, engine: String, colocated: bool) {
+        let phases = vec![(at_s, Phase::Joining)];
+        let story = EngineStory { joined_s: at_s, colocated, phases, left: None };
+        self.engines.insert(engine, story);
+    }
+
+    fn serving(&mut self, at_s: f64, engine: String, version: Version) {
+        let number = version.number;
+        self.enter(at_s, &engine, Phase::Serving { version: number });
+        if let Some(story) = self.versions.get_mut(&number) {
+            story.active_s.entry(engine).or_insert(at_s);
+        }
+    }
+
+    fn enter(&mut self, at_s: f64, engine: &str, phase: Phase) {
+        let phases = &mut self.engine(at_s, engine).phases;
+        if phases.last().is_none_or(|(_, last)| *last != phase) {
+            phases.push((at_s, phase));
+        }
+    }
+
+    fn engine(&mut self, at_s: f64, id: &str) -> &mut EngineStory {
+        self.engines
+            .entry(id.to_owned())
+            .or_insert_with(|| EngineStory { joined_s: at_s, ..EngineStory::default() })
+    }
+
+    fn version(&mut self, version: Version) -> &mut VersionStory {
+        self.versions.entry(version.number).or_default()
+    }
+
+    /// Samples and kept tokens that left `engine` after `since_s`.
+    pub fn moved_off(&self, engine: &str, since_s: f64) -> (u64, u64) {
+        let moved = self.moves.iter().filter(|m| m.from == engine && m.at_s >= since_s);
+        moved.fold((0, 0), |(samples, tokens), m| (samples + m.samples, tokens + m.kept_tokens))
+    }
+
+    pub fn is_gone(&self, engine: &str) -> bool {
+        self.engines.get(engine).is_some_and(|story| story.left.is_some())
+    }
+
+    pub fn is_serving(&self, engine: &str) -> bool {
+        let serves = |story: &EngineStory| matches!(story.phase(), Some(Phase::Serving { .. }));
+        self.engines.get(engine).is_some_and(|story| story.left.is_none() && serves(story))
+    }
+
+    /// Every engine that is there serves version `number`.
+    pub fn all_serve(&self, number: u64) -> bool {
+        let mut here = self.engines.values().filter(|engine| engine.left.is_none());
+        here.all(|engine| engine.phase() == Some(Phase::Serving { version: number }))
+    }
+}
+
+impl EngineStory {
+    pub fn phase(&self) -> Option<Phase> {
+        self.phases.last().map(|(_, phase)| *phase)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(events: Vec<Event>) -> Story {
+        let mut story = Story::default();
+        for (at, event) in events.into_iter().enumerate() {
+            story.hear(at as f64, event);
+        }
+        story
+    }
+
+    #[test]
+    fn an_engines_life_and_its_versions_are_kept_in_order() {
+        let v = |number| Version { number };
+        let engine = || "e1".to_owned();
+        let story = told(vec![
+            Event::EngineAttached { engine: engine(), colocated: false },
+            Event::EngineServing { engine: engine(), version: v(0) },
+            Event::VersionAnnounced { version: v(1), bytes: 10 },
+            Event::VersionAvailable { version: v(1) },
+            Event::LoadStage {
+                engine: engine(),
+                version: v(1),
+                stage: "quiescing".into(),
+                bytes: 10,
+                error: String::new(),
+            },
+            Event::EngineServing { engine: engine(), version: v(1) },
+            Event::SamplesMoved { from: engine(), samples: 2, kept_tokens: 9, why: "x".into() },
+            Event::SamplesMoved { from: engine(), samples: 1, kept_tokens: 4, why: "x".into() },
+            Event::EngineGone { engine: engine(), why: "killed".into() },
+        ]);
+        let e1 = &story.engines["e1"];
+        let phases: Vec<Phase> = e1.phases.iter().map(|(_, phase)| *phase).collect();
+        let serving = |version| Phase::Serving { version };
+        assert_eq!(phases, [Phase::Joining, serving(0), Phase::Loading { version: 1 }, serving(1)]);
+        assert_eq!(story.versions[&1].active_s["e1"], 5.0);
+        assert_eq!(story.moved_off("e1", 7.0), (1, 4));
+        assert!(story.is_gone("e1") && !story.is_serving("e1"));
+    }
+
+    #[test]
+    fn what_should_not_happen_is_a_complaint() {
+        let story = told(vec![
+            Event::SampleAbandoned { key: "k".into(), why: "poison".into() },
+            Event::EngineSuspect { engine: "e1".into(), why: "silent".into() },
+        ]);
+        assert_eq!(story.complaints.len(), 2);
+    }
+}
