@@ -72,7 +72,9 @@ fn add_process(rollouts: &[Rollout], members: &[usize], weight: f32, out: &mut [
             .collect();
         let rewards: Vec<f32> = present.iter().map(|(_, reward)| *reward).collect();
         for ((member, _), relative) in present.iter().zip(normalised(&rewards)) {
-            out[*member][position] += weight * relative;
+            if let Some(advantage) = out[*member].get_mut(position) {
+                *advantage += weight * relative;
+            }
         }
     }
 }

@@ -86,7 +86,8 @@ impl Gsm8k {
             self.skipped += 1;
             return Ok(());
         }
-        let held_out = mix(hash_bytes(parsed.question.as_bytes()), 0) % HELD_OUT_SHARE == 0;
+        let held_out =
+            mix(hash_bytes(parsed.question.as_bytes()), 0).is_multiple_of(HELD_OUT_SHARE);
         let side = if held_out { &mut self.held_out } else { &mut self.train };
         side.push(problem(&parsed.question, &number));
         Ok(())
