@@ -42,7 +42,7 @@ fn the_verifier_process_names_a_file_that_it_cannot_read() {
 }
 
 fn figure(report: &Value, id: &str) -> f64 {
-    let figures = report["figures"].as_array().unwrap();
+    let figures = report["figures"].as_array().expect("a list of figures");
     let found = figures.iter().find(|figure| figure["id"] == id);
-    found.unwrap_or_else(|| panic!("no figure {id}"))["value"].as_f64().unwrap()
+    found.unwrap_or_else(|| panic!("no figure {id}"))["value"].as_f64().expect("a number")
 }
