@@ -67,6 +67,21 @@ pub struct DemoArgs {
     pub keep: u64,
 }
 
+impl Default for DemoArgs {
+    fn default() -> Self {
+        Self {
+            seed: 1,
+            steps: None,
+            no_publish: false,
+            deterministic: false,
+            data: None,
+            report_dir: PathBuf::from("anabranch-demo"),
+            json: false,
+            keep: 0,
+        }
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
     #[error(transparent)]
@@ -175,11 +190,7 @@ async fn begin(
     let mut cluster = Cluster::start(dirs.clone(), plan.engines, "info").await?;
     let watcher = Watcher::start(cluster.url(), started, drain).await?;
     view.follow(watcher.clone(), drain);
-    view.say(&format!(
-        "manager at {}; logs in {}",
-        cluster.url(),
-        dirs.report().join("logs").display()
-    ));
+    introduce(&plan, &cluster, &view);
     let job = sdk::Trainer::connect(cluster.url(), None).await?.open(plan.job()).await?;
     cluster.attach(COLOCATED, Place::Colocated).await?;
     for id in FIRST {
@@ -204,6 +215,24 @@ async fn begin(
         colocated,
         learner,
     })
+}
+
+/// What another terminal can do meanwhile.
+fn introduce(plan: &Plan, cluster: &Cluster, view: &View) {
+    let dirs = cluster.dirs();
+    let manager = format!("--manager file:{}", dirs.announce().display());
+    let (model, rate) = (dirs.model(), plan.engines.rate);
+    view.say(&format!(
+        "manager at {}; report and logs in {}",
+        cluster.url(),
+        dirs.report().display()
+    ));
+    view.say("meanwhile, from another terminal:");
+    view.say(&format!("  anabranch watch {manager}"));
+    view.say(&format!(
+        "  anabranch agent {manager} -- anabranch engine --model hf:{} --rate {rate}",
+        model.display()
+    ));
 }
 
 async fn fleet_serves(cluster: &mut Cluster, watcher: &Watcher) -> Result<(), DemoError> {

@@ -105,20 +105,16 @@ impl Script {
     /// Called when the step's first samples have come.
     pub async fn amid_step(&mut self, step: u64, stage: &mut Stage<'_>) -> Result<(), ScriptError> {
         for cue in self.due(step, |act| act != Act::Attach) {
+            // People may drain and kill engines, too.
+            if stage.watcher.with(|story| story.is_gone(cue.engine)) {
+                let text = format!("{} is gone already", cue.engine);
+                self.tell(stage.view, (step, cue.engine, HappeningKind::Note), text);
+                stage.cluster.bury(cue.engine).await?;
+                continue;
+            }
             let running = busy(stage.watcher, cue.engine).await?;
             self.open(cue);
-            let (kind, text) = match cue.act {
-                Act::Kill => {
-                    stage.cluster.kill_engine(cue.engine).await?;
-                    let how = "is killed with SIGKILL while";
-                    let text = format!("{} {how} {running} samples run there", cue.engine);
-                    (HappeningKind::Killed, text)
-                }
-                _ => {
-                    let said = stage.watcher.drain_engine(cue.engine, DRAIN).await?;
-                    (HappeningKind::Drained, said)
-                }
-            };
+            let (kind, text) = carry_out(cue, running, stage).await?;
             self.tell(stage.view, (step, cue.engine, kind), text);
         }
         Ok(())
@@ -183,6 +179,26 @@ async fn busy(watcher: &Watcher, engine: &str) -> Result<u64, WatchError> {
     }
 }
 
+async fn carry_out(
+    cue: Cue,
+    running: u64,
+    stage: &mut Stage<'_>,
+) -> Result<(HappeningKind, String), ScriptError> {
+    if cue.act == Act::Kill {
+        stage.cluster.kill_engine(cue.engine).await?;
+        let text =
+            format!("{} is killed with SIGKILL while {running} samples run there", cue.engine);
+        return Ok((HappeningKind::Killed, text));
+    }
+    match stage.watcher.drain_engine(cue.engine, DRAIN).await {
+        Ok(said) => Ok((HappeningKind::Drained, said)),
+        Err(WatchError::Refused { why, .. }) => {
+            Ok((HappeningKind::Note, format!("{} is not drained: {why}", cue.engine)))
+        }
+        Err(other) => Err(other.into()),
+    }
+}
+
 /// What came of an act, once that is known.
 fn outcome(story: &Story, open: &Open) -> Option<String> {
     let id = open.cue.engine;
@@ -207,5 +223,53 @@ fn outcome(story: &Story, open: &Open) -> Option<String> {
             let done = if open.cue.act == Act::Kill { "killed" } else { "drained" };
             Some(format!("{id} {done}: {moved} (gone after {took:.2} s: {why})"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::watch::{EngineStory, Move};
+
+    fn open(act: Act) -> Open {
+        Open { cue: Cue { step: 5, engine: "engine-1", act }, since_s: 10.0 }
+    }
+
+    fn story(engine: EngineStory, moves: &[(f64, u64, u64)]) -> Story {
+        let moved = |(at_s, samples, kept_tokens): &(f64, u64, u64)| Move {
+            at_s: *at_s,
+            from: "engine-1".into(),
+            samples: *samples,
+            kept_tokens: *kept_tokens,
+            why: "engine lost".into(),
+        };
+        Story {
+            engines: [("engine-1".to_owned(), engine)].into(),
+            moves: moves.iter().map(moved).collect(),
+            ..Story::default()
+        }
+    }
+
+    #[test]
+    fn a_kill_is_told_with_what_went_on_elsewhere_since_then() {
+        let alive = EngineStory::default();
+        assert_eq!(outcome(&story(alive.clone(), &[]), &open(Act::Kill)), None);
+        let dead = EngineStory { left: Some((10.2, "no answer".into())), ..alive };
+        let moves = [(9.0, 5, 50), (10.1, 20, 170), (10.2, 3, 11)];
+        let text = outcome(&story(dead.clone(), &moves), &open(Act::Kill)).unwrap();
+        assert!(text.contains("23 samples went on elsewhere with 181 tokens kept"), "{text}");
+        let text = outcome(&story(dead, &[]), &open(Act::Drain)).unwrap();
+        assert!(text.starts_with("engine-1 drained: every sample finished there"), "{text}");
+    }
+
+    #[test]
+    fn an_attach_is_told_when_the_engine_first_serves() {
+        let joining = EngineStory { phases: vec![(10.3, Phase::Joining)], ..Default::default() };
+        assert_eq!(outcome(&story(joining.clone(), &[]), &open(Act::Attach)), None);
+        let mut serving = joining;
+        serving.phases.push((10.5, Phase::Serving { version: 2 }));
+        serving.phases.push((11.5, Phase::Serving { version: 3 }));
+        let text = outcome(&story(serving, &[]), &open(Act::Attach)).unwrap();
+        assert_eq!(text, "engine-1 serves v2, 0.5 s after its start");
     }
 }

@@ -98,3 +98,56 @@ impl Plan {
         (step - 1) * self.recipe.prompts_per_step as u64 + at
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::Strand;
+    use anabranch_trainer::{Finish, Version};
+
+    fn plan(deterministic: bool) -> Plan {
+        let args = DemoArgs { deterministic, steps: Some(9), ..DemoArgs::default() };
+        Plan::new(&args, Box::new(Strand::new(1)), Recipe::default())
+    }
+
+    fn answer(key: &str, tokens: Vec<u32>) -> Trajectory {
+        Trajectory {
+            key: key.to_owned(),
+            index: 0,
+            logprobs: vec![-0.1; tokens.len()],
+            tokens,
+            spans: Vec::new(),
+            columns: Vec::new(),
+            finish: Finish::Length,
+            attempts: 1,
+            meta: Default::default(),
+            seed: 0,
+            offered_at: Version::default(),
+            numerics: Vec::new(),
+            discarded_tokens: 0,
+        }
+    }
+
+    #[test]
+    fn what_is_asked_is_what_is_graded() {
+        let plan = plan(false);
+        let (first, later) = (plan.asks(1), plan.asks(3));
+        assert_eq!(first.len(), plan.recipe.prompts_per_step);
+        assert!(first.iter().all(|ask| later.iter().all(|other| other.key != ask.key)));
+        let ask = &later[5];
+        let problem = plan.task.train_problem(plan.problem(3, 5));
+        assert_eq!(ask.prompt, problem.prompt);
+        let graded = plan.grade(3, answer(&ask.key, problem.expected)).unwrap();
+        assert!(graded.score.exact);
+        assert_eq!(graded.prompt, ask.prompt);
+        assert_eq!(plan.grade(3, answer("no number", vec![1])), None);
+    }
+
+    #[test]
+    fn the_deterministic_mode_is_on_policy_and_kills_nobody() {
+        let plan = plan(true);
+        assert!(plan.cues.iter().all(|cue| cue.act == Act::Attach));
+        assert_eq!(plan.job().staleness, Staleness::OnPolicy);
+        assert_eq!(plan.steps(), 9);
+    }
+}
