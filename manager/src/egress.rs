@@ -35,8 +35,9 @@ struct Consumer {
     session: SessionId,
     shard: Shard,
     next: BatchSeq,
-    bytes: u64,
-    samples: u64,
+    /// May go below zero by one batch: it is sent whole.
+    bytes: i64,
+    samples: i64,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -103,8 +104,9 @@ impl Egress {
 
     pub fn credit(&mut self, consumer: ConsumerId, bytes: u64, samples: u64) {
         if let Some(consumer) = self.consumers.get_mut(&consumer) {
-            consumer.bytes = consumer.bytes.saturating_add(bytes);
-            consumer.samples = consumer.samples.saturating_add(samples);
+            consumer.bytes = consumer.bytes.saturating_add(bytes.try_into().unwrap_or(i64::MAX));
+            consumer.samples =
+                consumer.samples.saturating_add(samples.try_into().unwrap_or(i64::MAX));
         }
     }
 
@@ -147,15 +149,15 @@ impl Egress {
                     .filter(|index| (*index as u32) % consumer.shard.count == consumer.shard.index)
                     .collect();
                 // An empty batch (an explicit last one) needs no credit.
-                if !of_shard.is_empty() && (consumer.bytes == 0 || consumer.samples == 0) {
+                if !of_shard.is_empty() && (consumer.bytes <= 0 || consumer.samples <= 0) {
                     break;
                 }
                 let size = |index: &usize| {
                     u64::from(item.batch.samples[*index].tokens) * TOKEN_BYTES + TRAJECTORY_BYTES
                 };
                 let bytes: u64 = of_shard.iter().map(size).sum();
-                consumer.bytes = consumer.bytes.saturating_sub(bytes);
-                consumer.samples = consumer.samples.saturating_sub(of_shard.len() as u64);
+                consumer.bytes -= bytes as i64;
+                consumer.samples -= of_shard.len() as i64;
                 consumer.next = BatchSeq(consumer.next.0 + 1);
                 sends.push(Send::Batch {
                     consumer: id,

@@ -26,7 +26,8 @@ impl Core {
         self.trainer_heard(now);
         let mut version = announce.version;
         version.epoch = epoch;
-        if let Err(why) = self.versions.check(version) {
+        let orphan = self.versions.get(version.number).is_some_and(|r| r.publisher.is_none());
+        if let (false, Err(why)) = (orphan, self.versions.check(version)) {
             return self.fail(reply, FailKind::BadRequest, why.to_string());
         }
         if announce.addresses.is_empty() && announce.directory.is_none() {
@@ -34,6 +35,9 @@ impl Core {
             return self.fail(reply, FailKind::BadRequest, why);
         }
         let bytes = announce.bytes;
+        if orphan {
+            return self.adopt_version(publisher, announce, reply);
+        }
         self.versions.insert(VersionRecord {
             version,
             state: VersionState::Announced,
@@ -50,6 +54,18 @@ impl Core {
         self.reply(reply, Answer::Done);
     }
 
+    /// The trainer's link broke and it is back with a version that we know: it serves it again.
+    fn adopt_version(&mut self, publisher: PublisherId, announce: Announce, reply: ReplyTo) {
+        let serve_key = self.config.serve_key("trainer", announce.session.0);
+        if let Some(record) = self.versions.get_mut(announce.version.number) {
+            record.publisher = Some(publisher);
+            record.addresses = announce.addresses;
+            record.directory = announce.directory;
+            record.serve_key = serve_key;
+        }
+        self.reply(reply, Answer::Done);
+    }
+
     pub(super) fn seal(
         &mut self,
         now: Now,
@@ -57,6 +73,10 @@ impl Core {
         version: Version,
         reply: ReplyTo,
     ) {
+        let again = self.versions.find(version).is_some_and(|r| r.publisher == Some(publisher));
+        if again {
+            return self.reply(reply, Answer::Done);
+        }
         let Some(record) = self.versions.unsealed(publisher) else {
             let why = "seal without an announced version on this stream";
             return self.fail(reply, FailKind::BadRequest, why);
