@@ -97,7 +97,7 @@ impl Weights {
             inner.link = self.open_link(job, listener);
         }
         let Link::Open { job: known, holder, .. } = &inner.link else { return };
-        if known != job {
+        if !known.is_empty() && known != job {
             tracing::warn!(
                 job,
                 known,
