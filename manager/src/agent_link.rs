@@ -173,13 +173,13 @@ impl Control {
             }
             Some(Kind::LoadState(state)) => match reports::load(state) {
                 Ok(report) => Event::LoadReported { session, report: Box::new(report) },
-                Err(invalid) => return Ok(self.misbehaved(from, &invalid.to_string())),
+                Err(invalid) => return self.misbehaved(from, &invalid.to_string()),
             },
             Some(Kind::ModeDone(done)) => reports::mode(session, done),
             Some(Kind::Notice(notice)) => reports::preemption(session, notice),
             Some(Kind::EngineDown(down)) => Event::EngineDied { session, why: down.why },
             Some(Kind::Hello(_)) => {
-                return Ok(self.misbehaved(from, "Hello twice on one Control stream"));
+                return self.misbehaved(from, "Hello twice on one Control stream");
             }
             // Of a newer protocol: what it means was negotiated to be optional.
             None => return Ok(()),
@@ -193,8 +193,10 @@ impl Control {
         let _ = self.out.try_send(Ok(pb::ToAgent { kind }));
     }
 
-    fn misbehaved(&self, from: &Attached, what: &str) {
+    /// It costs the agent nothing but a notice: the next message may make sense.
+    fn misbehaved(&self, from: &Attached, what: &str) -> Result<(), Closed> {
         misbehaved(&self.gate, from, what);
+        Ok(())
     }
 }
 

@@ -109,10 +109,10 @@ impl Effects {
             Action::Reply { to, answer } => self.reply(to, answer),
             Action::Deliver { consumer, batch, samples } => {
                 let batch = self.consumers.outgoing(batch, samples);
-                self.to_consumer(consumer, batch);
+                self.queue_for(consumer, batch);
             }
             Action::StepDone { consumer, report } => {
-                self.to_consumer(consumer, ToConsumer::StepDone(report));
+                self.queue_for(consumer, ToConsumer::StepDone(report));
             }
             Action::CloseConsumer { consumer, why } => self.consumers.close(consumer, why),
             Action::TellPublisher { publisher, status } => {
@@ -327,7 +327,7 @@ impl Effects {
         }
     }
 
-    fn to_consumer(&mut self, consumer: ConsumerId, message: ToConsumer) {
+    fn queue_for(&mut self, consumer: ConsumerId, message: ToConsumer) {
         if self.consumers.send(consumer, message).is_err() {
             self.metrics.families.overflows.increment(1);
             self.found.push(Event::ConsumerLost { consumer });

@@ -44,14 +44,16 @@ impl Life {
         Self { epoch: first_word(&hash) | 1 << 63, key }
     }
 
-    pub fn to_wire(self, session: SessionId) -> u64 {
+    /// As it goes over the wire.
+    pub fn mark(self, session: SessionId) -> u64 {
         debug_assert!(session.0 >> SESSION_BITS == 0, "a life has fewer sessions than that");
         self.mac(session.0) << SESSION_BITS | session.0
     }
 
-    pub fn from_wire(self, wire: u64) -> Option<SessionId> {
+    /// `None`: of another life, or made up.
+    pub fn read(self, wire: u64) -> Option<SessionId> {
         let session = SessionId(wire & ((1 << SESSION_BITS) - 1));
-        (self.to_wire(session) == wire).then_some(session)
+        (self.mark(session) == wire).then_some(session)
     }
 
     fn mac(self, session: u64) -> u64 {
@@ -95,10 +97,10 @@ mod tests {
     #[test]
     fn a_session_of_another_life_is_not_recognised() {
         let (mine, other) = (Life::new(&[1; 32]), Life::new(&[2; 32]));
-        let wire = mine.to_wire(SessionId(7));
-        assert_eq!(mine.from_wire(wire), Some(SessionId(7)));
-        assert_eq!(other.from_wire(wire), None);
-        assert_eq!(mine.from_wire(7), None);
-        assert_eq!(mine.from_wire(0), None);
+        let wire = mine.mark(SessionId(7));
+        assert_eq!(mine.read(wire), Some(SessionId(7)));
+        assert_eq!(other.read(wire), None);
+        assert_eq!(mine.read(7), None);
+        assert_eq!(mine.read(0), None);
     }
 }

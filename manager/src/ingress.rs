@@ -50,7 +50,7 @@ impl Trainer for TrainerService {
         match answer {
             Answer::Opened { session, floor, current, serve_key, resumed } => {
                 Ok(Response::new(pb::Opened {
-                    session: self.gate.life.to_wire(session),
+                    session: self.gate.life.mark(session),
                     manager_epoch: self.gate.life.epoch,
                     floor_cursor: floor.0,
                     current: Some(current.into()),
@@ -182,7 +182,7 @@ impl TrainerService {
 impl Gate {
     /// The trainer's session, unless it belongs to another life of the manager.
     pub fn session(&self, wire: u64) -> Result<SessionId, Status> {
-        self.life.from_wire(wire).ok_or_else(|| {
+        self.life.read(wire).ok_or_else(|| {
             Status::failed_precondition(
                 "session: this manager does not know it (was it restarted?); open the job again",
             )

@@ -54,9 +54,8 @@ fn version(number: u64) -> pb::Version {
 
 async fn load_order(agent: &mut Agent) -> pb::Load {
     loop {
-        match agent.order().await.expect("open").expect("a kind") {
-            to_agent::Kind::Load(load) => return load,
-            _ => {}
+        if let to_agent::Kind::Load(load) = agent.order().await.expect("open").expect("a kind") {
+            return load;
         }
     }
 }

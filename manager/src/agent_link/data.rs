@@ -51,7 +51,7 @@ async fn bind(
         return Err(Status::invalid_argument("the first message of Data must be Bind"));
     };
     let unknown = || Status::not_found("no such session; attach again over Control");
-    let session = gate.life.from_wire(bind.session).ok_or_else(unknown)?;
+    let session = gate.life.read(bind.session).ok_or_else(unknown)?;
     let (answer, bound) = oneshot::channel();
     let input = Input::Bind { session, out: out.clone(), answer };
     gate.inbox.send(input).await?;

@@ -22,7 +22,7 @@ pub(super) fn read(hello: pb::Hello, life: Life) -> Result<EngineHello, Invalid>
     let model = model(hello.model.unwrap_or_default())?;
     words("hello.addresses", &hello.addresses)?;
     words("hello.caps.columns", &caps.columns)?;
-    let resume = life.from_wire(hello.resume_session);
+    let resume = life.read(hello.resume_session);
     Ok(EngineHello {
         id: EngineId::new(&engine.id),
         incarnation: Incarnation(engine.incarnation),

@@ -110,7 +110,7 @@ pub(super) fn welcome(
     let proto = effects.links.get(&link).map_or(oldest, |link| link.proto);
     pb::Welcome {
         proto,
-        session: effects.life.to_wire(session),
+        session: effects.life.mark(session),
         manager_epoch: effects.life.epoch,
         lease_ms: ms(lease),
         tick_ms: ms(effects.tick),
