@@ -51,6 +51,8 @@ pub struct Core {
     pub(crate) past_steps: BTreeSet<Step>,
     pub(crate) queue: Queue,
     pub(crate) admitted_tokens: u64,
+    /// Some group was ever pinned: else nobody looks for pins.
+    pub(crate) pins_in_use: bool,
     pub(crate) pack: Option<Pack>,
     pub(crate) egress: Egress,
     // Engines
@@ -100,6 +102,7 @@ impl Core {
             past_steps: BTreeSet::new(),
             queue: Queue::default(),
             admitted_tokens: 0,
+            pins_in_use: false,
             pack: None,
             egress: Egress::default(),
             engines: BTreeMap::new(),

@@ -39,7 +39,6 @@ pub(crate) fn wave(
     let anybody_loads = engines.iter().any(|engine| engine.loading);
     let mut serving =
         engines.iter().filter(|e| matches!(e.at, Standpoint::Serving(_)) && !e.loading).count();
-    let mut taken = 0;
     for engine in engines.iter().filter(|engine| !engine.loading) {
         let Standpoint::Serving(at) = engine.at else { continue };
         if at == target || keepers.contains(&engine.session) {
@@ -47,11 +46,10 @@ pub(crate) fn wave(
         }
         let at_floor = keep_serving.is_some_and(|floor| serving <= floor as usize);
         // A floor of everybody must not stop the roll-out: then it goes one at a time.
-        if at_floor && (taken > 0 || anybody_loads) {
+        if at_floor && (!wave.is_empty() || anybody_loads) {
             break;
         }
         serving -= 1;
-        taken += 1;
         wave.push(engine.session);
     }
     wave

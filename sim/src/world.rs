@@ -2,7 +2,9 @@
 //! next; the manager's cores are the production ones.
 
 mod act;
+mod agents;
 mod life;
+mod training;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;

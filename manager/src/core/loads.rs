@@ -101,6 +101,9 @@ impl Core {
 
     fn pins(&self) -> Pins {
         let mut pins = Pins::new();
+        if !self.pins_in_use {
+            return pins;
+        }
         for group in self.groups.values() {
             if let Some(pin) = group.pin {
                 let open = group.open_samples();

@@ -277,6 +277,7 @@ impl Core {
             offered_at: None,
             why_short: None,
         };
+        self.pins_in_use |= group.pin.is_some();
         self.keys.insert(key, id);
         self.groups.insert(id, group);
         let state: &mut StepState = self.steps.entry(step).or_default();
