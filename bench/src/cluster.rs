@@ -4,6 +4,7 @@
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anabranch_engine::synthetic::SyntheticParams;
@@ -12,6 +13,7 @@ use anyhow::{Context, bail};
 
 use crate::meter::Meter;
 use crate::proxy::Proxy;
+use crate::tap::Tap;
 
 pub mod proc;
 
@@ -21,7 +23,7 @@ pub use proc::{Proc, Usage};
 const MANAGER_START: Duration = Duration::from_secs(30);
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Config {
     /// Logs, counters and everything the processes write.
     pub dir: PathBuf,
@@ -32,10 +34,18 @@ pub struct Config {
     pub chunk: u32,
     pub max_running: u32,
     pub context: u32,
-    /// Put a proxy between each agent and the manager.
-    pub proxied: bool,
+    pub links: Links,
     /// Log filter of every process.
     pub log: String,
+}
+
+/// What lies between the agents and the manager.
+#[derive(Clone)]
+pub enum Links {
+    /// A proxy each, so that they can be cut.
+    Proxied,
+    /// A proxy that listens in on the first; the others are direct.
+    FirstTapped(Arc<Tap>),
 }
 
 pub struct Cluster {
@@ -205,9 +215,14 @@ impl Cluster {
 
     async fn node(&self, index: u32) -> anyhow::Result<Node> {
         let id = format!("e{index}");
-        let proxy = match self.config.proxied {
-            true => Some(Proxy::start(self.manager_addr()?, &self.drain).await?),
-            false => None,
+        let tap = match &self.config.links {
+            Links::Proxied => Some(None),
+            Links::FirstTapped(tap) if index == 1 => Some(Some(tap.clone())),
+            Links::FirstTapped(_) => None,
+        };
+        let proxy = match tap {
+            Some(tap) => Some(Proxy::start(self.manager_addr()?, tap, &self.drain).await?),
+            None => None,
         };
         Ok(Node {
             engine: Proc::new(format!("engine-{id}"), &self.config.dir),

@@ -13,7 +13,9 @@ mod weights;
 // the processes
 mod cluster;
 mod proxy;
+mod tap;
 // what is measured
+mod delays;
 mod meter;
 mod metrics;
 mod procfs;

@@ -130,6 +130,23 @@ impl Load {
             tokio::time::sleep(POLL).await;
         }
     }
+
+    /// Until nothing came back for `quiet`, or everything is back.
+    pub async fn quiet(&self, quiet: Duration, deadline: Instant) -> anyhow::Result<()> {
+        let (mut seen, mut since) = (self.counts().back_samples, Instant::now());
+        while since.elapsed() < quiet && Instant::now() < deadline {
+            self.check()?;
+            let counts = self.counts();
+            if counts.is_all_back() {
+                break;
+            }
+            if counts.back_samples != seen {
+                (seen, since) = (counts.back_samples, Instant::now());
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        Ok(())
+    }
 }
 
 impl Progress {
@@ -258,7 +275,7 @@ impl Receiver {
                     progress.steps_done += 1;
                     if !done.short.is_empty() || !done.dropped.is_empty() {
                         let (short, dropped) = (&done.short, &done.dropped);
-                        tracing::warn!(step = done.step, ?short, ?dropped, "a step came short");
+                        tracing::debug!(step = done.step, ?short, ?dropped, "a step came short");
                     }
                 }
                 Delivery::Advice(_) => {}

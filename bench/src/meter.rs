@@ -1,5 +1,5 @@
-//! Reads what an embedded engine told of itself (`anabranch engine --meter FILE`): tokens made, and when streams had
-//! their last token. The file outlives the engine's death; its format is the engine's.
+//! Reads what an embedded engine told of itself (`anabranch engine --meter FILE`): tokens made, and when chunks of
+//! them were ready. The file outlives the engine's death; its format is the engine's.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,8 @@ use anyhow::Context;
 use rustix::time::{ClockId, clock_gettime};
 
 const ENTRIES_AT: usize = 64;
-const ENTRY_BYTES: usize = 16;
+const ENTRY_BYTES: usize = 24;
+const LAST: u64 = 1 << 63;
 
 /// The file of one life of an engine.
 #[derive(Clone, Debug)]
@@ -15,10 +16,13 @@ pub struct Meter {
     path: PathBuf,
 }
 
-/// A sample's seed, and when its engine made its last token.
+/// A chunk that an engine had ready. Every answer's last one is noted, of some answers all are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LastToken {
+pub struct Ready {
     pub seed: u64,
+    /// The stream's tokens up to and with this chunk.
+    pub tokens: u64,
+    pub last: bool,
     pub at_ns: u64,
 }
 
@@ -38,10 +42,10 @@ impl Meter {
         Ok(self.bytes()?.get(..8).map_or(0, word))
     }
 
-    pub fn last_tokens(&self) -> anyhow::Result<Vec<LastToken>> {
+    pub fn chunks(&self) -> anyhow::Result<Vec<Ready>> {
         let bytes = self.bytes()?;
         let entries = bytes.get(ENTRIES_AT..).unwrap_or_default().chunks_exact(ENTRY_BYTES);
-        Ok(entries.map(|e| LastToken { seed: word(&e[..8]), at_ns: word(&e[8..]) }).collect())
+        Ok(entries.map(Ready::new).collect())
     }
 
     fn bytes(&self) -> anyhow::Result<Vec<u8>> {
@@ -49,6 +53,13 @@ impl Meter {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
             read => read.with_context(|| format!("reading the meter {}", self.path.display())),
         }
+    }
+}
+
+impl Ready {
+    fn new(entry: &[u8]) -> Self {
+        let (seed, tokens, at_ns) = (word(&entry[..8]), word(&entry[8..16]), word(&entry[16..24]));
+        Self { seed, tokens: tokens & !LAST, last: tokens & LAST != 0, at_ns }
     }
 }
 
@@ -61,19 +72,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_and_ends_are_read_and_a_missing_file_is_no_token() {
+    fn counts_and_chunks_are_read_and_a_missing_file_is_no_token() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m");
         assert_eq!(Meter::at(path.clone()).made().unwrap(), 0);
         let mut bytes = vec![0u8; 64];
         bytes[0] = 9;
-        for word in [7u64, 100, 8, 200] {
+        for word in [7u64, 4 | LAST, 100, 8, 16, 200] {
             bytes.extend_from_slice(&word.to_le_bytes());
         }
         std::fs::write(&path, bytes).unwrap();
         let meter = Meter::at(path);
         assert_eq!(meter.made().unwrap(), 9);
-        let want = [LastToken { seed: 7, at_ns: 100 }, LastToken { seed: 8, at_ns: 200 }];
-        assert_eq!(meter.last_tokens().unwrap(), want);
+        let want = [
+            Ready { seed: 7, tokens: 4, last: true, at_ns: 100 },
+            Ready { seed: 8, tokens: 16, last: false, at_ns: 200 },
+        ];
+        assert_eq!(meter.chunks().unwrap(), want);
     }
 }

@@ -7,12 +7,15 @@
 //! ```
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_runtime::Drain;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+
+use crate::tap::Tap;
 
 /// Also how much a stalled link has swallowed before it stopped.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -34,15 +37,19 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Listens on a free loopback port and passes on to `target`; ends with `drain`.
-    pub async fn start(target: SocketAddr, drain: &Drain) -> std::io::Result<Self> {
+    /// Listens on a free loopback port and passes on to `target`; `tap` sees all that passes. Ends with `drain`.
+    pub async fn start(
+        target: SocketAddr,
+        tap: Option<Arc<Tap>>,
+        drain: &Drain,
+    ) -> std::io::Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let addr = listener.local_addr()?;
         let (link, seen) = watch::channel(Link::Pass);
-        let tasks = drain.clone();
+        let (route, tasks) = (Route { target, link: seen, tap }, drain.clone());
         drain.spawn("proxy", async move {
             tokio::select! {
-                () = accept(&listener, target, &seen, &tasks) => {}
+                () = accept(&listener, &route, &tasks) => {}
                 () = tasks.cancelled() => {}
             }
         });
@@ -58,12 +65,16 @@ impl Proxy {
     }
 }
 
-async fn accept(
-    listener: &TcpListener,
+/// Where connections lead, and what is asked at each step.
+#[derive(Clone)]
+struct Route {
     target: SocketAddr,
-    link: &watch::Receiver<Link>,
-    tasks: &Drain,
-) {
+    link: watch::Receiver<Link>,
+    tap: Option<Arc<Tap>>,
+}
+
+async fn accept(listener: &TcpListener, route: &Route, tasks: &Drain) {
+    let mut connection = 0;
     loop {
         let client = match listener.accept().await {
             Ok((client, _)) => client,
@@ -73,46 +84,53 @@ async fn accept(
                 continue;
             }
         };
-        if *link.borrow() == Link::Cut {
+        if *route.link.borrow() == Link::Cut {
             continue;
         }
-        let (link, stop) = (link.clone(), tasks.clone());
+        connection += 1;
+        let (route, stop) = (route.clone(), tasks.clone());
         tasks.spawn("proxied connection", async move {
             tokio::select! {
-                () = relay(client, target, link) => {}
+                () = route.relay(client, connection) => {}
                 () = stop.cancelled() => {}
             }
         });
     }
 }
 
-/// Until either side ends or the link is cut.
-async fn relay(client: TcpStream, target: SocketAddr, link: watch::Receiver<Link>) {
-    let Ok(server) = TcpStream::connect(target).await else { return };
-    for socket in [&client, &server] {
-        // Without it the proxy would add delays that the real link has not.
-        let _ = socket.set_nodelay(true);
+impl Route {
+    /// Until either side ends or the link is cut.
+    async fn relay(self, client: TcpStream, connection: u64) {
+        let Ok(server) = TcpStream::connect(self.target).await else { return };
+        for socket in [&client, &server] {
+            // Without it the proxy would add delays that the real link has not.
+            let _ = socket.set_nodelay(true);
+        }
+        let (from_client, to_client) = client.into_split();
+        let (from_server, to_server) = server.into_split();
+        tokio::select! {
+            () = self.pump(from_client, to_server, (connection, true)) => {}
+            () = self.pump(from_server, to_client, (connection, false)) => {}
+            () = until(self.link.clone(), |link| link == Link::Cut) => {}
+        }
     }
-    let (from_client, to_client) = client.into_split();
-    let (from_server, to_server) = server.into_split();
-    tokio::select! {
-        () = pump(from_client, to_server, link.clone()) => {}
-        () = pump(from_server, to_client, link.clone()) => {}
-        () = until(link, |link| link == Link::Cut) => {}
-    }
-}
 
-async fn pump(
-    mut from: impl AsyncRead + Unpin,
-    mut to: impl AsyncWrite + Unpin,
-    link: watch::Receiver<Link>,
-) {
-    let mut buf = vec![0; BUFFER_BYTES];
-    loop {
-        let Ok(len @ 1..) = from.read(&mut buf).await else { return };
-        until(link.clone(), |link| link == Link::Pass).await;
-        if to.write_all(&buf[..len]).await.is_err() {
-            return;
+    async fn pump(
+        &self,
+        mut from: impl AsyncRead + Unpin,
+        mut to: impl AsyncWrite + Unpin,
+        (connection, from_client): (u64, bool),
+    ) {
+        let mut buf = vec![0; BUFFER_BYTES];
+        loop {
+            let Ok(len @ 1..) = from.read(&mut buf).await else { return };
+            until(self.link.clone(), |link| link == Link::Pass).await;
+            if to.write_all(&buf[..len]).await.is_err() {
+                return;
+            }
+            if let Some(tap) = &self.tap {
+                tap.saw(connection, from_client, &buf[..len]);
+            }
         }
     }
 }
@@ -130,7 +148,7 @@ mod tests {
 
     async fn pair() -> (Drain, Proxy, TcpStream, TcpStream) {
         let (drain, server) = (Drain::new(), TcpListener::bind(("127.0.0.1", 0)).await.unwrap());
-        let proxy = Proxy::start(server.local_addr().unwrap(), &drain).await.unwrap();
+        let proxy = Proxy::start(server.local_addr().unwrap(), None, &drain).await.unwrap();
         let client = TcpStream::connect(proxy.addr()).await.unwrap();
         let (server, _) = server.accept().await.unwrap();
         (drain, proxy, client, server)

@@ -2,12 +2,9 @@
 //! it. Owns the numbering; when to publish is the run's business.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use anabranch_trainer::{Job, Published};
 use anyhow::Context;
-use tokio::task::JoinSet;
 
 use crate::records::WeightsLog;
 use crate::weights;
@@ -18,35 +15,22 @@ pub struct Publishing {
     seed: u64,
     bytes: u64,
     number: u64,
-    sealed: Arc<AtomicU64>,
-    /// One per version, until it is sealed.
-    waiting: JoinSet<()>,
+    newest: Option<Published>,
 }
 
 impl Publishing {
     pub fn start(job: Job, log: &Path, seed: u64, bytes: u64) -> anyhow::Result<Self> {
         let log = WeightsLog::create(log)?;
-        Ok(Self {
-            job,
-            log,
-            seed,
-            bytes,
-            number: 0,
-            sealed: Arc::default(),
-            waiting: JoinSet::new(),
-        })
+        Ok(Self { job, log, seed, bytes, number: 0, newest: None })
     }
 
     /// Publishes the next version; returns when the trainer's tensors may change again.
     pub async fn next(&mut self) -> anyhow::Result<()> {
         self.number += 1;
-        let number = self.number;
-        let (tensors, line) = weights::version(self.seed, number, self.bytes);
+        let (tensors, line) = weights::version(self.seed, self.number, self.bytes);
         self.log.append(&line)?;
-        let published = self.job.publish(number, tensors).await.context("publishing")?;
-        let sealed = self.sealed.clone();
-        self.waiting.spawn(async move { note_sealed(published, &sealed).await });
-        while self.waiting.try_join_next().is_some() {}
+        let published = self.job.publish(self.number, tensors).await;
+        self.newest = Some(published.context("publishing")?);
         Ok(())
     }
 
@@ -55,23 +39,12 @@ impl Publishing {
         self.number
     }
 
-    /// The newest version that engines may load.
-    pub fn sealed(&self) -> u64 {
-        self.sealed.load(Relaxed)
-    }
-
-    pub async fn stop(mut self) -> anyhow::Result<u64> {
-        self.waiting.shutdown().await;
-        Ok(self.number)
+    /// Whether, by the manager's last word, this engine's agent fetches the newest version right now.
+    pub fn is_fetching(&self, engine: &str) -> bool {
+        let status = self.newest.as_ref().and_then(Published::status);
+        status
+            .is_some_and(|s| s.engines.iter().any(|on| on.engine == engine && on.stage == FETCHING))
     }
 }
 
-async fn note_sealed(published: Published, sealed: &AtomicU64) {
-    match published.sealed().await {
-        Ok(version) => {
-            sealed.fetch_max(version.number, Relaxed);
-        }
-        // A newer version took its slot: no engine will have it.
-        Err(error) => tracing::debug!(%error, "a version was given up"),
-    }
-}
+const FETCHING: &str = "fetching";

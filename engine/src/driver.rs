@@ -299,6 +299,12 @@ impl<M: Model> Driver<M> {
         let (lose_finish, corrupt) = (&mut self.lose_finish, &mut self.corrupt);
         let meter = &mut self.meter;
         self.core.deliver(|seq, end| {
+            if let (Some(meter), true, Some(seed)) =
+                (meter.as_mut(), seq.request.stream, seq.request.sampling.seed)
+                && !matches!(end, Some(End::Abort { .. }))
+            {
+                meter.ready(seed, seq.tokens.len() as u64, end.is_some());
+            }
             let permit = match seq.sink.frames.try_reserve() {
                 Ok(permit) => permit,
                 Err(mpsc::error::TrySendError::Full(())) => return false,
@@ -308,11 +314,6 @@ impl<M: Model> Driver<M> {
             let lose =
                 matches!(end, Some(End::Stop { .. } | End::Length)) && spend(lose_finish, seq);
             let shape = Shape { incremental, label: &label, hide_end: lose };
-            if let (Some(meter), Some(End::Stop { .. } | End::Length), Some(seed)) =
-                (meter.as_mut(), end, seq.request.sampling.seed)
-            {
-                meter.finished(seed);
-            }
             if seq.request.stream {
                 sse::write_event(buf, seq, end, shape);
             } else {

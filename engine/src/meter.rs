@@ -1,8 +1,9 @@
 //! A small file that tells what this engine made even after it was killed: bench and chaos runs read it to know which
-//! tokens were lost with an engine, and when a stream's last token was made. Owns the file and its format.
+//! tokens were lost with an engine, and when tokens were on their way. Owns the file and its format.
 //!
-//! Bytes 0..8: tokens made for streams so far (u64 LE). From byte 64: one entry for each stream that ended by itself,
-//! its seed and the monotonic time in nanoseconds (two u64 LE).
+//! Bytes 0..8: tokens made for streams so far (u64 LE). From byte 64: entries of three u64 LE: a stream's seed, how many
+//! tokens it has with the chunk that is ready (highest bit: the last one), the monotonic time in nanoseconds. There is
+//! one for each stream that ended by itself, and one for each chunk of every sixteenth stream.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,6 +12,9 @@ use std::path::Path;
 use rustix::time::{ClockId, clock_gettime};
 
 const ENTRIES_AT: u64 = 64;
+const LAST: u64 = 1 << 63;
+/// Chunks of streams whose seed is a multiple of this are noted.
+const SAMPLED: u64 = 16;
 
 pub(crate) struct Meter {
     file: File,
@@ -26,12 +30,16 @@ impl Meter {
         Ok(Self { file, made: 0, entries: Vec::new(), end: ENTRIES_AT })
     }
 
-    /// A stream has its last token.
-    pub fn finished(&mut self, seed: u64) {
+    /// A stream's chunk is ready to be sent. A client that lags makes one chunk ready more than once.
+    pub fn ready(&mut self, seed: u64, tokens: u64, last: bool) {
+        if !last && !seed.is_multiple_of(SAMPLED) {
+            return;
+        }
         let now = clock_gettime(ClockId::Monotonic);
         let now_ns = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
-        self.entries.extend_from_slice(&seed.to_le_bytes());
-        self.entries.extend_from_slice(&now_ns.to_le_bytes());
+        for word in [seed, if last { tokens | LAST } else { tokens }, now_ns] {
+            self.entries.extend_from_slice(&word.to_le_bytes());
+        }
     }
 
     /// After each step. The page cache outlives the process, so a write is enough.
@@ -60,17 +68,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_file_holds_the_count_and_one_entry_for_each_end() {
+    fn the_file_holds_the_count_every_end_and_the_chunks_of_some_streams() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("meter");
         let mut meter = Meter::create(&path).unwrap();
         meter.write(5);
-        meter.finished(7);
-        meter.finished(8);
+        meter.ready(7, 3, false);
+        meter.ready(7, 4, true);
+        meter.ready(32, 8, false);
         meter.write(9);
         let bytes = std::fs::read(&path).unwrap();
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
-        assert_eq!((bytes.len(), word(0), word(64), word(80)), (96, 9, 7, 8));
-        assert!(word(72) > 0 && word(72) <= word(88));
+        assert_eq!((bytes.len(), word(0)), (112, 9));
+        assert_eq!((word(64), word(72)), (7, 4 | LAST));
+        assert_eq!((word(88), word(96)), (32, 8));
+        assert!(word(80) > 0 && word(80) <= word(104));
     }
 }

@@ -10,11 +10,13 @@ use serde_json::json;
 use super::faults::{Fault, Kind, Plan};
 use crate::cluster::{Cluster, Node};
 use crate::proxy::Link;
+use crate::publishing::Publishing;
 
 /// An engine that does not answer its fault switch by then is broken already.
 const SWITCH: Duration = Duration::from_millis(500);
-/// An agent killed so long after a version was sealed is in the middle of fetching it, or about to load it.
-const IN_FETCH_MS: std::ops::Range<u64> = 2..40;
+/// A fetch takes some tens of milliseconds: looked at this often, and no longer than this.
+const FETCH_LOOK: Duration = Duration::from_millis(1);
+const FETCH_WAIT: Duration = Duration::from_millis(400);
 /// A drained agent leaves by itself; one that does not is put down so that its engine can come back.
 const DRAIN_WAIT: Duration = Duration::from_secs(6);
 
@@ -25,9 +27,13 @@ pub struct Breaker {
     /// The engine did not take the fault: it was gone or frozen.
     missed: u64,
     kills: u64,
+    torn: u64,
     last: &'static str,
     mends: Vec<Mend>,
-    in_fetch: Vec<InFetch>,
+    /// Agents to be killed while they fetch the next version.
+    in_fetch: Vec<usize>,
+    /// Agents that were killed while the manager saw them fetch.
+    killed_fetching: u64,
 }
 
 /// Something to undo.
@@ -49,13 +55,6 @@ enum How {
     },
 }
 
-/// An agent to be killed soon after the next version is sealed.
-#[derive(Debug)]
-enum InFetch {
-    Armed { at: usize, seen: u64 },
-    Due { at: usize, when: Instant },
-}
-
 impl Breaker {
     pub fn new(seed: u64) -> Self {
         Self {
@@ -64,9 +63,11 @@ impl Breaker {
             counts: BTreeMap::new(),
             missed: 0,
             kills: 0,
+            torn: 0,
             last: "none",
             mends: Vec::new(),
             in_fetch: Vec::new(),
+            killed_fetching: 0,
         }
     }
 
@@ -86,15 +87,25 @@ impl Breaker {
         self.kills
     }
 
+    /// Kills, and faults that tear all streams of a living engine.
+    pub fn torn(&self) -> u64 {
+        self.torn
+    }
+
+    pub fn killed_fetching(&self) -> u64 {
+        self.killed_fetching
+    }
+
     pub fn last(&self) -> &'static str {
         self.last
     }
 
     /// One fault from the plan.
     pub async fn strike(&mut self, cluster: &mut Cluster) -> anyhow::Result<()> {
-        let whole: Vec<usize> =
-            (0..cluster.nodes.len()).filter(|&at| self.is_whole(&cluster.nodes[at], at)).collect();
-        let fault = self.plan.next(&whole, cluster.nodes.len());
+        let whole = self.whole(cluster);
+        let linked = self.linked(cluster);
+        let fault =
+            self.plan.next(if whole.is_empty() { &linked } else { &whole }, cluster.nodes.len());
         self.last = fault.kind.name();
         tracing::info!(kind = fault.kind.name(), engine = cluster.nodes[fault.at].id, "fault");
         let done = self.inject(cluster, fault).await?;
@@ -102,6 +113,7 @@ impl Breaker {
             true => {
                 *self.counts.entry(fault.kind.name()).or_default() += 1;
                 self.kills += u64::from(fault.kind.is_kill());
+                self.torn += u64::from(fault.kind.tears_streams());
             }
             false => self.missed += 1,
         }
@@ -122,7 +134,7 @@ impl Breaker {
                 node.agent.kill().await?;
                 return Ok(was_up);
             }
-            Kind::AgentKillMidFetch => self.in_fetch.push(InFetch::Armed { at, seen: u64::MAX }),
+            Kind::AgentKillMidFetch => self.in_fetch.push(at),
             Kind::EngineStop => {
                 node.engine.signal(Signal::STOP)?;
                 self.mend_later(fault, How::Continue);
@@ -169,26 +181,26 @@ impl Breaker {
         self.mend(cluster, now).await
     }
 
-    /// `sealed` is the newest version that engines may load.
+    /// A version was just published: kills the agents that were chosen for it, as soon as they are seen to fetch.
     pub async fn kill_in_fetch(
         &mut self,
         cluster: &mut Cluster,
-        sealed: u64,
+        publishing: &Publishing,
     ) -> anyhow::Result<()> {
-        let now = Instant::now();
-        for waiting in std::mem::take(&mut self.in_fetch) {
-            match waiting {
-                InFetch::Armed { at, seen: u64::MAX } => {
-                    self.in_fetch.push(InFetch::Armed { at, seen: sealed })
-                }
-                InFetch::Armed { at, seen } if sealed > seen => {
-                    let delay = self.plan.rng().range(IN_FETCH_MS.start, IN_FETCH_MS.end);
-                    self.in_fetch
-                        .push(InFetch::Due { at, when: now + Duration::from_millis(delay) });
-                }
-                InFetch::Due { at, when } if when <= now => cluster.nodes[at].agent.kill().await?,
-                waiting => self.in_fetch.push(waiting),
+        for chosen in std::mem::take(&mut self.in_fetch) {
+            // Something else may have befallen it since: a victim is whole until it is hit.
+            let whole = self.whole(cluster);
+            let Some(at) = whole.iter().find(|&&at| at == chosen).or(whole.first()).copied() else {
+                self.in_fetch.push(chosen);
+                continue;
+            };
+            let node = &mut cluster.nodes[at];
+            let started = Instant::now();
+            while !publishing.is_fetching(&node.id) && started.elapsed() < FETCH_WAIT {
+                tokio::time::sleep(FETCH_LOOK).await;
             }
+            self.killed_fetching += u64::from(publishing.is_fetching(&node.id));
+            node.agent.kill().await?;
         }
         Ok(())
     }
@@ -238,7 +250,16 @@ impl Breaker {
         self.mends.push(Mend { due: Instant::now() + fault.lasts, at: fault.at, how });
     }
 
-    fn is_whole(&self, node: &Node, at: usize) -> bool {
-        node.engine.is_up() && node.agent.is_up() && !self.mends.iter().any(|mend| mend.at == at)
+    /// Engines that nothing is wrong with.
+    fn whole(&self, cluster: &Cluster) -> Vec<usize> {
+        let up = |node: &Node| node.engine.is_up() && node.agent.is_up();
+        let broken = |at: usize| self.mends.iter().any(|mend| mend.at == at);
+        (0..cluster.nodes.len()).filter(|&at| up(&cluster.nodes[at]) && !broken(at)).collect()
+    }
+
+    /// Engines whose agents reach the manager: one that was cut off holds seconds of tokens that a kill would take.
+    fn linked(&self, cluster: &Cluster) -> Vec<usize> {
+        let cut = |at: usize| self.mends.iter().any(|mend| mend.at == at && mend.how == How::Link);
+        (0..cluster.nodes.len()).filter(|&at| !cut(at)).collect()
     }
 }

@@ -71,21 +71,14 @@ impl Kind {
         }
     }
 
-    /// Ends streams at any token, without a chance to hand over what was made: what a kill is for the tokens.
+    /// A process dies by SIGKILL.
     pub fn is_kill(self) -> bool {
-        match self {
-            Kind::EngineKill
-            | Kind::AgentKill
-            | Kind::AgentKillMidFetch
-            | Kind::CleanEnd
-            | Kind::Reset => true,
-            Kind::EngineStop
-            | Kind::LostFinish
-            | Kind::Drain
-            | Kind::LinkCut
-            | Kind::LinkStall
-            | Kind::SlowEngine => false,
-        }
+        matches!(self, Kind::EngineKill | Kind::AgentKill | Kind::AgentKillMidFetch)
+    }
+
+    /// All streams of an engine end at any token, without a chance to hand over what was made: to them it is a kill.
+    pub fn tears_streams(self) -> bool {
+        self.is_kill() || matches!(self, Kind::CleanEnd | Kind::Reset)
     }
 }
 
@@ -117,10 +110,6 @@ impl Plan {
             _ => self.rng.range(1, 8),
         };
         Fault { kind, at, lasts: Duration::from_millis(lasts_ms), much }
-    }
-
-    pub fn rng(&mut self) -> &mut Rng {
-        &mut self.rng
     }
 }
 
