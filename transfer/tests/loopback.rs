@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anabranch_proto::grant::{Grant, Role};
 use anabranch_proto::version::{Root, Version};
 use anabranch_transfer::checkpoint::Checkpoint;
-use anabranch_transfer::{FetchError, PublishError, Server, StageError};
+use anabranch_transfer::{FetchError, Holder, PublishError, Server, StageError};
 use common::*;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -146,6 +146,21 @@ fn without_a_valid_grant_not_one_byte_is_served() {
         assert!(error.to_string().contains(want), "{want}: {error}");
     }
     assert_eq!(published.sent_bytes(), 0);
+}
+
+#[test]
+fn a_holder_that_joined_before_any_job_lends_by_its_key_alone() {
+    let (publisher, weights) = (publisher(), Weights::new(2, 5));
+    let v = publish(&publisher, 1, &weights).version;
+    let early = Holder::new("");
+    early.set_key(KEY);
+    let at = from(&publisher, v);
+    let refused = early.admit(&at.grant, Instant::now()).err().expect("it holds nothing");
+    assert!(refused.to_string().contains("not held here"), "{refused}");
+    early.set_key([1; 32]);
+    early.set_key([2; 32]);
+    let refused = early.admit(&at.grant, Instant::now()).err().expect("a key of long ago");
+    assert!(!refused.to_string().contains("not held here"), "{refused}");
 }
 
 #[test]
