@@ -14,11 +14,14 @@ use super::{
     FetchError, FetchProgress, FetchReport, FetchRequest, Session, Shared, SourceRef, StreamError,
     Tried,
 };
-use crate::chunks::Ledger;
 use crate::queue::{Assign, ChunkQueue, SourceId, StreamId, Take};
-use crate::shm::SharedMap;
-use crate::staging::{Filler, StageError};
+use crate::staging::StageError;
 use crate::wire::{BlobId, FailCode, Message};
+
+mod sink;
+mod watch;
+
+pub(super) use sink::Sink;
 
 /// Wakes idle streams to look at the clock; also bounds how late a cancel is noticed.
 const TICK: Duration = Duration::from_millis(50);
@@ -30,12 +33,6 @@ pub(super) struct Job {
     pub(super) base: Root,
     pub(super) manifest: Arc<Manifest>,
     pub(super) sink: Sink,
-}
-
-/// Where verified chunks go.
-pub(super) enum Sink {
-    Slot(Filler),
-    Memory { map: Arc<SharedMap>, ledger: Arc<Ledger> },
 }
 
 /// One fetch, seen by all its threads. Those may outlive it for a moment (one that waits for a dead
@@ -393,64 +390,6 @@ impl Pull {
         self.end(state, Outcome::Failed(FetchError::Stage { version, error }));
     }
 
-    /// A source that has all needs no watching; another one gets a stream that tells what it has.
-    fn learn(self: &Arc<Self>, source: SourceId, complete: bool) {
-        let mut state = self.lock();
-        if complete {
-            state.queue.learned_all(source);
-        } else if state.watched.insert(source, ()).is_none() {
-            let pull = Arc::clone(self);
-            let spawned = std::thread::Builder::new()
-                .name(format!("transfer-watch-{source}"))
-                .spawn(move || pull.watch_task(source));
-            if let Err(error) = spawned {
-                tracing::warn!(%error, "no thread to watch a relay");
-                state.watched.remove(&source);
-            }
-        }
-    }
-
-    fn watch_task(&self, source: SourceId) {
-        let watched = self.watch(source);
-        let mut state = self.lock();
-        state.watched.remove(&source);
-        if let Err(error) = watched {
-            // The next stream to this source watches again.
-            state.failures.insert(source, error.to_string());
-        }
-        self.changed.notify_all();
-    }
-
-    fn watch(&self, source: SourceId) -> Result<(), StreamError> {
-        let at = &self.request.sources[source];
-        let mut session = Session::open(&self.shared, at, self.job.base)?;
-        let handle = self.register(&session, None)?;
-        let told = session.link.send(&Message::WatchHave).map_err(StreamError::from);
-        let ended = told.and_then(|()| self.take_haves(source, &mut session));
-        self.unregister(handle);
-        ended
-    }
-
-    fn take_haves(&self, source: SourceId, session: &mut Session) -> Result<(), StreamError> {
-        let mut had = 0;
-        while had < self.job.manifest.chunk_count() {
-            match session.link.receive()? {
-                Message::Have { ranges } => {
-                    had += ranges.iter().map(|r| r.end - r.start).sum::<u32>();
-                    let mut state = self.lock();
-                    state.queue.learned(source, &ranges);
-                    if !matches!(state.outcome, Outcome::Running) {
-                        return Ok(());
-                    }
-                    drop(state);
-                    self.changed.notify_all();
-                }
-                other => return Err(StreamError::from_reply(other)),
-            }
-        }
-        Ok(())
-    }
-
     fn finish(&self, report: &mut FetchReport) -> Result<(), FetchError> {
         // Their sockets are shut down by now, or they are done: this is a matter of a chunk.
         let state = self.changed.wait_while(self.lock(), |s| s.writers > 0);
@@ -509,32 +448,4 @@ enum Next {
     Ask(u32),
     Receive,
     End(StreamEnd),
-}
-
-// === impl Sink ===
-
-impl Sink {
-    fn map(&self) -> &SharedMap {
-        match self {
-            Sink::Slot(filler) => filler.map(),
-            Sink::Memory { map, .. } => map,
-        }
-    }
-
-    fn ledger(&self) -> &Ledger {
-        match self {
-            Sink::Slot(filler) => &filler.ledger,
-            Sink::Memory { ledger, .. } => ledger,
-        }
-    }
-
-    fn verified(&self, index: u32) -> std::io::Result<()> {
-        match self {
-            Sink::Slot(filler) => filler.verified(index),
-            Sink::Memory { ledger, .. } => {
-                ledger.insert(index);
-                Ok(())
-            }
-        }
-    }
 }
