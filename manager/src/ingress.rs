@@ -183,7 +183,7 @@ impl Gate {
     /// The trainer's session, unless it belongs to another life of the manager.
     pub fn session(&self, wire: u64) -> Result<SessionId, Status> {
         self.life.read(wire).ok_or_else(|| {
-            Status::failed_precondition(
+            Status::not_found(
                 "session: this manager does not know it (was it restarted?); open the job again",
             )
         })
