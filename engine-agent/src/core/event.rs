@@ -13,6 +13,7 @@ use crate::engine::{EngineInfo, Finish, Loads, RunId, StreamError};
 pub struct LinkId(pub u64);
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "handled where it is made, never queued")]
 pub enum Event {
     // The engine
     /// It answers. Also after it died and came back.

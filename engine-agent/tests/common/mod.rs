@@ -1,6 +1,7 @@
 //! A scripted manager over real gRPC, an embedded engine over real HTTP, and an oracle that recomputes
 //! every token from its prompt and its versions.
 #![allow(dead_code)] // each test file uses its part
+#![allow(clippy::type_complexity)]
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
