@@ -78,7 +78,11 @@ fn run(cli: Cli) -> Outcome {
         (log, false) => log.as_deref(),
     };
     telemetry::init(filter, format).or_exit(Exit::Usage)?;
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    // An agent's work is many small wake-ups: on one thread they need no hand-over.
+    let mut runtime = match cli.command {
+        Command::Agent(_) => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
     let runtime = runtime.enable_all().build().or_exit(Exit::Internal)?;
     // Each command's future is a different, large one: boxed, the largest does not sit on every stack.
     runtime.block_on(async move {

@@ -72,7 +72,7 @@ async fn bad_submissions_are_refused_whole_and_by_name() {
     assert_eq!(state["samples"]["waiting"], 0, "nothing of a refused submission was taken");
     trainer.session = 12345;
     let status = trainer.submit(1, vec![group("x", 1, 4)]).await.expect_err("no such session");
-    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert_eq!(status.code(), Code::NotFound);
     assert!(status.message().contains("open the job again"));
     manager.stop().await.expect("stopped");
 }
