@@ -184,7 +184,7 @@ def shape(got, given, args):
             at = span["start"] + span["len"]
         if at != size or len(row["logprobs"]) != size:
             wrong.append(f"{name}: {size} tokens, spans to {at}, {len(row['logprobs'])} log-probabilities")
-        ended = "stop_id" if args.eos in row["tokens"] else "length"
+        ended = "stop" if args.eos in row["tokens"] else "length"
         if args.eos in row["tokens"][:-1]:
             wrong.append(f"{name}: goes on after the EOS")
         if row["finish"] != ended or (ended == "length" and size != args.max_tokens):

@@ -46,7 +46,8 @@ stop_all() {
   for _ in $(seq 50); do [[ -z $(jobs -rp) ]] && break; sleep 0.2; done
   for name in "${!pids[@]}"; do kill_hard "$name"; done
 }
-trap stop_all EXIT
+staging=$(mktemp -d /dev/shm/anabranch-e2e.XXXXXX)
+trap 'stop_all; rm -rf "$staging"' EXIT
 
 # until_true SECONDS WHAT COMMAND..
 until_true() {
@@ -67,6 +68,12 @@ serve() {
     --device cpu --dtype float32 --attention-backend torch_native --sampling-backend pytorch --grammar-backend none \
     --max-total-tokens 20000 --max-running-requests 16 --context-length 1024 --disable-overlap-schedule \
     --skip-server-warmup --sleep-on-idle "$@"
+}
+
+# attach NAME PORT: it lends its weights, so that an engine is served after the publisher has gone.
+attach() {
+  start "$1" "$bin" agent --manager "$(manager)" --id "$1" --listen 127.0.0.1:0 --staging "$staging" \
+    --engine "sglang=http://127.0.0.1:$2"
 }
 
 answers() { curl -sf -o /dev/null "http://127.0.0.1:$1/model_info"; }
@@ -92,7 +99,7 @@ phase() {
   before=$(ask_state "s['counters']['tokens']")
   say "$name: $prompts prompts x $samples at temperature $temperature"
   start submit "$bin" submit --manager "$(manager)" -n $samples --max-tokens $max_tokens --temperature "$temperature" \
-    --seed 7 --out "$run/$name.jsonl" "$out/prompts.jsonl"
+    --seed 7 --out "$run/$name.jsonl" "$run/$name.prompts.jsonl"
   until_true 120 "a quarter of the tokens" at_least "s['counters']['tokens']" $((before + all / 4))
   start publish "$bin" publish --manager "$(manager)" --number "$version" --json "$model"
   until_true 120 "version $version on both" serving "$version" 2
@@ -106,11 +113,11 @@ phase() {
   unset "pids[publish]"
 }
 
-own() { "$python" "$here/check_sglang.py" own --prompts "$out/prompts.jsonl" --max-tokens $max_tokens "$@"; }
+own() { "$python" "$here/check_sglang.py" own --prompts "$run/greedy.prompts.jsonl" --max-tokens $max_tokens "$@"; }
 
 check() {
   local name=$1; shift
-  "$python" "$here/check_sglang.py" check --prompts "$out/prompts.jsonl" --max-tokens $max_tokens --n $samples \
+  "$python" "$here/check_sglang.py" check --prompts "$run/$name.prompts.jsonl" --max-tokens $max_tokens --n $samples \
     --weights "$model_a" "$model_b" "$model_a" --got "$run/$name.jsonl" --out "$run/$name.report.json" "$@" \
     >"$run/$name.check.log" 2>&1 || { failed+=("$stream/$name"); return 0; }
 }
@@ -118,7 +125,11 @@ check() {
 # --- one stream form --------------------------------------------------------------------------------
 
 both_phases() {
-  local port1 port2 flags=()
+  local port1 port2 flags=() name
+  for name in greedy sampled; do
+    # A key that came before is a repetition to the manager, and runs nothing.
+    sed "s/\"key\": \"/&$name-/" "$out/prompts.jsonl" >"$run/$name.prompts.jsonl"
+  done
   port1=$(free_port) port2=$(free_port)
   [[ $stream == incremental ]] && flags=(--incremental-streaming-output --stream-interval 8)
   say "$stream: two SGLang servers and a manager"
@@ -128,10 +139,8 @@ both_phases() {
   until_true 300 "engine1" answers "$port1"
   until_true 300 "engine2" answers "$port2"
   own --url "http://127.0.0.1:$port2" --out "$run/own-0.jsonl" >&2
-  start agent1 "$bin" agent --manager "$(manager)" --id one --listen 127.0.0.1:0 \
-    --engine "sglang=http://127.0.0.1:$port1"
-  start agent2 "$bin" agent --manager "$(manager)" --id two --listen 127.0.0.1:0 \
-    --engine "sglang=http://127.0.0.1:$port2"
+  attach agent1 "$port1"
+  attach agent2 "$port2"
   until_true 120 "both engines attached" at_least "len(s['engines'])" 2
 
   phase greedy 0 "$model_b" 1 engine1
