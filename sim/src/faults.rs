@@ -150,7 +150,7 @@ impl World {
     fn engine_down(&mut self, engine: usize, back_in: Duration) {
         if let Some(session) = self.engines[engine].session.filter(|_| self.engines[engine].net_up)
         {
-            self.to_core(Event::EngineDied { session, why: "engine process died".into() });
+            self.post(Event::EngineDied { session, why: "engine process died".into() });
         }
         self.engines[engine].alive = false;
         self.after(back_in, Happening::Reborn { engine });
@@ -174,7 +174,7 @@ impl World {
         let Some(key) = self.rng.pick(&keys).cloned() else { return };
         let (keep_partial, reply) = (self.rng.chance(50), self.no_reply());
         let what = anabranch_manager::core::event::CancelWhat::Keys(vec![key]);
-        self.to_core(Event::GroupsCancelled { session, what, keep_partial, reply });
+        self.post(Event::GroupsCancelled { session, what, keep_partial, reply });
     }
 
     fn reset_consumer(&mut self) {

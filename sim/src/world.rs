@@ -314,7 +314,7 @@ impl World {
         }
     }
 
-    pub(crate) fn to_core(&mut self, event: Event) {
+    pub(crate) fn post(&mut self, event: Event) {
         self.after(LATENCY, Happening::Core(event));
     }
 

@@ -173,6 +173,9 @@ impl Ledger {
 
 #[cfg(test)]
 mod tests {
+    // One range is a set of chunks here, not a mistake for its members.
+    #![allow(clippy::single_range_in_vec_init)]
+
     use proptest::prelude::*;
 
     use super::*;

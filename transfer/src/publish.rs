@@ -253,10 +253,10 @@ impl Publisher {
             let (version, bytes) = (held.version(), manifest.image_bytes);
             let before = lock(&last).sealed.replace((version, Arc::clone(&manifest)));
             let mut delta_bytes = None;
-            if let Some((base, base_manifest)) = before.filter(|_| config.delta) {
-                if base_manifest.tensors == manifest.tensors {
-                    delta_bytes = offer_delta(&arena, &config, base, &held, &manifest);
-                }
+            if let Some((base, base_manifest)) = before.filter(|_| config.delta)
+                && base_manifest.tensors == manifest.tensors
+            {
+                delta_bytes = offer_delta(&arena, &config, base, &held, &manifest);
             }
             let sealed_in = started.elapsed();
             tracing::info!(

@@ -1,5 +1,8 @@
 //! Versions over real sockets into real shared memory, and everything that can go wrong on the way.
 
+// What a publisher or holder gives has no Debug: `expect_err` would ask for it.
+#![allow(clippy::err_expect)]
+
 mod common;
 
 use std::sync::Arc;

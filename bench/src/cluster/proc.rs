@@ -25,10 +25,12 @@ pub struct Proc {
     usage: Usage,
 }
 
+// A handful of processes: the size of one does not matter.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum State {
     Down { since: Instant },
-    Up { child: Child, cpu: Duration },
+    Up { child: Box<Child>, cpu: Duration },
 }
 
 /// Of all lives together.
@@ -56,7 +58,7 @@ impl Proc {
         let output = Output::File(self.log.clone());
         let child = Child::start(&self.name, command, output, drain).await?;
         self.lives += 1;
-        self.state = State::Up { child, cpu: Duration::ZERO };
+        self.state = State::Up { child: Box::new(child), cpu: Duration::ZERO };
         Ok(())
     }
 

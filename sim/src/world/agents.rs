@@ -21,7 +21,7 @@ impl World {
             if let (true, true, true, Some(session)) =
                 (agent.alive, agent.net_up, agent.attached, agent.session)
             {
-                self.to_core(Event::EngineBeat { session, running: 0, waiting: 0, kv_used: 0.0 });
+                self.post(Event::EngineBeat { session, running: 0, waiting: 0, kv_used: 0.0 });
             }
         }
         self.after(Duration::from_millis(900), Happening::Beats);
@@ -38,7 +38,7 @@ impl World {
         let Some(link) = agent.link.take() else { return };
         self.links.remove(&link);
         if heard {
-            self.to_core(Event::LinkLost { link, why: "reset" });
+            self.post(Event::LinkLost { link, why: "reset" });
         }
     }
 
@@ -90,7 +90,7 @@ impl World {
             proto: 1,
         };
         self.links.insert(link, engine);
-        self.to_core(Event::EngineAttached { link, hello: Box::new(hello) });
+        self.post(Event::EngineAttached { link, hello: Box::new(hello) });
     }
 
     pub(super) fn reborn(&mut self, engine: usize) {
@@ -101,7 +101,7 @@ impl World {
         // A connection that nobody closed dies with the host.
         if let Some(link) = self.engines[engine].link.take() {
             self.links.remove(&link);
-            self.to_core(Event::LinkLost { link, why: "reset" });
+            self.post(Event::LinkLost { link, why: "reset" });
         }
         self.engines[engine].reborn(now);
         self.redial(engine, Duration::from_millis(20));
@@ -261,7 +261,7 @@ impl World {
     fn control(&mut self, engine: usize, event: Event) {
         let agent = &self.engines[engine];
         if agent.net_up && agent.attached {
-            self.to_core(event);
+            self.post(event);
         }
     }
 

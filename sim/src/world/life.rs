@@ -28,11 +28,11 @@ impl World {
             Happening::OpenJob => self.open_job(),
             Happening::Consume { shard } => self.consume(shard),
             Happening::Take { consumer, batch, samples } => self.take(consumer, &batch, &samples),
-            Happening::Done { consumer, report } => {
-                if self.trainer.consumers.contains_key(&consumer) {
-                    self.trainer.step_done(&report);
-                    self.advance();
-                }
+            Happening::Done { consumer, report }
+                if self.trainer.consumers.contains_key(&consumer) =>
+            {
+                self.trainer.step_done(&report);
+                self.advance();
             }
             Happening::Answer { to, answer } => self.answered(to, answer),
             _ => {}

@@ -32,7 +32,7 @@ impl World {
         };
         self.trainer.phase = Phase::Opening;
         let reply = self.ask(Waiting::Open);
-        self.to_core(Event::JobOpened { open: Box::new(open), reply });
+        self.post(Event::JobOpened { open: Box::new(open), reply });
     }
 
     pub(super) fn consume(&mut self, shard: u32) {
@@ -48,7 +48,7 @@ impl World {
         let shard = Shard { index: shard, count: self.scenario.shards };
         self.core_event(Event::ConsumerAttached { session, consumer, pack, shard });
         let samples = self.rng.range(1, 30);
-        self.to_core(Event::CreditGranted { consumer, bytes: 1 << 20, samples });
+        self.post(Event::CreditGranted { consumer, bytes: 1 << 20, samples });
     }
 
     pub(super) fn take(&mut self, consumer: ConsumerId, batch: &super::Batch, samples: &[usize]) {
@@ -61,9 +61,9 @@ impl World {
             return self.fail(what);
         }
         let seq = batch.seq;
-        self.to_core(Event::BatchAcked { consumer, seq });
+        self.post(Event::BatchAcked { consumer, seq });
         let (bytes, samples) = (1 << 20, samples.len() as u64);
-        self.to_core(Event::CreditGranted { consumer, bytes, samples });
+        self.post(Event::CreditGranted { consumer, bytes, samples });
         self.advance();
     }
 
@@ -84,7 +84,7 @@ impl World {
         self.trainer.committed = seq;
         let consumers: Vec<_> = self.trainer.consumers.keys().copied().collect();
         for consumer in consumers {
-            self.to_core(Event::BatchCommitted { consumer, seq });
+            self.post(Event::BatchCommitted { consumer, seq });
         }
     }
 
@@ -93,7 +93,7 @@ impl World {
         let by = self.now + MODE_DEADLINE + Duration::from_secs(1);
         let what = if train { Waiting::Train { step, by } } else { Waiting::Generate { step, by } };
         let reply = self.ask(what);
-        self.to_core(Event::ModeRequested { session, train, deadline: MODE_DEADLINE, reply });
+        self.post(Event::ModeRequested { session, train, deadline: MODE_DEADLINE, reply });
     }
 
     fn publish(&mut self, _step: Option<u64>) {
@@ -109,7 +109,7 @@ impl World {
             directory: None,
         };
         let reply = self.ask(Waiting::Announce { version });
-        self.to_core(Event::VersionAnnounced { publisher, announce: Box::new(announce), reply });
+        self.post(Event::VersionAnnounced { publisher, announce: Box::new(announce), reply });
     }
 
     pub(super) fn answered(&mut self, to: ReplyTo, answer: Answer) {
@@ -141,7 +141,7 @@ impl World {
                     _ => None,
                 };
                 let reply = self.ask(Waiting::Seal { step });
-                self.to_core(Event::VersionSealed { publisher, version, reply });
+                self.post(Event::VersionSealed { publisher, version, reply });
             }
             (Waiting::Seal { step }, Answer::Done) => self.sealed(step),
             (Waiting::Train { step, by }, Answer::ModeSet(_)) => {
@@ -212,7 +212,7 @@ impl World {
             .collect();
         for (engine, version) in loaded {
             let reply = self.no_reply();
-            self.to_core(Event::EngineReported { session, engine, version, reply });
+            self.post(Event::EngineReported { session, engine, version, reply });
         }
     }
 
@@ -247,7 +247,7 @@ impl World {
             groups.push(self.group(&key, n, pin));
         }
         let reply = self.ask(Waiting::Submit { step });
-        self.to_core(Event::GroupsSubmitted {
+        self.post(Event::GroupsSubmitted {
             session,
             step: Step(step),
             is_final: true,

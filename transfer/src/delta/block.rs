@@ -126,8 +126,8 @@ fn collect<E: Element>(old: &[u8], new: &[u8], scratch: &mut Scratch) {
     for (((old, new), classes), counts) in groups.zip(classes.chunks_exact(GROUP)).zip(counts) {
         if old != new {
             let mut rank = before;
-            for index in 0..old.len() / E::BYTES {
-                let class = usize::from(classes[index]) % CLASSES;
+            for (index, class) in classes[..old.len() / E::BYTES].iter().enumerate() {
+                let class = usize::from(*class) % CLASSES;
                 let (was, is) = (E::read(old, index), E::read(new, index));
                 if was != is {
                     changes[class].push((rank[class], E::step(was, is)));
@@ -256,7 +256,7 @@ fn nth_of(classes: &[u8], class: u8, mut nth: u32) -> usize {
     for (at, eight) in classes.chunks_exact(8).enumerate() {
         let other = u64::from_le_bytes(eight.try_into().expect("8 bytes")) ^ wanted;
         // The high bit of each byte that is zero.
-        let mut hits = !(((other & (LOW * 0x7F)) + LOW * 0x7F) | other | LOW * 0x7F);
+        let mut hits = !(((other & (LOW * 0x7F)) + LOW * 0x7F) | other | (LOW * 0x7F));
         let count = hits.count_ones();
         if nth < count {
             for _ in 0..nth {

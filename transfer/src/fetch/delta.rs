@@ -84,7 +84,7 @@ fn find(
             Ok(manifest)
         });
         match asked {
-            Ok(Some((manifest, encoded))) => {
+            Ok(Some(Offered { manifest, encoded })) => {
                 let result = request.version.root;
                 if manifest.kind == (Kind::Delta { base, result }) {
                     return Some((Arc::new(manifest), encoded));
@@ -98,12 +98,19 @@ fn find(
     None
 }
 
-fn ask(session: &mut Session) -> Result<Option<(Manifest, Arc<[u8]>)>, StreamError> {
+/// A delta's manifest as it came; `None` where it is malformed.
+struct Offered {
+    manifest: Manifest,
+    encoded: Arc<[u8]>,
+}
+
+fn ask(session: &mut Session) -> Result<Option<Offered>, StreamError> {
     session.link.send(&Message::WantManifest { blob: BlobId::Delta })?;
     match session.link.receive()? {
         // Its root is not known beforehand: what it leads to is verified by the full manifest.
         Message::Manifest { bytes, .. } => {
-            Ok(Manifest::decode(&bytes).ok().map(|m| (m, Arc::from(bytes))))
+            let manifest = Manifest::decode(&bytes).ok();
+            Ok(manifest.map(|manifest| Offered { manifest, encoded: Arc::from(bytes) }))
         }
         other => Err(StreamError::from_reply(other)),
     }
