@@ -1,5 +1,5 @@
 // One range is a set of chunks here, not a mistake for its members.
-#![allow(clippy::single_range_in_vec_init)]
+#![allow(clippy::single_range_in_vec_init, clippy::collapsible_match)]
 
 use proptest::prelude::*;
 

@@ -1,3 +1,6 @@
+// One range is a set of chunks here, not a mistake for its members.
+#![allow(clippy::single_range_in_vec_init)]
+
 use anabranch_proto::manifest::{DType, Kind};
 use anabranch_proto::version::Root;
 
