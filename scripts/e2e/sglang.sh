@@ -20,7 +20,7 @@ mkdir -p "$out"
 bin=${ANABRANCH:-$here/../../target/release/anabranch}
 python=$dir/sglang/bin/python
 model_a=$dir/model-a model_b=$dir/model-b
-samples=4 prompts=64 max_tokens=64
+samples=4 prompts=64 max_tokens=96
 
 say() { printf '%s %s\n' "$(date +%T)" "$*" >&2; }
 die() { say "$*; the logs are in $out"; exit 1; }
@@ -72,7 +72,7 @@ serve() {
 
 # attach NAME PORT: it lends its weights, so that an engine is served after the publisher has gone.
 attach() {
-  start "$1" "$bin" agent --manager "$(manager)" --id "$1" --listen 127.0.0.1:0 --staging "$staging" \
+  start "$1" "$bin" agent --manager "$(manager)" --id "$1" --listen 127.0.0.1:0 --staging "$staging/$stream" \
     --engine "sglang=http://127.0.0.1:$2"
 }
 
@@ -134,7 +134,8 @@ both_phases() {
   [[ $stream == incremental ]] && flags=(--incremental-streaming-output --stream-interval 8)
   say "$stream: two SGLang servers and a manager"
   serve engine1 "$port1" "${flags[@]}"
-  serve engine2 "$port2" "${flags[@]}"
+  # Answers are equally long: with equal batches both would often be between two waves of them.
+  serve engine2 "$port2" --max-running-requests 11 "${flags[@]}"
   start manager "$bin" manager --listen 127.0.0.1:0 --announce "$run/manager.json" --state-dir "$run/state"
   until_true 300 "engine1" answers "$port1"
   until_true 300 "engine2" answers "$port2"
@@ -161,7 +162,7 @@ failed=()
   --out "$out/prompts.jsonl" 2>"$out/prompts.log" >&2 || die "no prompts"
 for stream in ${STREAMS:-cumulative incremental}; do
   run=$out/$stream
-  mkdir -p "$run"
+  mkdir -p "$run" "$staging/$stream"
   both_phases
 done
 "$python" - "$out" <<'PY'
