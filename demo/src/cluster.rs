@@ -84,6 +84,7 @@ impl Cluster {
         log: &str,
     ) -> Result<Self, ClusterError> {
         let exe = std::env::current_exe().map_err(ClusterError::NoExe)?;
+        dirs.open_shm()?;
         let drain = Drain::new();
         let mut command = subcommand(&exe, "manager", log);
         command.args(["--listen", "127.0.0.1:0", "--announce"]).arg(dirs.announce());

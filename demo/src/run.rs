@@ -1,6 +1,7 @@
 //! `anabranch demo`: the whole job, from random weights to the report. Owns its flags, its start and
 //! its end; the loop in between is the session's.
 
+mod compute;
 mod plan;
 mod session;
 mod summary;
@@ -13,7 +14,6 @@ use anabranch_runtime::Drain;
 use anabranch_runtime::signal::shutdown_signal;
 use anabranch_trainer as sdk;
 use anabranch_trainer::Version;
-use tokio::task::block_in_place;
 
 use crate::cluster::{Cluster, ClusterError, Dirs, Place};
 use crate::colocated::{Colocated, ColocatedError};
@@ -29,6 +29,9 @@ use crate::trainer::Trainer;
 use crate::warmup::warm_up;
 use crate::watch::{WatchError, Watcher};
 
+use compute::Compute;
+
+pub use compute::Learner;
 pub use plan::{COLOCATED, Plan};
 pub use session::{Publication, Session, StepRecord};
 pub use summary::DemoOutcome;
@@ -100,6 +103,8 @@ pub enum DemoError {
     Sdk(#[from] sdk::Error),
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    #[error("cannot start the trainer's thread: {0}")]
+    Thread(#[from] rayon::ThreadPoolBuildError),
     #[error("a tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),
     #[error("cannot write {path}: {source}")]
@@ -114,7 +119,9 @@ pub async fn run(args: DemoArgs) -> Result<DemoOutcome, DemoError> {
     let plan = planned(&args)?;
     let view = View::new(plan.steps(), args.json);
     let dirs = Arc::new(Dirs::make(&args.report_dir)?);
-    let (learner, warmup_s) = warmed_up(&plan, &dirs, &view)?;
+    let compute = Compute::start()?;
+    let (trainer, warmup_s) = compute.run(|| warmed_up(&plan, &dirs, &view))?;
+    let learner = Learner { trainer, compute };
     let drain = Drain::new();
     let ended = tokio::select! {
         ended = live(plan, (dirs.clone(), started), (view.clone(), &drain), (learner, warmup_s), args.keep) => ended,
@@ -141,26 +148,22 @@ fn interrupted(signal: std::io::Result<&'static str>) -> DemoError {
 
 /// Random weights, taught the form of an answer, and saved as what every engine starts with.
 fn warmed_up(plan: &Plan, dirs: &Dirs, view: &View) -> Result<(Trainer, f64), DemoError> {
-    block_in_place(|| {
-        let task = plan.task.as_ref();
-        let model = Model::random(ModelConfig::for_task(task), plan.seed)?;
-        let begun = Instant::now();
-        view.say(&format!(
-            "{} parameters from random weights; warming up",
-            model.parameter_count()
-        ));
-        warm_up(&model, task, &plan.recipe.warmup)?;
-        let warmup_s = begun.elapsed().as_secs_f64();
-        model.save(&dirs.model())?;
-        Ok((Trainer::new(model, plan.recipe.trainer(task))?, warmup_s))
-    })
+    let task = plan.task.as_ref();
+    let model = Model::random(ModelConfig::for_task(task), plan.seed)?;
+    let count = model.parameter_count();
+    view.say(&format!("{count} parameters from random weights; warming up"));
+    let begun = Instant::now();
+    warm_up(&model, task, &plan.recipe.warmup)?;
+    let warmup_s = begun.elapsed().as_secs_f64();
+    model.save(&dirs.model())?;
+    Ok((Trainer::new(model, plan.recipe.trainer(task))?, warmup_s))
 }
 
 async fn live(
     plan: Plan,
     (dirs, started): (Arc<Dirs>, Instant),
     (view, drain): (View, &Drain),
-    (learner, warmup_s): (Trainer, f64),
+    (learner, warmup_s): (Learner, f64),
     keep: u64,
 ) -> Result<Report, DemoError> {
     let mut session = begin(plan, (dirs, started), (view, drain), learner).await?;
@@ -185,7 +188,7 @@ async fn begin(
     plan: Plan,
     (dirs, started): (Arc<Dirs>, Instant),
     (view, drain): (View, &Drain),
-    learner: Trainer,
+    learner: Learner,
 ) -> Result<Session, DemoError> {
     let mut cluster = Cluster::start(dirs.clone(), plan.engines, "info").await?;
     let watcher = Watcher::start(cluster.url(), started, drain).await?;

@@ -7,6 +7,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::ClusterError;
 
 const SHM: &str = "/dev/shm";
+/// Then the process id of the demo, and when it began.
+const SHM_PREFIX: &str = "anabranch-demo-";
 
 /// Dropping it removes the directory in shared memory.
 #[derive(Debug)]
@@ -16,7 +18,7 @@ pub struct Dirs {
 }
 
 impl Dirs {
-    /// Makes both. What an earlier run left in `report` is replaced, logs and meters included.
+    /// Makes the report's. What an earlier run left in `report` is replaced, logs and meters included.
     pub fn make(report: &Path) -> Result<Self, ClusterError> {
         let make = |path: &Path| {
             fs::create_dir_all(path)
@@ -26,7 +28,7 @@ impl Dirs {
         let report = fs::canonicalize(report)
             .map_err(|source| ClusterError::Make { path: report.to_owned(), source })?;
         let stamp = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-        let name = format!("anabranch-demo-{}-{stamp:x}", std::process::id());
+        let name = format!("{SHM_PREFIX}{}-{stamp:x}", std::process::id());
         let base = if Path::new(SHM).is_dir() { PathBuf::from(SHM) } else { report.clone() };
         let dirs = Self { shm: base.join(name), report };
         for part in ["logs", "meters", "model", "state"] {
@@ -39,8 +41,14 @@ impl Dirs {
         }
         // A manager of an earlier run may have been killed before it could remove it.
         let _ = fs::remove_file(dirs.announce());
-        make(&dirs.shm)?;
         Ok(dirs)
+    }
+
+    /// From here on there is something to remove in shared memory, so not before it is needed.
+    pub(super) fn open_shm(&self) -> Result<(), ClusterError> {
+        remove_orphans(Path::new(SHM));
+        fs::create_dir_all(&self.shm)
+            .map_err(|source| ClusterError::Make { path: self.shm.clone(), source })
     }
 
     pub fn report(&self) -> &Path {
@@ -74,10 +82,57 @@ impl Dirs {
     }
 }
 
+/// A demo that was killed could not remove its own.
+fn remove_orphans(shm: &Path) {
+    for entry in fs::read_dir(shm).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let tail = name.to_str().and_then(|name| name.strip_prefix(SHM_PREFIX));
+        let Some((pid, _)) = tail.and_then(|tail| tail.split_once('-')) else { continue };
+        if pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists() {
+            // Where it belongs to somebody else, it stays.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 impl Drop for Dirs {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.shm) {
+        let removed = fs::remove_dir_all(&self.shm);
+        if let Err(error) = removed
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
             tracing::warn!(path = %self.shm.display(), %error, "cannot remove it; remove it by hand");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_dead_demo_left_is_removed() {
+        let shm = tempfile::tempdir().unwrap();
+        let own = format!("{SHM_PREFIX}{}-1", std::process::id());
+        // Above the largest id that the kernel gives.
+        let dead = format!("{SHM_PREFIX}4194305-1");
+        for name in [own.as_str(), dead.as_str(), "anabranch-demo-x-1", "other"] {
+            fs::create_dir(shm.path().join(name)).unwrap();
+        }
+        remove_orphans(shm.path());
+        let mut left: Vec<_> =
+            fs::read_dir(shm.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, [own.as_str(), "anabranch-demo-x-1", "other"]);
+    }
+
+    #[test]
+    fn an_earlier_runs_files_are_replaced() {
+        let report = tempfile::tempdir().unwrap();
+        let stale = report.path().join("meters/engine-1");
+        fs::create_dir_all(stale.parent().unwrap()).unwrap();
+        fs::write(&stale, "old").unwrap();
+        let dirs = Dirs::make(report.path()).unwrap();
+        assert!(!stale.exists() && dirs.model().is_dir());
     }
 }

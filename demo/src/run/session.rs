@@ -5,16 +5,15 @@ use std::time::{Duration, Instant};
 
 use anabranch_trainer::{DType, Finish, Job, NamedTensor, Trajectory, Version};
 use bytes::Bytes;
-use tokio::task::block_in_place;
 
-use super::{DemoError, Plan};
+use super::{DemoError, Learner, Plan};
 use crate::cluster::Cluster;
 use crate::colocated::Colocated;
 use crate::evaluate::exact_match;
 use crate::progress::View;
 use crate::rollouts::Rollouts;
 use crate::script::{Script, Stage};
-use crate::trainer::{StepStats, Trainer};
+use crate::trainer::StepStats;
 use crate::watch::{Story, Watcher};
 
 /// Samples of one pass of the deterministic mode, whatever order they came in.
@@ -28,13 +27,14 @@ pub struct Session {
     pub plan: Plan,
     pub started: Instant,
     pub view: View,
-    pub cluster: Cluster,
-    pub watcher: Watcher,
-    pub job: Job,
+    // Before the cluster: what talks to it is dropped first.
     pub rollouts: Rollouts,
+    pub job: Job,
+    pub watcher: Watcher,
+    pub cluster: Cluster,
     pub colocated: Colocated,
     pub script: Script,
-    pub learner: Trainer,
+    pub learner: Learner,
     /// What the engines serve, or will.
     pub version: Version,
     /// The newest step that was submitted.
@@ -103,7 +103,7 @@ impl Session {
         self.view.update(|n| n.doing = "training".to_owned());
         self.learn(step, rest)?;
         self.submit_ahead(step + 1).await?;
-        let stats = block_in_place(|| self.learner.step())?;
+        let stats = self.learner.step()?;
         self.publish(stats.version).await?;
         self.rollouts.commit(step, self.version).await?;
         let (ended_s, took) = (self.started.elapsed().as_secs_f64(), begun.elapsed());
@@ -149,12 +149,7 @@ impl Session {
         }
         let graded: Vec<_> = samples.into_iter().filter_map(|t| self.plan.grade(step, t)).collect();
         let size = if self.plan.deterministic { FIXED_MICRO_BATCH } else { graded.len().max(1) };
-        block_in_place(|| {
-            for batch in graded.chunks(size) {
-                self.learner.add_micro_batch(batch)?;
-            }
-            Ok(())
-        })
+        Ok(self.learner.add(&graded, size)?)
     }
 
     async fn lend(&mut self) -> Result<(), DemoError> {
