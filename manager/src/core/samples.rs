@@ -14,7 +14,7 @@ use crate::ledger::{Ended, Fact, Finished};
 use crate::queue::{Class, Place};
 use crate::sample::SampleState;
 
-/// An engine that said "busy" gets nothing new for so long.
+/// An engine that said "busy", or lost a stream, gets nothing new for so long.
 const BUSY_PAUSE: Duration = Duration::from_millis(200);
 /// Broken streams of one sample without a token in between, after which it is given up.
 const MAX_LOSSES: u32 = 8;
@@ -164,12 +164,12 @@ impl Core {
             }
             Ended::Aborted => "aborted",
             Ended::Busy(_) => {
-                let engine = self.engines.get_mut(&session)?;
-                engine.not_before = now + BUSY_PAUSE;
-                self.timers.set(Timer::Rested(session), now + BUSY_PAUSE);
+                self.rest(now, session);
                 "engine busy"
             }
             Ended::Lost(what) => {
+                // If the engine is dying, its other streams end too, and its death is heard in a moment.
+                self.rest(now, session);
                 self.note_loss(now, id, &what)?;
                 "stream lost"
             }
@@ -182,6 +182,13 @@ impl Core {
         };
         self.requeue(now, id);
         Some((label, kept))
+    }
+
+    /// Nothing new for this engine for a moment.
+    fn rest(&mut self, now: Now, session: SessionId) {
+        let Some(engine) = self.engines.get_mut(&session) else { return };
+        engine.not_before = engine.not_before.max(now + BUSY_PAUSE);
+        self.timers.set(Timer::Rested(session), engine.not_before);
     }
 
     /// `None` when the sample was given up over it.

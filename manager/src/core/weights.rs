@@ -107,8 +107,9 @@ impl Core {
     pub(super) fn advance_current(&mut self, now: Now) {
         let Some(next) = self.versions.pending() else { return };
         let Some(job) = &self.job else { return };
-        let too_old = self.groups_too_old_for(next);
-        match job.staleness.on_exceed {
+        let on_exceed = job.staleness.on_exceed;
+        let too_old = self.groups_too_old_for(next, on_exceed == OnExceed::Wait);
+        match on_exceed {
             // Nobody can make the tokens they wait for any more.
             OnExceed::Wait if !too_old.is_empty() && !self.current_is_within_reach() => {
                 self.restart_groups(now, &too_old, next);
@@ -150,15 +151,23 @@ impl Core {
     }
 
     /// Groups not offered yet with tokens that would lag more than allowed behind `next`.
-    fn groups_too_old_for(&self, next: Version) -> Vec<GroupId> {
+    /// `or_may_be`: a sample that runs on an engine with such weights may have made one that has not arrived.
+    fn groups_too_old_for(&self, next: Version, or_may_be: bool) -> Vec<GroupId> {
         let Some(max_lag) = self.job.as_ref().and_then(|job| job.staleness.max_lag) else {
             return Vec::new();
         };
         let floor = next.number.saturating_sub(max_lag);
         let too_old = |group: &crate::group::Group| {
-            group.pin.is_none() && group.offered_at.is_none() && group.oldest() < floor
+            let made = || group.oldest() < floor;
+            let may_make = || or_may_be && group.samples.iter().any(|s| self.runs_below(s, floor));
+            group.pin.is_none() && group.offered_at.is_none() && (made() || may_make())
         };
         self.groups.iter().filter(|(_, group)| too_old(group)).map(|(id, _)| *id).collect()
+    }
+
+    fn runs_below(&self, sample: &crate::sample::Sample, floor: u64) -> bool {
+        let engine = sample.running_on().and_then(|(session, _)| self.engines.get(&session));
+        engine.and_then(|engine| engine.version()).is_some_and(|at| at.number < floor)
     }
 
     fn restart_groups(&mut self, now: Now, groups: &[GroupId], next: Version) {
