@@ -195,15 +195,10 @@ impl Cluster {
     }
 }
 
-/// Tokens that all engines' streams ever made, by engine: the files outlive a kill.
-pub fn tokens_made(dirs: &Dirs, ids: impl IntoIterator<Item = String>) -> BTreeMap<String, u64> {
-    ids.into_iter()
-        .map(|id| {
-            let bytes = fs::read(dirs.meter(&id)).unwrap_or_default();
-            let made = bytes.first_chunk::<8>().map_or(0, |word| u64::from_le_bytes(*word));
-            (id, made)
-        })
-        .collect()
+/// Tokens that an engine's streams ever made; its file outlives a kill. `None`: it is not ours.
+pub fn tokens_made(dirs: &Dirs, id: &str) -> Option<u64> {
+    let bytes = fs::read(dirs.meter(id)).ok()?;
+    bytes.first_chunk::<8>().map(|word| u64::from_le_bytes(*word))
 }
 
 fn subcommand(exe: &Path, name: &str, log: &str) -> Command {

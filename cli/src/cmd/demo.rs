@@ -21,8 +21,8 @@ pub async fn run(args: Args) -> Outcome {
 fn failure(error: DemoError) -> Failure {
     let exit = match &error {
         DemoError::Interrupted(_) => Exit::TryAgain,
-        DemoError::Write { .. } => Exit::CannotCreate,
-        DemoError::Script(_) => Exit::Usage,
+        DemoError::Data(_) => Exit::Data,
+        DemoError::Write { .. } | DemoError::Cluster(_) => Exit::CannotCreate,
         _ => Exit::Failed,
     };
     Failure::new(exit, error)

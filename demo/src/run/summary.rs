@@ -13,6 +13,9 @@ const ALGORITHM: &str = "GRPO with process supervision: a token is compared with
                          at the same position";
 const ALGORITHM_OUTCOME: &str = "GRPO: an answer is compared with its siblings' answers";
 
+/// What an engine makes for a probe of its agent, and for no sample.
+const PROBE_TOKENS: u64 = 8;
+
 /// How the demo ended, for whoever called it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DemoOutcome {
@@ -29,7 +32,6 @@ pub struct DemoOutcome {
 pub fn gather(session: &Session, warmup_s: f64, exact: (f64, f64)) -> Report {
     let (plan, book) = (&session.plan, session.rollouts.book());
     let (story, totals) = (session.watcher.with(Story::clone), book.totals());
-    let made = tokens_made(session.cluster.dirs(), story.engines.keys().cloned());
     let wall_s = session.started.elapsed().as_secs_f64();
     let outcome_only = plan.recipe.grpo.process_weight == 0.0;
     let mut complaints = story.complaints.clone();
@@ -55,7 +57,7 @@ pub fn gather(session: &Session, warmup_s: f64, exact: (f64, f64)) -> Report {
         migrations: totals.migrations,
         lost: book.lost(),
         duplicated: book.duplicated(),
-        discarded_tokens: made.values().sum::<u64>().saturating_sub(totals.tokens),
+        discarded_tokens: discarded(&story, &totals.tokens_by_engine, session.cluster.dirs()),
         across_engines: totals.across_engines,
         across_versions: totals.across_versions,
         mode_switches: session.colocated.switches(),
@@ -66,6 +68,15 @@ pub fn gather(session: &Session, warmup_s: f64, exact: (f64, f64)) -> Report {
         story: session.script.told().to_vec(),
         complaints,
     }
+}
+
+/// Made by our engines for samples, and never received. Engines of others have no count.
+fn discarded(story: &Story, received: &BTreeMap<String, u64>, dirs: &Dirs) -> u64 {
+    let of_engine = |(id, engine): (&String, &EngineStory)| {
+        let wanted = received.get(id).copied().unwrap_or(0) + engine.probes * PROBE_TOKENS;
+        tokens_made(dirs, id).map_or(0, |made| made.saturating_sub(wanted))
+    };
+    story.engines.iter().map(of_engine).sum()
 }
 
 fn engines(story: &Story, tokens: &BTreeMap<String, u64>, wall_s: f64) -> Vec<EngineRow> {

@@ -23,6 +23,8 @@ pub struct EngineStory {
     /// When it stopped being one thing and became the next.
     pub phases: Vec<(f64, Phase)>,
     pub left: Option<(f64, String)>,
+    /// Times that its agent let it answer the fixed prompt: at attach and after each load.
+    pub probes: u64,
 }
 
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -92,6 +94,7 @@ impl Story {
                 "quiescing" => {
                     self.enter(at_s, &engine, Phase::Loading { version: version.number });
                 }
+                "probing" => self.engine(at_s, &engine).probes += 1,
                 "failed" => {
                     let number = version.number;
                     self.complaints.push(format!("{engine} could not load v{number}: {error}"));
@@ -104,7 +107,7 @@ impl Story {
 
     fn attached(&mut self, at_s: f64, engine: String, colocated: bool) {
         let phases = vec![(at_s, Phase::Joining)];
-        let story = EngineStory { joined_s: at_s, colocated, phases, left: None };
+        let story = EngineStory { joined_s: at_s, colocated, phases, left: None, probes: 1 };
         self.engines.insert(engine, story);
     }
 
