@@ -273,3 +273,6 @@ impl Core {
         now.since(self.started)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,232 @@
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anabranch_proto::{Attempt, EngineId, Incarnation, SampleId, SessionId, Step, Version, tokens};
+use anabranch_runtime::clock::Now;
+
+use super::Core;
+use super::action::{Action, Answer, Notice};
+use super::config::CoreConfig;
+use super::event::*;
+use crate::ledger::{Fact, Finished};
+
+/// A core with one job, whose actions are collected.
+struct Bench {
+    core: Core,
+    now: Now,
+    next: u64,
+    trainer: SessionId,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let now = Now::from_millis(1);
+        let core = Core::new(CoreConfig::default(), now);
+        let mut bench = Self { core, now, next: 0, trainer: SessionId(0) };
+        let open = OpenJob {
+            job: "job".into(),
+            epoch: 0,
+            model: ModelFacts::default(),
+            convention: Convention::Tempered,
+            staleness: Staleness { max_lag: Some(0), on_exceed: OnExceed::Wait },
+            on_running: OnRunning::Continue,
+            on_trainer_lost: Duration::from_secs(600),
+            resume: None,
+            seed: 1,
+            rolling: None,
+        };
+        let actions = bench.tell(Event::JobOpened { open: Box::new(open), reply: ReplyTo(1) });
+        let opened = actions.into_iter().find_map(|action| match action {
+            Action::Reply { answer: Answer::Opened { session, .. }, .. } => Some(session),
+            _ => None,
+        });
+        bench.trainer = opened.expect("the job opens");
+        bench
+    }
+
+    fn tell(&mut self, event: Event) -> Vec<Action> {
+        self.core.handle(self.now, event);
+        let actions = std::iter::from_fn(|| self.core.poll_action()).collect();
+        self.core.check().expect("the books agree");
+        actions
+    }
+
+    fn attach(&mut self, id: &str) -> Vec<Action> {
+        self.next += 1;
+        let hello = EngineHello {
+            id: EngineId::new(id),
+            incarnation: Incarnation(self.next),
+            model: ModelFacts {
+                vocab: 100,
+                max_context: 100,
+                eos_ids: vec![2],
+                ..Default::default()
+            },
+            conventions: vec![Convention::Tempered],
+            seed_keying: SeedKeying::AbsolutePosition,
+            columns: vec![],
+            release_memory: false,
+            weights_by_trainer: false,
+            kv_tokens: 1_000,
+            max_running: 8,
+            gpus: 1,
+            labels: BTreeMap::new(),
+            addresses: vec![],
+            held: vec![],
+            loaded: Version::base(0),
+            resume: None,
+            manager_epoch: 1,
+            kind: "test".into(),
+            proto: 1,
+        };
+        self.tell(Event::EngineAttached { link: LinkId(self.next), hello: Box::new(hello) })
+    }
+
+    fn submit(&mut self, key: &str, prompt: &[u32], max_tokens: u32) -> Vec<Action> {
+        let sampling = Sampling {
+            max_tokens,
+            min_tokens: 0,
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            stop_ids: vec![],
+            stop_strings: vec![],
+            ignore_eos: false,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            seed: None,
+            restart_ok: false,
+            extra: BTreeMap::new(),
+        };
+        let group = NewGroup {
+            key: key.into(),
+            prompt: tokens::encode_ids(prompt),
+            n: 1,
+            sampling: Arc::new(sampling),
+            pin: None,
+            priority: 0,
+            deadline: None,
+            meta: Default::default(),
+            session: String::new(),
+        };
+        let (session, reply) = (self.trainer, ReplyTo(2));
+        let step = Step(0);
+        self.tell(Event::GroupsSubmitted {
+            session,
+            step,
+            is_final: false,
+            groups: vec![group],
+            reply,
+        })
+    }
+}
+
+fn starts(actions: &[Action]) -> Vec<(SampleId, Attempt, SessionId)> {
+    let start = |action: &Action| match action {
+        Action::Start(order) => Some((order.sample, order.attempt, order.session)),
+        _ => None,
+    };
+    actions.iter().filter_map(start).collect()
+}
+
+#[test]
+fn a_sample_that_kills_engines_runs_alone_and_is_given_up_with_its_story() {
+    let mut bench = Bench::new();
+    let mut session = bench.attach("a").iter().find_map(welcomed).expect("welcome");
+    let mut running = starts(&bench.submit("poison", &[5, 6], 10));
+    let mut held = 0;
+    let mut deaths = 0;
+    while let Some((sample, _, at)) = running.pop() {
+        assert_eq!(at, session);
+        deaths += 1;
+        assert!(deaths <= 4, "it walks through the fleet");
+        let why = "the engine process died".to_owned();
+        let mut actions = bench.tell(Event::EngineDied { session, why });
+        bench.now = bench.now + Duration::from_secs(1);
+        actions.extend(bench.attach("a"));
+        // A reserved engine is free at once: the next event places it.
+        actions.extend(bench.tell(Event::TimePassed { gap: Duration::ZERO }));
+        held +=
+            actions.iter().filter(|a| matches!(a, Action::Emit(Notice::SampleHeld { .. }))).count();
+        session = actions.iter().rev().find_map(welcomed).expect("it attaches again");
+        running = starts(&actions);
+        let gone = |action: &Action| match action {
+            Action::Emit(Notice::SampleAbandoned { sample: named, why, .. }) => {
+                assert_eq!(*named, sample.to_string());
+                assert!(why.contains("4 engines died under it"), "{why}");
+                true
+            }
+            _ => false,
+        };
+        assert_eq!(actions.iter().any(gone), deaths == 4);
+    }
+    assert_eq!((deaths, held), (4, 1));
+    assert_eq!(starts(&bench.submit("harmless", &[5], 10)).len(), 1, "the fleet serves on");
+}
+
+fn welcomed(action: &Action) -> Option<SessionId> {
+    match action {
+        Action::Welcome { session, .. } => Some(*session),
+        _ => None,
+    }
+}
+
+#[test]
+fn what_the_model_cannot_take_is_refused_in_words() {
+    let mut bench = Bench::new();
+    bench.attach("a");
+    for (prompt, max_tokens, says) in [
+        (&[][..], 10, "the prompt is empty"),
+        (&[5, 100], 10, "token 100 at position 1 is outside the model's vocabulary of 100"),
+        (
+            &[5; 95],
+            10,
+            "prompt of 95 tokens + max_tokens 10 is more than the model's context of 100",
+        ),
+    ] {
+        let actions = bench.submit("bad", prompt, max_tokens);
+        let said = format!("{actions:?}");
+        assert!(said.contains(says), "{said}");
+        assert!(starts(&actions).is_empty());
+    }
+    assert_eq!(starts(&bench.submit("bad", &[5], 10)).len(), 1, "a refused key may be used again");
+}
+
+#[test]
+fn a_key_is_accepted_once_however_often_it_is_sent() {
+    let mut bench = Bench::new();
+    bench.attach("a");
+    assert_eq!(starts(&bench.submit("k", &[5], 10)).len(), 1);
+    let again = bench.submit("k", &[5], 10);
+    assert!(starts(&again).is_empty());
+    assert!(format!("{again:?}").contains("Duplicate"));
+}
+
+#[test]
+fn a_version_waits_for_samples_whose_first_tokens_may_be_on_their_way() {
+    let mut bench = Bench::new();
+    let session = bench.attach("a").iter().find_map(welcomed).expect("welcome");
+    let (sample, attempt, _) = starts(&bench.submit("k", &[5], 10))[0];
+    let version = Version { epoch: 0, number: 1, root: anabranch_proto::Root([1; 32]) };
+    let announce = Announce {
+        session: bench.trainer,
+        version,
+        addresses: vec!["10.0.0.1:7000".into()],
+        bytes: 1,
+        directory: None,
+    };
+    let publisher = PublisherId(1);
+    let announce = Box::new(announce);
+    bench.tell(Event::VersionAnnounced { publisher, announce, reply: ReplyTo(3) });
+    let sealed = bench.tell(Event::VersionSealed { publisher, version, reply: ReplyTo(4) });
+    let becomes_current = |actions: &[Action]| {
+        actions.iter().any(|a| matches!(a, Action::Emit(Notice::VersionCurrent { .. })))
+    };
+    assert!(!becomes_current(&sealed), "the sample runs under the version before");
+    let how = Finished::Length;
+    let fact = Fact::Finished { sample, attempt, kept: 10, oldest: 0, how, running: false };
+    assert!(becomes_current(&bench.tell(Event::FactsFound { session, facts: vec![fact] })));
+}
