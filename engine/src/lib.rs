@@ -26,6 +26,6 @@ mod weights;
 pub use config::{EngineConfig, EngineError, ModelSpec};
 pub use server::Server;
 pub use weights::{
-    TensorContent, TensorEntry, TensorTable, WeightsError, content_digest, content_digest_of, digest_table,
-    list_tensors,
+    TensorContent, TensorEntry, TensorTable, WeightsError, content_digest, content_digest_of,
+    digest_table, list_tensors,
 };

@@ -1,7 +1,10 @@
 //! The HTTP face in SGLang's dialect: routes, errors, the API key. Owns no sequence; every change goes to the
 //! engine thread as a [`Command`].
 
-#![allow(clippy::result_large_err, reason = "the error of a handler is the response to give instead")]
+#![allow(
+    clippy::result_large_err,
+    reason = "the error of a handler is the response to give instead"
+)]
 
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError};

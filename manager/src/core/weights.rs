@@ -73,9 +73,10 @@ impl Core {
         version: Version,
         reply: ReplyTo,
     ) {
-        let again = self.versions.find(version).is_some_and(|r| {
-            r.publisher == Some(publisher) && r.state != VersionState::Announced
-        });
+        let again = self
+            .versions
+            .find(version)
+            .is_some_and(|r| r.publisher == Some(publisher) && r.state != VersionState::Announced);
         if again {
             return self.reply(reply, Answer::Done);
         }
