@@ -175,7 +175,7 @@ impl Weights {
         };
         let request = FetchRequest {
             version: order.version,
-            sources: order.sources.iter().filter_map(source).collect(),
+            sources: sources(&order.sources),
             streams: STREAMS,
             baseline: baseline.map(|table| {
                 let tensors = table.into_iter().map(|(name, (dtype, shape))| (name, dtype, shape));
@@ -248,17 +248,28 @@ impl Weights {
     }
 }
 
-/// A source that must dial us is of no use yet: it would need a listener of its own kind.
-fn source(source: &pb::Source) -> Option<SourceRef> {
-    if source.dial() == pb::source::Dial::Source {
-        tracing::debug!(holder = source.holder, "skipped a source that wants to dial this agent");
-        return None;
+/// One per holder, with all its addresses. A source that must dial us is of no use yet: it would need a
+/// listener of its own kind.
+fn sources(orders: &[pb::Source]) -> Vec<SourceRef> {
+    let mut sources: Vec<SourceRef> = Vec::new();
+    for order in orders {
+        if order.dial() == pb::source::Dial::Source {
+            tracing::debug!(
+                holder = order.holder,
+                "skipped a source that wants to dial this agent"
+            );
+        } else if let Some(known) = sources.iter_mut().find(|s| s.holder == order.holder) {
+            known.addrs.push(order.addr.clone());
+        } else {
+            sources.push(SourceRef {
+                holder: order.holder.clone(),
+                addrs: vec![order.addr.clone()],
+                grant: order.grant.to_vec(),
+                stripes: Vec::new(),
+            });
+        }
     }
-    Some(SourceRef {
-        holder: source.holder.clone(),
-        addr: source.addr.clone(),
-        grant: source.grant.to_vec(),
-    })
+    sources
 }
 
 fn table_of(checkpoint: &Checkpoint) -> Table {

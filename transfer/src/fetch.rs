@@ -64,9 +64,11 @@ pub struct FetchRules {
 pub struct SourceRef {
     /// For logs and reports: `trainer`, an engine id.
     pub holder: String,
-    /// `host:port`.
-    pub addr: String,
+    /// Where it can be reached (see `link`), best first.
+    pub addrs: Vec<String>,
     pub grant: Vec<u8>,
+    /// Stripes whose planned parent it is.
+    pub stripes: Vec<u32>,
 }
 
 #[derive(Clone)]
@@ -260,7 +262,7 @@ impl Fetcher {
             if request.cancel.is_cancelled() {
                 return Err(FetchError::Cancelled(version));
             }
-            let (holder, addr) = (source.holder.clone(), source.addr.clone());
+            let (holder, addr) = (source.holder.clone(), source.addrs.join(", "));
             let bytes = match self.ask_manifest(source) {
                 Ok(bytes) => bytes,
                 Err(error) => {
@@ -292,7 +294,7 @@ impl Fetcher {
             Message::Manifest { bytes, .. } => bytes,
             other => return Err(StreamError::from_reply(other)),
         };
-        self.shared.pool.put(&source.addr, session.link);
+        session.keep(&self.shared);
         Ok(bytes)
     }
 }

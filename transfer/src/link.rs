@@ -1,5 +1,104 @@
-//! Mechanisms that move the data plane's bytes between two processes.
+//! Mechanisms that move the data plane's bytes between two processes, behind one trait. A link is one
+//! stream; which link is dialled stands in the address. Links decide nothing.
+//!
+//! ```text
+//!   host:port                   tcp
+//!   tls://host:port#<sha256>    tcp in TLS; the certificate's digest is pinned
+//!   quic://host:port#<sha256>   a QUIC stream, pinned as well
+//!   file:/dir                   versions that a trainer exported to a shared file system
+//! ```
 
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::ops::Range;
+use std::time::Duration;
+
+use anabranch_proto::manifest::ChunkHash;
+
+use crate::shm::SharedMap;
+use crate::wire::{Message, WireError};
+
+pub(crate) mod frame;
 pub(crate) mod tcp;
 
-pub use tcp::LinkError;
+use tcp::TcpLink;
+
+/// One stream of the data plane, from either end. Blocking, with a deadline on every step: a call fails
+/// with [`LinkError::Stalled`] when no byte moves for the patience that was set.
+pub(crate) trait Link: Send {
+    /// Who is at the other end, for logs.
+    fn peer(&self) -> String;
+
+    /// Ends the waits of this link from another thread.
+    fn closer(&self) -> Result<Closer, LinkError>;
+
+    fn set_patience(&mut self, patience: Duration) -> Result<(), LinkError>;
+
+    fn send(&mut self, message: &Message) -> Result<(), LinkError>;
+
+    /// A message; after a `Chunk`, its bulk must be taken with `receive_chunk`.
+    fn receive(&mut self) -> Result<Message, LinkError>;
+
+    /// Takes the bulk of a chunk straight to its place, hashing it on the way.
+    fn receive_chunk(&mut self, map: &SharedMap, range: Range<u64>)
+    -> Result<ChunkHash, LinkError>;
+
+    /// The header, then the bytes of `file` in `range`.
+    fn send_chunk(
+        &mut self,
+        header: &Message,
+        file: &File,
+        range: Range<u64>,
+    ) -> Result<(), LinkError>;
+
+    /// True if the peer has neither closed it nor sent anything: it may be kept for later.
+    fn is_idle(&mut self) -> bool;
+}
+
+pub(crate) type Closer = Box<dyn Fn() + Send + Sync>;
+
+/// What can go wrong on a stream, from this side's view.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    #[error("cannot resolve `{addr}`: {error}")]
+    Resolve { addr: String, error: io::Error },
+    #[error("cannot connect to {addr} within {within:?}: {error}")]
+    Connect { addr: String, within: Duration, error: io::Error },
+    #[error("`{addr}` is no address of the data plane: {why}")]
+    Address { addr: String, why: String },
+    #[error("no byte moved for {0:?}")]
+    Stalled(Duration),
+    #[error("the peer closed the stream")]
+    Closed,
+    #[error("the stream broke: {0}")]
+    Broken(io::Error),
+    #[error("the peer broke the protocol: {0}")]
+    Wire(#[from] WireError),
+}
+
+/// Opens a stream to `addr` by the link that it names.
+pub(crate) fn dial(addr: &str, within: Duration) -> Result<Box<dyn Link>, LinkError> {
+    match addr.split_once(':') {
+        Some((scheme @ ("tls" | "quic" | "file" | "shm" | "rdma"), _)) => {
+            let why = format!("this build has no link `{scheme}`");
+            Err(LinkError::Address { addr: addr.to_owned(), why })
+        }
+        _ => Ok(Box::new(TcpLink::connect(addr, within)?)),
+    }
+}
+
+// === impl LinkError ===
+
+impl LinkError {
+    /// By what a read or write said; `patience` is the deadline that it ran under.
+    pub(crate) fn of(error: io::Error, patience: Duration) -> LinkError {
+        match error.kind() {
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => LinkError::Stalled(patience),
+            ErrorKind::UnexpectedEof
+            | ErrorKind::ConnectionReset
+            | ErrorKind::ConnectionAborted
+            | ErrorKind::BrokenPipe => LinkError::Closed,
+            _ => LinkError::Broken(error),
+        }
+    }
+}

@@ -7,7 +7,7 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -17,8 +17,8 @@ use anabranch_proto::version::{Root, Version};
 
 use crate::chunks::ChunkSet;
 use crate::holder::{Blob, Holder, Lease};
-use crate::link::LinkError;
 use crate::link::tcp::TcpLink;
+use crate::link::{Closer, Link, LinkError};
 use crate::wire::{BlobId, FailCode, MAX_WANTED, Message, PROTO};
 
 #[derive(Clone, Debug)]
@@ -34,7 +34,6 @@ pub struct ServeLimits {
 }
 
 /// A listening holder.
-#[derive(Debug)]
 pub struct Server {
     addr: SocketAddr,
     shared: Arc<Shared>,
@@ -51,7 +50,6 @@ pub enum ServeError {
     Thread(std::io::Error),
 }
 
-#[derive(Debug)]
 struct Shared {
     holder: Holder,
     limits: ServeLimits,
@@ -59,10 +57,10 @@ struct Shared {
     streams: Mutex<Streams>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Streams {
     next: u64,
-    open: BTreeMap<u64, TcpStream>,
+    open: BTreeMap<u64, Closer>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -126,8 +124,8 @@ impl Drop for Server {
             let mut streams = self.shared.lock();
             (std::mem::take(&mut streams.open), std::mem::take(&mut streams.threads))
         };
-        for stream in open.values() {
-            stream.shutdown(Shutdown::Both).ok();
+        for close in open.values() {
+            close();
         }
         for thread in threads {
             thread.join().ok();
@@ -164,18 +162,19 @@ fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
             return;
         }
         match stream.and_then(TcpLink::over) {
-            Ok(link) => start_stream(shared, link),
+            Ok(link) => serve_link(shared, Box::new(link)),
             // Out of descriptors, or gone again before it was accepted: others must still be served.
             Err(error) => tracing::warn!(%error, "could not accept a data stream"),
         }
     }
 }
 
-fn start_stream(shared: &Arc<Shared>, mut link: TcpLink) {
+/// Serves a stream that was accepted, on a thread of its own.
+fn serve_link(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
     let mut streams = shared.lock();
     streams.threads.retain(|t| !t.is_finished());
     let open = streams.open.len();
-    let Some(handle) = link.handle().ok().filter(|_| open < shared.limits.streams) else {
+    let Some(handle) = link.closer().ok().filter(|_| open < shared.limits.streams) else {
         drop(streams);
         let text = format!("{open} streams are open here already");
         link.set_patience(Duration::from_secs(1)).ok();
@@ -198,9 +197,9 @@ fn start_stream(shared: &Arc<Shared>, mut link: TcpLink) {
     }
 }
 
-fn stream_task(shared: &Shared, id: u64, mut link: TcpLink) {
+fn stream_task(shared: &Shared, id: u64, mut link: Box<dyn Link>) {
     let peer = link.peer();
-    match serve_stream(shared, &mut link) {
+    match serve_stream(shared, &mut *link) {
         Ok(()) | Err(StreamEnd::Link(LinkError::Closed)) => {}
         Err(StreamEnd::Refused { code, text }) => {
             tracing::warn!(%peer, ?code, text, "refused a data stream");
@@ -217,7 +216,7 @@ struct Bound {
     base: Root,
 }
 
-fn serve_stream(shared: &Shared, link: &mut TcpLink) -> Result<(), StreamEnd> {
+fn serve_stream(shared: &Shared, link: &mut dyn Link) -> Result<(), StreamEnd> {
     let mut bound: Option<Bound> = None;
     link.set_patience(shared.limits.progress)?;
     loop {
@@ -252,7 +251,7 @@ fn serve_stream(shared: &Shared, link: &mut TcpLink) -> Result<(), StreamEnd> {
 
 fn greet(
     shared: &Shared,
-    link: &mut TcpLink,
+    link: &mut dyn Link,
     proto: u16,
     base: Root,
     grant: &[u8],
@@ -276,7 +275,7 @@ fn greet(
 
 fn send_chunks(
     shared: &Shared,
-    link: &mut TcpLink,
+    link: &mut dyn Link,
     bound: &Bound,
     id: BlobId,
     first: u32,
@@ -320,7 +319,7 @@ fn await_chunk(shared: &Shared, bound: &Bound, blob: &Blob, index: u32) -> Resul
 }
 
 /// Tells what arrives here until all is here; an empty `Have` per second shows that we live.
-fn send_haves(shared: &Shared, link: &mut TcpLink, bound: &Bound) -> Result<(), StreamEnd> {
+fn send_haves(shared: &Shared, link: &mut dyn Link, bound: &Bound) -> Result<(), StreamEnd> {
     let blob = bound.blob(BlobId::Image)?;
     let mut told = ChunkSet::empty(blob.manifest.chunk_count());
     while !shared.closing() {

@@ -80,7 +80,7 @@ fn find(
             let worth =
                 session.delta_bytes > 0 && (session.delta_bytes as f64) < WORTH * missing as f64;
             let manifest = if worth { ask(&mut session)? } else { None };
-            shared.pool.put(&source.addr, session.link);
+            session.keep(shared);
             Ok(manifest)
         });
         match asked {

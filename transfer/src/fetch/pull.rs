@@ -2,7 +2,6 @@
 //! the slot and reports what came.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -14,6 +13,7 @@ use super::{
     FetchError, FetchProgress, FetchReport, FetchRequest, Session, Shared, SourceRef, StreamError,
     Tried,
 };
+use crate::link::Closer;
 use crate::queue::{Assign, ChunkQueue, SourceId, StreamId, Take};
 use crate::staging::StageError;
 use crate::wire::{BlobId, FailCode, Message};
@@ -49,7 +49,7 @@ struct Pull {
 struct State {
     queue: ChunkQueue,
     /// For closing a stream from outside: cancel, rescue, the end.
-    handles: BTreeMap<usize, TcpStream>,
+    handles: BTreeMap<usize, Closer>,
     next_handle: usize,
     of_stream: BTreeMap<StreamId, usize>,
     verified_bytes: u64,
@@ -159,7 +159,7 @@ impl Pull {
         for (key, handle) in &state.handles {
             let is_stream = state.of_stream.values().any(|k| k == key);
             if !(complete && is_stream) {
-                handle.shutdown(Shutdown::Both).ok();
+                handle();
             }
         }
         let bytes = state.verified_bytes;
@@ -231,7 +231,7 @@ impl Pull {
             BlobId::Image => session.complete,
             BlobId::Delta if session.delta_bytes == self.job.manifest.image_bytes => true,
             BlobId::Delta => {
-                self.shared.pool.put(&at.addr, session.link);
+                session.keep(&self.shared);
                 let text = "it has no such delta".to_owned();
                 return Err(StreamError::Refused { code: FailCode::UnknownVersion, text });
             }
@@ -241,18 +241,18 @@ impl Pull {
         let ended = self.exchange(id, source, &mut session);
         self.unregister(handle);
         if matches!(ended, Ok(StreamEnd::Done)) {
-            self.shared.pool.put(&at.addr, session.link);
+            session.keep(&self.shared);
         }
         ended
     }
 
     fn register(&self, session: &Session, id: Option<StreamId>) -> Result<usize, StreamError> {
-        let handle = session.link.handle().map_err(crate::link::LinkError::Broken)?;
+        let handle = session.link.closer()?;
         let mut state = self.lock();
         let key = state.next_handle;
         state.next_handle += 1;
         if !matches!(state.outcome, Outcome::Running) {
-            handle.shutdown(Shutdown::Both).ok();
+            handle();
         }
         state.handles.insert(key, handle);
         if let Some(id) = id {
@@ -320,7 +320,7 @@ impl Pull {
                     if let Some(handle) =
                         state.of_stream.get(&slow).and_then(|key| state.handles.get(key))
                     {
-                        handle.shutdown(Shutdown::Both).ok();
+                        handle();
                     }
                 }
                 Take::Wait => {}
@@ -433,7 +433,7 @@ impl Pull {
     fn tried(&self, state: &State) -> Vec<Tried> {
         let one = |(ix, s): (usize, &SourceRef)| Tried {
             holder: s.holder.clone(),
-            addr: s.addr.clone(),
+            addr: s.addrs.join(", "),
             why: state.failures.get(&ix).cloned().unwrap_or_else(|| "it had no more".to_owned()),
         };
         self.request.sources.iter().enumerate().map(one).collect()

@@ -78,7 +78,8 @@ pub fn grant(version: Version, receiver: &str) -> Vec<u8> {
 }
 
 pub fn source(holder: &str, addr: &str, version: Version) -> SourceRef {
-    SourceRef { holder: holder.into(), addr: addr.into(), grant: grant(version, "engine-1") }
+    let (addrs, grant) = (vec![addr.into()], grant(version, "engine-1"));
+    SourceRef { holder: holder.into(), addrs, grant, stripes: Vec::new() }
 }
 
 pub fn from(publisher: &Publisher, version: Version) -> SourceRef {
