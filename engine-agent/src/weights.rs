@@ -177,6 +177,7 @@ impl Weights {
             version: order.version,
             sources: sources(&order.sources),
             streams: STREAMS,
+            stripe_count: 0,
             baseline: baseline.map(|table| {
                 let tensors = table.into_iter().map(|(name, (dtype, shape))| (name, dtype, shape));
                 Arc::new(Baseline::from_tensors(tensors))

@@ -55,6 +55,8 @@ pub struct FetchRules {
     pub strikes: u32,
     /// An idle stream takes over from one that verified nothing for so long.
     pub rescue_after: Duration,
+    /// A stripe that got nothing for so long from a parent that is alive goes to the next source.
+    pub stuck_after: Duration,
     /// How long to wait for an engine to let go of the slot.
     pub slot_wait: Duration,
 }
@@ -78,6 +80,8 @@ pub struct FetchRequest {
     pub sources: Vec<SourceRef>,
     /// Streams in total, at least one per source.
     pub streams: usize,
+    /// Chunk i belongs to stripe i modulo this; 0: no plan, any source is as good.
+    pub stripe_count: u32,
     /// The engine's tensors: anything else is refused before a byte is staged.
     pub baseline: Option<Arc<Baseline>>,
     /// Called about ten times a second from a transfer thread; must not block.
@@ -330,6 +334,7 @@ impl Default for FetchRules {
             window: 8,
             strikes: 3,
             rescue_after: Duration::from_secs(1),
+            stuck_after: Duration::from_secs(20),
             slot_wait: Duration::from_secs(10),
         }
     }
@@ -338,7 +343,12 @@ impl Default for FetchRules {
 impl FetchRules {
     fn queue(&self) -> QueueRules {
         let rest = Duration::from_millis(100);
-        QueueRules { strikes: self.strikes, rest, rescue_after: self.rescue_after }
+        QueueRules {
+            strikes: self.strikes,
+            rest,
+            rescue_after: self.rescue_after,
+            stuck_after: self.stuck_after,
+        }
     }
 }
 
@@ -376,13 +386,18 @@ impl StreamError {
         }
     }
 
+    /// The source is well, but has not begun with what was asked.
+    fn is_early(&self) -> bool {
+        matches!(self, StreamError::Refused { code: FailCode::NotYet, .. })
+    }
+
     /// Asking this source again for this version is useless.
     fn is_final(&self) -> bool {
         match self {
             StreamError::Refused { code, .. } => match code {
                 FailCode::Grant | FailCode::UnknownVersion => true,
                 FailCode::Revoked | FailCode::Protocol => true,
-                FailCode::NotHeld | FailCode::Busy => false,
+                FailCode::NotHeld | FailCode::Busy | FailCode::NotYet => false,
             },
             StreamError::Link(_) | StreamError::Unexpected(_) => false,
         }

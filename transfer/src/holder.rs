@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anabranch_proto::grant::{Grant, GrantError, Role, ServeKey};
@@ -59,6 +59,7 @@ pub struct Holder {
 struct Shared {
     job: String,
     state: Mutex<State>,
+    offered: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -83,6 +84,8 @@ pub enum Refusal {
     Grant(#[from] GrantError),
     #[error("{asked} is not held here (held: {held})")]
     Unknown { asked: Version, held: String },
+    #[error("{asked} has not begun to arrive here (held: {held})")]
+    NotYet { asked: Version, held: String },
     #[error("{asked} has root {asked_root}, the {held} held here has root {held_root}", asked_root = .asked.root, held_root = .held.root)]
     OtherRoot { asked: Version, held: Version },
     #[error("this holder has no key from a manager yet")]
@@ -95,7 +98,8 @@ impl Holder {
     /// An empty `job` honours the grants of any: of a manager that had none yet when it gave its key, which
     /// alone then says who may read.
     pub fn new(job: &str) -> Holder {
-        Holder { shared: Arc::new(Shared { job: job.to_owned(), state: Mutex::default() }) }
+        let (job, state) = (job.to_owned(), Mutex::default());
+        Holder { shared: Arc::new(Shared { job, state, offered: Condvar::new() }) }
     }
 
     /// Grants made with `key` are honoured from now on; those of the key before remain valid.
@@ -112,6 +116,7 @@ impl Holder {
     pub(crate) fn offer(&self, held: Arc<Held>) {
         let at = (held.version.epoch, held.version.number);
         self.lock().versions.insert(at, held);
+        self.shared.offered.notify_all();
     }
 
     /// Lends `version` no more. Streams bound to it end at their next chunk once its memory is reused.
@@ -142,12 +147,37 @@ impl Holder {
         found.filter(|h| h.version.root == version.root)
     }
 
+    /// As [`Holder::admit`]; a version that may still come is waited for.
+    pub(crate) fn admit_in_time(&self, grant: &[u8], patience: Duration) -> Result<Lease, Refusal> {
+        let until = Instant::now() + patience;
+        let mut state = self.lock();
+        loop {
+            let now = Instant::now();
+            match state.admit(&self.shared.job, grant, now) {
+                Err(Refusal::NotYet { .. }) if now < until => {}
+                other => return other,
+            }
+            let waited = self.shared.offered.wait_timeout(state, until - now);
+            state = waited.expect("no holder of the state's lock panics").0;
+        }
+    }
+
     /// Lets the bearer of `grant` read the version that it names.
     pub fn admit(&self, grant: &[u8], now: Instant) -> Result<Lease, Refusal> {
-        let mut state = self.lock();
+        self.lock().admit(&self.shared.job, grant, now)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().expect("no holder of the state's lock panics")
+    }
+}
+
+impl State {
+    fn admit(&mut self, job: &str, grant: &[u8], now: Instant) -> Result<Lease, Refusal> {
+        let state = self;
         let granted = state.verify(grant)?;
-        if !self.shared.job.is_empty() && granted.job != self.shared.job {
-            let serves = self.shared.job.clone();
+        if !job.is_empty() && granted.job != job {
+            let serves = job.to_owned();
             return Err(GrantError::Job { granted: granted.job, serves }.into());
         }
         if granted.role != Role::Fetch {
@@ -155,9 +185,16 @@ impl Holder {
         }
         let at = (granted.version.epoch, granted.version.number);
         let Some(held) = state.versions.get(&at).cloned() else {
+            let asked = granted.version;
             let held: Vec<String> =
                 state.versions.values().map(|h| h.version.to_string()).collect();
-            return Err(Refusal::Unknown { asked: granted.version, held: held.join(", ") });
+            let held = held.join(", ");
+            let is_past = state.versions.keys().any(|newer| *newer > at);
+            return Err(if is_past {
+                Refusal::Unknown { asked, held }
+            } else {
+                Refusal::NotYet { asked, held }
+            });
         };
         if granted.version.root != held.version.root {
             return Err(Refusal::OtherRoot { asked: granted.version, held: held.version });
@@ -175,12 +212,6 @@ impl Holder {
         Ok(Lease { held, receiver: granted.receiver })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.shared.state.lock().expect("no holder of the state's lock panics")
-    }
-}
-
-impl State {
     fn verify(&self, grant: &[u8]) -> Result<Grant, Refusal> {
         let mut outcome = Err(Refusal::NoKey);
         for key in self.keys.iter().rev() {
@@ -200,6 +231,7 @@ impl Refusal {
         match self {
             Refusal::Grant(_) | Refusal::NoKey => FailCode::Grant,
             Refusal::Unknown { .. } | Refusal::OtherRoot { .. } => FailCode::UnknownVersion,
+            Refusal::NotYet { .. } => FailCode::NotYet,
         }
     }
 }

@@ -17,6 +17,7 @@ pub mod checkpoint;
 pub mod chunks;
 pub mod delta;
 pub mod layout;
+pub mod queue;
 pub mod wire;
 
 mod arena;
@@ -25,7 +26,6 @@ mod holder;
 mod link;
 mod maps;
 mod publish;
-mod queue;
 mod serve;
 mod shm;
 mod staging;

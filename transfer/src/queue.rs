@@ -2,11 +2,15 @@
 //! take work as they are free, so a slow one does not set the finish time; chunks of a lost stream go
 //! back; a stream that holds up the end is told to let go.
 //!
+//! With a plan, chunk i belongs to stripe i mod S and one source is in charge of each stripe: its planned
+//! parent, or, while that one is not live or stuck, the next source of the list.
+//!
 //! ```text
 //!   chunk:   Missing ── take ──► Taken{stream} ── verified ──► Held
 //!            Taken ── bad hash, stream lost ──► Missing
-//!   source:  Live ── failed ──► Resting{until} ── until ──► Live
+//!   source:  Live ── failed, not ready ──► Resting{until} ── until ──► Live
 //!            Live, Resting ── refused, or failed too often without a chunk ──► Dropped{why}
+//!   stripe:  Planned parent ── not live, or stuck ──► next of the list ── parent is well again ──► Planned
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,27 +19,41 @@ use std::time::{Duration, Instant};
 
 use crate::chunks::ChunkSet;
 
-pub(crate) type StreamId = usize;
-pub(crate) type SourceId = usize;
+pub type StreamId = usize;
+/// Place in the list of sources that the queue was made for.
+pub type SourceId = usize;
 
 #[derive(Clone, Debug)]
-pub(crate) struct QueueRules {
+pub struct QueueRules {
     /// Failures in a row, without a verified chunk between them, after which a source is dropped.
-    pub(crate) strikes: u32,
+    pub strikes: u32,
     /// How long a failed source rests; doubles with each failure in a row.
-    pub(crate) rest: Duration,
-    /// An idle stream takes over from one that verified nothing for so long.
-    pub(crate) rescue_after: Duration,
+    pub rest: Duration,
+    /// An idle stream takes over from one of another source that verified nothing for so long.
+    pub rescue_after: Duration,
+    /// A stripe that got nothing for so long, from a source that is otherwise well, goes to the next one.
+    pub stuck_after: Duration,
+}
+
+/// The planned parents of the stripes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StripePlan {
+    /// 0: no plan, any source is as good.
+    pub stripe_count: u32,
+    /// By source: the stripes that it is the planned parent of.
+    pub stripes: Vec<Vec<u32>>,
 }
 
 #[derive(Debug)]
-pub(crate) struct ChunkQueue {
+pub struct ChunkQueue {
     rules: QueueRules,
     chunks: u32,
     missing: ChunkSet,
     taken: BTreeMap<u32, StreamId>,
     streams: BTreeMap<StreamId, Stream>,
     sources: Vec<Source>,
+    /// Empty without a plan.
+    stripes: Vec<Stripe>,
     /// Chunks that came wrong from a source: asked from another one while there is one.
     wrong: BTreeSet<(u32, SourceId)>,
     stats: QueueStats,
@@ -66,6 +84,18 @@ struct Source {
     strikes: u32,
 }
 
+#[derive(Debug)]
+struct Stripe {
+    planned: Option<SourceId>,
+    charge: Option<SourceId>,
+    /// Chunks of it that are not verified.
+    left: u32,
+    /// When it last got a chunk, or another source.
+    moved: Instant,
+    /// Sources that were stuck with it, and when they may have another try.
+    stuck: BTreeMap<SourceId, Instant>,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum SourceState {
     Live,
@@ -74,9 +104,9 @@ enum SourceState {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Assign {
+pub enum Assign {
     To(SourceId),
-    /// All sources rest until then.
+    /// No source is of use before then.
     Wait(Instant),
     /// Every source is dropped.
     None,
@@ -84,12 +114,14 @@ pub(crate) enum Assign {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Take {
+pub enum Take {
     Chunk(u32),
     /// Nothing for this source now.
     Wait,
     /// That stream holds up the end: close it, its chunks come back.
     Rescue(StreamId),
+    /// This source is in charge of nothing any more: be assigned anew.
+    Leave,
     Done,
 }
 
@@ -107,14 +139,32 @@ impl QueueStats {
 // === impl ChunkQueue ===
 
 impl ChunkQueue {
-    pub(crate) fn new(rules: QueueRules, held: &ChunkSet, sources: usize) -> ChunkQueue {
+    /// For `sources` sources, best first.
+    pub fn new(
+        rules: QueueRules,
+        held: &ChunkSet,
+        sources: usize,
+        plan: &StripePlan,
+        now: Instant,
+    ) -> ChunkQueue {
         let mut missing = ChunkSet::full(held.len());
         for index in held.iter() {
             missing.remove(index);
         }
         let source =
             || Source { has: ChunkSet::empty(held.len()), state: SourceState::Live, strikes: 0 };
+        let mut stripes: Vec<Stripe> = (0..plan.stripe_count.min(held.len()))
+            .map(|stripe| {
+                let has = |s: &Vec<u32>| s.contains(&stripe);
+                let planned = plan.stripes.iter().take(sources).position(has);
+                Stripe { planned, charge: planned, left: 0, moved: now, stuck: BTreeMap::new() }
+            })
+            .collect();
+        if let count @ 1.. = stripes.len() {
+            missing.iter().for_each(|index| stripes[index as usize % count].left += 1);
+        }
         ChunkQueue {
+            stripes,
             rules,
             chunks: held.len(),
             missing,
@@ -126,55 +176,91 @@ impl ChunkQueue {
         }
     }
 
-    pub(crate) fn is_done(&self) -> bool {
+    pub fn is_done(&self) -> bool {
         self.missing.is_empty() && self.taken.is_empty()
     }
 
-    pub(crate) fn stats(&self) -> QueueStats {
+    pub fn stats(&self) -> QueueStats {
         self.stats
     }
 
     /// The source with the fewest streams for its share; the stream is bound to it from here on.
-    pub(crate) fn assign(&mut self, stream: StreamId, now: Instant) -> Assign {
+    pub fn assign(&mut self, stream: StreamId, now: Instant) -> Assign {
         if self.is_done() {
             return Assign::Done;
         }
-        for source in &mut self.sources {
-            if matches!(source.state, SourceState::Resting { until } if until <= now) {
-                source.state = SourceState::Live;
-            }
-        }
+        self.review(now);
         let load = |ix: SourceId| self.streams.values().filter(|s| s.source == ix).count();
-        let live =
-            (0..self.sources.len()).filter(|&ix| self.sources[ix].state == SourceState::Live);
-        if let Some(source) = live.min_by_key(|&ix| (load(ix), self.sources[ix].strikes, ix)) {
-            // Streams start at different places, so that receivers differ in what they hold early.
-            let cursor = (u64::from(self.chunks) * (stream as u64 * 5 % 16) / 16) as u32;
+        let of_use = (0..self.sources.len())
+            .filter(|&ix| self.sources[ix].state == SourceState::Live && self.share(ix) > 0);
+        let best =
+            of_use.min_by_key(|&ix| (load(ix) * 64 / self.share(ix), self.sources[ix].strikes, ix));
+        if let Some(source) = best {
+            // Without a plan, streams start at different places, so that receivers differ in what they
+            // hold early.
+            let place = if self.stripes.is_empty() { stream as u64 * 5 % 16 } else { 0 };
+            let cursor = (u64::from(self.chunks) * place / 16) as u32;
             self.streams.insert(stream, Stream { source, moved: now, cursor });
             return Assign::To(source);
         }
         let rest = self.sources.iter().filter_map(|s| match s.state {
             SourceState::Resting { until } => Some(until),
-            SourceState::Live | SourceState::Dropped { .. } => None,
+            SourceState::Live => Some(now + self.rules.rest),
+            SourceState::Dropped { .. } => None,
         });
         rest.min().map_or(Assign::None, Assign::Wait)
     }
 
+    /// Stripes with work left that the source is in charge of; without a plan, 1.
+    fn share(&self, source: SourceId) -> usize {
+        if self.stripes.is_empty() {
+            return 1;
+        }
+        self.stripes.iter().filter(|s| s.left > 0 && s.charge == Some(source)).count()
+    }
+
+    /// Ends rests that are over, and gives each stripe the best source there is for it now.
+    fn review(&mut self, now: Instant) {
+        for source in &mut self.sources {
+            if matches!(source.state, SourceState::Resting { until } if until <= now) {
+                source.state = SourceState::Live;
+            }
+        }
+        let (rules, sources) = (&self.rules, &self.sources);
+        for stripe in self.stripes.iter_mut().filter(|s| s.left > 0) {
+            stripe.stuck.retain(|_, until| *until > now);
+            if let Some(source) = stripe.charge
+                && now.saturating_duration_since(stripe.moved) >= rules.stuck_after
+            {
+                stripe.stuck.insert(source, now + 2 * rules.stuck_after);
+            }
+            let live = |ix: &SourceId| sources[*ix].state == SourceState::Live;
+            let in_order = || stripe.planned.into_iter().chain(0..sources.len()).filter(live);
+            let well = in_order().find(|ix| !stripe.stuck.contains_key(ix));
+            // Where all are stuck, the one that was so longest ago.
+            let charge = well.or_else(|| in_order().min_by_key(|ix| stripe.stuck.get(ix)));
+            if charge.is_some() && charge != stripe.charge {
+                (stripe.charge, stripe.moved) = (charge, now);
+            }
+        }
+    }
+
     /// The source said what it has.
-    pub(crate) fn learned(&mut self, source: SourceId, ranges: &[Range<u32>]) {
+    pub fn learned(&mut self, source: SourceId, ranges: &[Range<u32>]) {
         for range in ranges {
             self.sources[source].has.insert_range(range.clone());
         }
     }
 
-    pub(crate) fn learned_all(&mut self, source: SourceId) {
+    pub fn learned_all(&mut self, source: SourceId) {
         self.sources[source].has = ChunkSet::full(self.chunks);
     }
 
-    pub(crate) fn take(&mut self, stream: StreamId, now: Instant) -> Take {
+    pub fn take(&mut self, stream: StreamId, now: Instant) -> Take {
         if self.is_done() {
             return Take::Done;
         }
+        self.review(now);
         let Some(Stream { source, cursor, .. }) = self.streams.get(&stream) else {
             return Take::Wait;
         };
@@ -190,6 +276,9 @@ impl ChunkQueue {
         if self.taken.values().any(|owner| *owner == stream) {
             return Take::Wait;
         }
+        if self.share(source) == 0 {
+            return Take::Leave;
+        }
         match self.slow_stream(source, now) {
             Some(slow) => {
                 self.stats.rescues += 1;
@@ -202,10 +291,24 @@ impl ChunkQueue {
     fn pick(&self, source: SourceId, cursor: u32) -> Option<u32> {
         let has = &self.sources[source].has;
         let first = self.missing.first_common(has, cursor)?;
-        if self.wrong.is_empty() || !self.avoids(first, source) {
-            return Some(first);
+        let mut at = first;
+        loop {
+            if self.is_in_charge(source, at) && !self.avoids(at, source) {
+                return Some(at);
+            }
+            let next = if at + 1 < self.chunks { at + 1 } else { 0 };
+            at = self.missing.first_common(has, next)?;
+            if at == first {
+                return None;
+            }
         }
-        self.missing.iter().find(|&ix| has.contains(ix) && !self.avoids(ix, source))
+    }
+
+    fn is_in_charge(&self, source: SourceId, index: u32) -> bool {
+        match self.stripes.len() {
+            0 => true,
+            count => self.stripes[index as usize % count].charge == Some(source),
+        }
     }
 
     /// Whether the chunk came wrong from this source, and another one can be asked.
@@ -217,18 +320,20 @@ impl ChunkQueue {
             })
     }
 
-    /// A stream that verified nothing for long and holds a chunk that `source` has.
+    /// A stream of another source that verified nothing for long and holds a chunk that `source` has and
+    /// may give.
     fn slow_stream(&self, source: SourceId, now: Instant) -> Option<StreamId> {
         let has = &self.sources[source].has;
         let slow = |id: &StreamId| {
-            let moved = self.streams.get(id).map(|s| s.moved);
-            moved.is_some_and(|m| now.saturating_duration_since(m) >= self.rules.rescue_after)
+            let other = self.streams.get(id).filter(|s| s.source != source);
+            other.is_some_and(|s| now.saturating_duration_since(s.moved) >= self.rules.rescue_after)
         };
-        self.taken.iter().find(|(ix, id)| has.contains(**ix) && slow(id)).map(|(_, id)| *id)
+        let ours = |ix: u32| has.contains(ix) && self.is_in_charge(source, ix);
+        self.taken.iter().find(|(ix, id)| ours(**ix) && slow(id)).map(|(_, id)| *id)
     }
 
     /// True if it was this stream's to verify.
-    pub(crate) fn verified(&mut self, stream: StreamId, index: u32, now: Instant) -> bool {
+    pub fn verified(&mut self, stream: StreamId, index: u32, now: Instant) -> bool {
         if self.taken.get(&index) != Some(&stream) {
             return false;
         }
@@ -237,11 +342,16 @@ impl ChunkQueue {
             s.moved = now;
             self.sources[s.source].strikes = 0;
         }
+        if let count @ 1.. = self.stripes.len() {
+            let stripe = &mut self.stripes[index as usize % count];
+            stripe.left -= 1;
+            stripe.moved = now;
+        }
         true
     }
 
     /// The chunk's hash was wrong. Too many of them drop the source.
-    pub(crate) fn bad(&mut self, stream: StreamId, index: u32, now: Instant) {
+    pub fn bad(&mut self, stream: StreamId, index: u32, now: Instant) {
         self.stats.bad_chunks += 1;
         if self.taken.get(&index) == Some(&stream) {
             self.taken.remove(&index);
@@ -254,7 +364,7 @@ impl ChunkQueue {
     }
 
     /// The stream broke: its chunks go back, its source rests or is dropped.
-    pub(crate) fn lost(&mut self, stream: StreamId, now: Instant, why: &str, refused: bool) {
+    pub fn lost(&mut self, stream: StreamId, now: Instant, why: &str, refused: bool) {
         let Some(source) = self.release(stream) else { return };
         self.stats.lost_streams += 1;
         if refused {
@@ -264,8 +374,25 @@ impl ChunkQueue {
         }
     }
 
+    /// The source cannot say any more what it has.
+    pub fn unheard(&mut self, source: SourceId, now: Instant, why: &str) {
+        if self.sources[source].state == SourceState::Live {
+            self.strike(source, now, why);
+        }
+    }
+
+    /// The source has not begun with the version yet: asked again later, without blame.
+    pub fn not_ready(&mut self, stream: StreamId, now: Instant) {
+        if let Some(source) = self.release(stream)
+            && self.sources[source].state == SourceState::Live
+        {
+            let until = now + 2 * self.rules.rest;
+            self.sources[source].state = SourceState::Resting { until };
+        }
+    }
+
     /// The stream ended without blame: done, or told to let go.
-    pub(crate) fn release(&mut self, stream: StreamId) -> Option<SourceId> {
+    pub fn release(&mut self, stream: StreamId) -> Option<SourceId> {
         let gone = self.streams.remove(&stream)?;
         let back: Vec<u32> =
             self.taken.iter().filter(|(_, s)| **s == stream).map(|(ix, _)| *ix).collect();
@@ -289,12 +416,12 @@ impl ChunkQueue {
     }
 
     /// Whether streams bound to the source should leave it.
-    pub(crate) fn is_dropped(&self, source: SourceId) -> bool {
+    pub fn is_dropped(&self, source: SourceId) -> bool {
         matches!(self.sources[source].state, SourceState::Dropped { .. })
     }
 
     /// Why each dropped source was dropped.
-    pub(crate) fn dropped(&self) -> Vec<(SourceId, String)> {
+    pub fn dropped(&self) -> Vec<(SourceId, String)> {
         let why = |(ix, s): (SourceId, &Source)| match &s.state {
             SourceState::Dropped { why } => Some((ix, why.clone())),
             SourceState::Live | SourceState::Resting { .. } => None,

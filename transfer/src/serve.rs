@@ -31,6 +31,9 @@ pub struct ServeLimits {
     pub progress: Duration,
     /// A wanted chunk that does not arrive here in this time is answered with `NotHeld`.
     pub chunk_wait: Duration,
+    /// A version that is granted and does not begin to arrive here in this time is answered with
+    /// `NotYet`. Less than what receivers wait for an answer.
+    pub version_wait: Duration,
 }
 
 /// A listening holder.
@@ -140,6 +143,7 @@ impl Default for ServeLimits {
             idle: Duration::from_secs(600),
             progress: Duration::from_secs(30),
             chunk_wait: Duration::from_secs(10),
+            version_wait: Duration::from_secs(3),
         }
     }
 }
@@ -240,7 +244,7 @@ fn serve_stream(shared: &Shared, link: &mut dyn Link) -> Result<(), StreamEnd> {
             (Message::Want { blob, first, count }, Some(bound)) => {
                 send_chunks(shared, link, bound, blob, first, count)?;
             }
-            (Message::WatchHave, Some(bound)) => send_haves(shared, link, bound)?,
+            (Message::WatchHave { blob }, Some(bound)) => send_haves(shared, link, bound, blob)?,
             (message, _) => {
                 let text = format!("{message:?} is not a request, or no Hi came before it");
                 return Err(StreamEnd::Refused { code: FailCode::Protocol, text: clip(text) });
@@ -260,7 +264,7 @@ fn greet(
         let text = format!("the receiver speaks data protocol {proto}, this source {PROTO}");
         return Err(StreamEnd::Refused { code: FailCode::Protocol, text });
     }
-    let admitted = shared.holder.admit(grant, Instant::now());
+    let admitted = shared.holder.admit_in_time(grant, shared.limits.version_wait);
     let lease = admitted.map_err(|refusal| {
         let (code, text) = (refusal.code(), refusal.to_string());
         StreamEnd::Refused { code, text }
@@ -268,8 +272,9 @@ fn greet(
     let bound = Bound { lease, base };
     let complete = bound.blob(BlobId::Image)?.ledger.is_full();
     let delta = bound.lease.held().blob(BlobId::Delta, base);
+    let delta_complete = delta.as_ref().is_some_and(|d| d.ledger.is_full());
     let delta_bytes = delta.map_or(0, |d| d.manifest.image_bytes);
-    link.send(&Message::Welcome { complete, delta_bytes })?;
+    link.send(&Message::Welcome { complete, delta_complete, delta_bytes })?;
     Ok(bound)
 }
 
@@ -319,8 +324,13 @@ fn await_chunk(shared: &Shared, bound: &Bound, blob: &Blob, index: u32) -> Resul
 }
 
 /// Tells what arrives here until all is here; an empty `Have` per second shows that we live.
-fn send_haves(shared: &Shared, link: &mut dyn Link, bound: &Bound) -> Result<(), StreamEnd> {
-    let blob = bound.blob(BlobId::Image)?;
+fn send_haves(
+    shared: &Shared,
+    link: &mut dyn Link,
+    bound: &Bound,
+    id: BlobId,
+) -> Result<(), StreamEnd> {
+    let blob = bound.blob(id)?;
     let mut told = ChunkSet::empty(blob.manifest.chunk_count());
     while !shared.closing() {
         bound.check(&blob)?;

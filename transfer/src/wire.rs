@@ -4,7 +4,7 @@
 //! ```text
 //! 0 magic "ABD1"   4 kind u8   5 blob u8   6 code u16   8 len u32   12 first u32   16 count u32   20 zero
 //!
-//! receiver -> source   Hi{proto, base, grant}  WantManifest{blob}  Want{blob, first, count}  WatchHave
+//! receiver -> source   Hi{proto, base, grant}  WantManifest{blob}  Want{blob, first, count}  WatchHave{blob}
 //! source -> receiver   Welcome{complete, delta}  Manifest{blob}  Chunk{blob, index}  Have{ranges}
 //!                      Fail{code, text}
 //! ```
@@ -47,9 +47,11 @@ pub enum Message {
         base: Root,
         grant: Vec<u8>,
     },
-    /// `complete`: all chunks are here. `delta_bytes`: size of a delta from the base, 0 for none.
+    /// `complete`: all chunks of the image are here. `delta_bytes`: size of a delta from the base, 0 for
+    /// none.
     Welcome {
         complete: bool,
+        delta_complete: bool,
         delta_bytes: u64,
     },
     WantManifest {
@@ -65,7 +67,9 @@ pub enum Message {
         count: u32,
     },
     /// From now on the source sends `Have` as it gets chunks; the stream carries nothing else.
-    WatchHave,
+    WatchHave {
+        blob: BlobId,
+    },
     Have {
         ranges: Vec<Range<u32>>,
     },
@@ -97,6 +101,8 @@ pub enum FailCode {
     Protocol = 5,
     /// Too many streams.
     Busy = 6,
+    /// This holder has not begun with the version.
+    NotYet = 7,
 }
 
 /// What a header announces: the kind, and how many bytes of body to read before `finish`.
@@ -151,8 +157,8 @@ impl Message {
                 out.extend_from_slice(grant);
                 Kind::Hi
             }
-            Message::Welcome { complete, delta_bytes } => {
-                code = u16::from(*complete);
+            Message::Welcome { complete, delta_complete, delta_bytes } => {
+                code = u16::from(*complete) | u16::from(*delta_complete) << 1;
                 out.extend_from_slice(&delta_bytes.to_le_bytes());
                 Kind::Welcome
             }
@@ -169,7 +175,10 @@ impl Message {
                 (blob, first, count) = (*b, *f, *c);
                 Kind::Want
             }
-            Message::WatchHave => Kind::WatchHave,
+            Message::WatchHave { blob: b } => {
+                blob = *b;
+                Kind::WatchHave
+            }
             Message::Have { ranges } => {
                 for r in ranges {
                     out.extend_from_slice(&r.start.to_le_bytes());
@@ -254,7 +263,8 @@ impl Header {
             }
             Kind::Welcome => {
                 let delta_bytes = u64::from_le_bytes(body.try_into().map_err(|_| malformed())?);
-                Message::Welcome { complete: self.code == 1, delta_bytes }
+                let [complete, delta_complete] = [self.code & 1 == 1, self.code & 2 == 2];
+                Message::Welcome { complete, delta_complete, delta_bytes }
             }
             Kind::WantManifest => Message::WantManifest { blob },
             Kind::Manifest => Message::Manifest { blob, bytes: body.to_vec() },
@@ -262,7 +272,7 @@ impl Header {
                 Message::Want { blob, first: self.first, count: self.count }
             }
             Kind::Want => return Err(malformed()),
-            Kind::WatchHave => Message::WatchHave,
+            Kind::WatchHave => Message::WatchHave { blob },
             Kind::Have => Message::Have { ranges: ranges(body).ok_or_else(malformed)? },
             Kind::Chunk => Message::Chunk { blob, index: self.first, len: self.count },
             Kind::Fail => {
@@ -331,7 +341,7 @@ impl Kind {
 impl FailCode {
     fn from_code(code: u16) -> Result<FailCode, WireError> {
         use FailCode::*;
-        let known = [Grant, UnknownVersion, Revoked, NotHeld, Protocol, Busy];
+        let known = [Grant, UnknownVersion, Revoked, NotHeld, Protocol, Busy, NotYet];
         let unknown = WireError::Code { what: "failure", code: code.into() };
         known.into_iter().find(|c| *c as u16 == code).ok_or(unknown)
     }
@@ -356,11 +366,11 @@ mod tests {
         let blob = BlobId::Delta;
         for message in [
             Message::Hi { proto: PROTO, base: Root([3; 32]), grant: vec![1, 2, 3] },
-            Message::Welcome { complete: true, delta_bytes: 1 << 40 },
+            Message::Welcome { complete: true, delta_complete: false, delta_bytes: 1 << 40 },
             Message::WantManifest { blob },
             Message::Manifest { blob, bytes: vec![9; 100] },
             Message::Want { blob, first: 7, count: 2 },
-            Message::WatchHave,
+            Message::WatchHave { blob },
             Message::Have { ranges: vec![0..1, 5..9] },
             Message::Chunk { blob, index: 12, len: 1 << 20 },
             Message::Fail { code: FailCode::Revoked, text: "v7 went".into() },
@@ -371,7 +381,7 @@ mod tests {
 
     #[test]
     fn oversized_bodies_and_foreign_protocols_are_refused_by_their_header() {
-        let mut bytes = Message::WatchHave.to_bytes();
+        let mut bytes = Message::WatchHave { blob: BlobId::Image }.to_bytes();
         bytes[8..12].copy_from_slice(&1u32.to_le_bytes());
         let refused = Header::decode(bytes[..].try_into().expect("24 bytes"));
         assert!(matches!(refused, Err(WireError::TooLong { .. })));

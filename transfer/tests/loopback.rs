@@ -139,7 +139,7 @@ fn without_a_valid_grant_not_one_byte_is_served() {
         (Vec::new(), "not a grant"),
         (good.mint(&[1; 32]).to_vec(), "another key"),
         (Grant { job: "other".into(), ..good.clone() }.mint(&KEY).to_vec(), "serves `math`"),
-        (Grant { version: other, ..good.clone() }.mint(&KEY).to_vec(), "not held here"),
+        (Grant { version: other, ..good.clone() }.mint(&KEY).to_vec(), "has not begun"),
         (Grant { role: Role::Feed, ..good.clone() }.mint(&KEY).to_vec(), "Feed"),
     ];
     for (grant, want) in grants {
@@ -159,7 +159,7 @@ fn a_holder_that_joined_before_any_job_lends_by_its_key_alone() {
     early.set_key(KEY);
     let at = from(&publisher, v);
     let refused = early.admit(&at.grant, Instant::now()).err().expect("it holds nothing");
-    assert!(refused.to_string().contains("not held here"), "{refused}");
+    assert!(refused.to_string().contains("has not begun"), "{refused}");
     early.set_key([1; 32]);
     early.set_key([2; 32]);
     let refused = early.admit(&at.grant, Instant::now()).err().expect("a key of long ago");

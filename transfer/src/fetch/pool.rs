@@ -26,6 +26,7 @@ pub(super) struct Session {
     /// The one of the source's addresses that it goes to.
     pub(super) addr: String,
     pub(super) complete: bool,
+    pub(super) delta_complete: bool,
     pub(super) delta_bytes: u64,
 }
 
@@ -125,8 +126,8 @@ fn greet(
     link.set_patience(shared.rules.progress)?;
     link.send(&Message::Hi { proto: PROTO, base, grant: grant.to_vec() })?;
     match link.receive()? {
-        Message::Welcome { complete, delta_bytes } => {
-            Ok(Session { link, addr: addr.to_owned(), complete, delta_bytes })
+        Message::Welcome { complete, delta_complete, delta_bytes } => {
+            Ok(Session { link, addr: addr.to_owned(), complete, delta_complete, delta_bytes })
         }
         other => Err(StreamError::from_reply(other)),
     }

@@ -14,7 +14,7 @@ use super::{
     Tried,
 };
 use crate::link::Closer;
-use crate::queue::{Assign, ChunkQueue, SourceId, StreamId, Take};
+use crate::queue::{Assign, ChunkQueue, SourceId, StreamId, StripePlan, Take};
 use crate::staging::StageError;
 use crate::wire::{BlobId, FailCode, Message};
 
@@ -75,8 +75,10 @@ enum Outcome {
 /// What a stream ended with.
 enum StreamEnd {
     Done,
-    /// No more for this source now: let another take the place.
+    /// No more from this source now.
     Left,
+    /// As `Left`, with answers still on their way.
+    Cut,
 }
 
 pub(super) fn pull(
@@ -86,7 +88,12 @@ pub(super) fn pull(
     report: &mut FetchReport,
 ) -> Result<(), FetchError> {
     let held = job.sink.ledger().snapshot();
-    let queue = ChunkQueue::new(shared.rules.queue(), &held, request.sources.len());
+    let plan = StripePlan {
+        stripe_count: request.stripe_count,
+        stripes: request.sources.iter().map(|s| s.stripes.clone()).collect(),
+    };
+    let (rules, sources) = (shared.rules.queue(), request.sources.len());
+    let queue = ChunkQueue::new(rules, &held, sources, &plan, Instant::now());
     let outcome = if queue.is_done() { Outcome::Complete } else { Outcome::Running };
     let state = State {
         queue,
@@ -121,7 +128,9 @@ impl Pull {
         if !matches!(self.lock().outcome, Outcome::Running) {
             return;
         }
-        for id in 0..self.request.streams.max(self.request.sources.len()).max(1) {
+        let planned = self.request.stripe_count as usize;
+        let least = if planned > 0 { planned } else { self.request.sources.len() };
+        for id in 0..self.request.streams.max(least).max(1) {
             let pull = Arc::clone(self);
             let name = format!("transfer-recv-{id}");
             let spawned =
@@ -206,8 +215,12 @@ impl Pull {
             let mut state = self.lock();
             state.of_stream.remove(&id);
             match ended {
-                Ok(StreamEnd::Done | StreamEnd::Left) => {
+                Ok(StreamEnd::Done | StreamEnd::Left | StreamEnd::Cut) => {
                     state.queue.release(id);
+                }
+                Err(error) if error.is_early() => {
+                    state.failures.insert(source, error.to_string());
+                    state.queue.not_ready(id, Instant::now());
                 }
                 Err(error) => {
                     let refused = error.is_final();
@@ -229,18 +242,23 @@ impl Pull {
         let mut session = Session::open(&self.shared, at, self.job.base)?;
         let complete = match self.job.blob {
             BlobId::Image => session.complete,
-            BlobId::Delta if session.delta_bytes == self.job.manifest.image_bytes => true,
+            BlobId::Delta if session.delta_bytes == self.job.manifest.image_bytes => {
+                session.delta_complete
+            }
             BlobId::Delta => {
+                let complete = session.complete;
                 session.keep(&self.shared);
+                // One that is still receiving may be about to get it.
+                let code = if complete { FailCode::UnknownVersion } else { FailCode::NotYet };
                 let text = "it has no such delta".to_owned();
-                return Err(StreamError::Refused { code: FailCode::UnknownVersion, text });
+                return Err(StreamError::Refused { code, text });
             }
         };
         let handle = self.register(&session, Some(id))?;
         self.learn(source, complete);
         let ended = self.exchange(id, source, &mut session);
         self.unregister(handle);
-        if matches!(ended, Ok(StreamEnd::Done)) {
+        if matches!(ended, Ok(StreamEnd::Done | StreamEnd::Left)) {
             session.keep(&self.shared);
         }
         ended
@@ -282,7 +300,7 @@ impl Pull {
                         asked.push_back(index);
                     }
                     Next::Receive => break,
-                    Next::End(StreamEnd::Done) if !asked.is_empty() => return Ok(StreamEnd::Left),
+                    Next::End(_) if !asked.is_empty() => return Ok(StreamEnd::Cut),
                     Next::End(end) => return Ok(end),
                 }
             }
@@ -316,6 +334,7 @@ impl Pull {
                     return Next::End(StreamEnd::Done);
                 }
                 _ if !idle => return Next::Receive,
+                Take::Leave => return Next::End(StreamEnd::Left),
                 Take::Rescue(slow) => {
                     if let Some(handle) =
                         state.of_stream.get(&slow).and_then(|key| state.handles.get(key))

@@ -10,11 +10,18 @@ fn rules() -> QueueRules {
         strikes: 3,
         rest: Duration::from_millis(100),
         rescue_after: Duration::from_secs(1),
+        stuck_after: Duration::from_secs(4),
     }
 }
 
 fn queue(chunks: u32, sources: usize) -> ChunkQueue {
-    let mut queue = ChunkQueue::new(rules(), &ChunkSet::empty(chunks), sources);
+    let mut queue = ChunkQueue::new(
+        rules(),
+        &ChunkSet::empty(chunks),
+        sources,
+        &StripePlan::default(),
+        Instant::now(),
+    );
     for source in 0..sources {
         queue.learned_all(source);
     }
@@ -87,12 +94,77 @@ fn an_idle_stream_takes_over_from_one_that_holds_up_the_end() {
 #[test]
 fn a_source_that_is_still_receiving_is_asked_only_for_what_it_has() {
     let now = Instant::now();
-    let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(100), 1);
+    let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(100), 1, &StripePlan::default(), now);
     q.assign(0, now);
     assert_eq!(q.take(0, now), Take::Wait);
     q.learned(0, &[7..9]);
     assert_eq!([q.take(0, now), q.take(0, now)], [Take::Chunk(7), Take::Chunk(8)]);
     assert_eq!(q.take(0, now), Take::Wait);
+}
+
+/// Sources 0 and 1 are the planned parents of two stripes, source 2 is the last resort.
+fn planned(chunks: u32, now: Instant) -> ChunkQueue {
+    let plan = StripePlan { stripe_count: 2, stripes: vec![vec![0], vec![1], vec![]] };
+    let mut queue = ChunkQueue::new(rules(), &ChunkSet::empty(chunks), 3, &plan, now);
+    (0..3).for_each(|source| queue.learned_all(source));
+    queue
+}
+
+#[test]
+fn each_planned_parent_gives_its_stripe_and_the_last_resort_nothing() {
+    let now = Instant::now();
+    let mut q = planned(8, now);
+    assert_eq!([q.assign(0, now), q.assign(1, now)], [Assign::To(0), Assign::To(1)]);
+    assert_eq!([q.assign(2, now), q.assign(3, now)], [Assign::To(0), Assign::To(1)]);
+    let mut taken = |stream| [q.take(stream, now), q.take(stream, now)];
+    assert_eq!(taken(0), [Take::Chunk(0), Take::Chunk(2)]);
+    assert_eq!(taken(1), [Take::Chunk(1), Take::Chunk(3)]);
+    assert_eq!(taken(2), [Take::Chunk(4), Take::Chunk(6)]);
+    assert_eq!(taken(3), [Take::Chunk(5), Take::Chunk(7)]);
+}
+
+#[test]
+fn a_dead_parents_stripe_goes_to_the_next_source_and_back_when_it_lives() {
+    let t0 = Instant::now();
+    let mut q = planned(8, t0);
+    q.assign(0, t0);
+    q.assign(1, t0);
+    q.lost(1, t0, "reset", false);
+    // Source 0 has the chunks of the other stripe as well and is nearer than the last resort.
+    assert_eq!(q.assign(1, t0), Assign::To(0));
+    assert_eq!([q.take(1, t0), q.take(1, t0)], [Take::Chunk(0), Take::Chunk(1)]);
+    let rested = t0 + Duration::from_millis(100);
+    assert_eq!(q.take(1, rested), Take::Chunk(2), "of the stripe that source 0 keeps");
+    assert_eq!(q.assign(2, rested), Assign::To(1));
+    assert_eq!(q.take(2, rested), Take::Chunk(3));
+}
+
+#[test]
+fn a_living_parent_that_gives_nothing_loses_its_stripe_after_a_while() {
+    let t0 = Instant::now();
+    let plan = StripePlan { stripe_count: 1, stripes: vec![vec![0], vec![]] };
+    let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(4), 2, &plan, t0);
+    q.learned_all(1);
+    assert_eq!(q.assign(0, t0), Assign::To(0));
+    assert_eq!(q.take(0, t0 + Duration::from_secs(3)), Take::Wait);
+    let later = t0 + Duration::from_secs(4);
+    assert_eq!(q.take(0, later), Take::Leave);
+    q.release(0);
+    assert_eq!(q.assign(0, later), Assign::To(1));
+    assert_eq!(q.take(0, later), Take::Chunk(0));
+}
+
+#[test]
+fn a_parent_that_has_not_begun_is_asked_again_and_never_blamed() {
+    let t0 = Instant::now();
+    let mut q = queue(4, 1);
+    for round in 0..20 {
+        let now = t0 + Duration::from_secs(round);
+        assert_eq!(q.assign(0, now), Assign::To(0));
+        q.not_ready(0, now);
+        assert!(matches!(q.assign(0, now), Assign::Wait(_)));
+    }
+    assert_eq!((q.dropped(), q.stats().lost_streams), (vec![], 0));
 }
 
 proptest! {

@@ -60,6 +60,7 @@ pub fn publisher() -> Publisher {
 pub fn publisher_with(change: impl FnOnce(&mut PublisherConfig)) -> Publisher {
     let mut config = PublisherConfig::loopback(JOB, 1);
     config.chunk_bytes = 256 << 10;
+    config.limits.version_wait = Duration::from_millis(200);
     change(&mut config);
     let publisher = Publisher::start(config).expect("publisher");
     publisher.set_serve_key(KEY);
@@ -91,6 +92,7 @@ pub fn request(version: Version, sources: Vec<SourceRef>) -> FetchRequest {
         version,
         sources,
         streams: 4,
+        stripe_count: 0,
         baseline: None,
         progress: None,
         cancel: CancellationToken::new(),

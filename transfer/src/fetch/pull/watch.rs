@@ -1,6 +1,7 @@
 //! What a source has: asked once if it has all, watched while it is itself still receiving.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::{Outcome, Pull};
 use crate::fetch::{Session, StreamError};
@@ -31,7 +32,9 @@ impl Pull {
         state.watched.remove(&source);
         if let Err(error) = watched {
             // The next stream to this source watches again.
-            state.failures.insert(source, error.to_string());
+            let why = error.to_string();
+            state.queue.unheard(source, Instant::now(), &why);
+            state.failures.insert(source, why);
         }
         self.changed.notify_all();
     }
@@ -40,7 +43,10 @@ impl Pull {
         let at = &self.request.sources[source];
         let mut session = Session::open(&self.shared, at, self.job.base)?;
         let handle = self.register(&session, None)?;
-        let told = session.link.send(&Message::WatchHave).map_err(StreamError::from);
+        let told = session
+            .link
+            .send(&Message::WatchHave { blob: self.job.blob })
+            .map_err(StreamError::from);
         let ended = told.and_then(|()| self.take_haves(source, &mut session));
         self.unregister(handle);
         ended

@@ -1,0 +1,85 @@
+//! Receivers that feed each other by a plan while they still receive.
+
+// What a fetch gives has no Debug: `expect` on its error would ask for it.
+#![allow(clippy::err_expect)]
+
+mod common;
+
+use std::time::Duration;
+
+use anabranch_proto::version::Version;
+use anabranch_transfer::{FetchRequest, ServeLimits, Server, SourceRef};
+use common::*;
+
+fn serve(receiver: &Receiver) -> Server {
+    let limits = ServeLimits { version_wait: Duration::from_millis(300), ..ServeLimits::default() };
+    Server::start("127.0.0.1:0".parse().expect("addr"), receiver.holder.clone(), limits)
+        .expect("server")
+}
+
+fn at(server: &Server, version: Version, stripes: &[u32]) -> SourceRef {
+    let addr = server.addr().to_string();
+    SourceRef { stripes: stripes.to_vec(), ..source(&addr, &addr, version) }
+}
+
+fn chained(version: Version, sources: Vec<SourceRef>) -> FetchRequest {
+    FetchRequest { stripe_count: 1, ..request(version, sources) }
+}
+
+#[test]
+fn a_chain_of_receivers_costs_the_trainer_one_copy() {
+    let (publisher, weights) = (publisher(), Weights::new(24, 1));
+    let published = publish(&publisher, 1, &weights);
+    let v = published.version;
+    let trainer = |stripes: &[u32]| SourceRef { stripes: stripes.to_vec(), ..from(&publisher, v) };
+    let nodes: Vec<Receiver> = (0..3).map(|_| receiver()).collect();
+    let servers: Vec<Server> = nodes.iter().map(serve).collect();
+    std::thread::scope(|scope| {
+        // The tail begins first: a parent that has not begun is waited for.
+        for k in (0..3).rev() {
+            let (node, servers, weights) = (&nodes[k], &servers, &weights);
+            let sources = match k {
+                0 => vec![trainer(&[0])],
+                k => vec![at(&servers[k - 1], v, &[0]), trainer(&[])],
+            };
+            scope.spawn(move || {
+                let staged = node.fetcher.fetch_blocking(&chained(v, sources)).expect("fetch");
+                assert_holds(staged.dir(), weights);
+            });
+        }
+    });
+    assert_eq!(published.sent_bytes(), published.bytes);
+}
+
+#[test]
+fn children_of_a_relay_that_dies_go_on_from_the_next_source() {
+    let (publisher, weights) = (publisher(), Weights::new(24, 1));
+    let v = publish(&publisher, 1, &weights).version;
+    let relay = receiver();
+    let relay_server = serve(&relay);
+    let whole = relay.fetcher.fetch_blocking(&request(v, vec![from(&publisher, v)]));
+    let whole = whole.expect("relay");
+    let dying = Proxy::start(&relay_server.addr().to_string(), Fault::DieAfter(9 << 20));
+    let child = receiver();
+    let parent = SourceRef { stripes: vec![0], ..source("relay", &dying.addr.to_string(), v) };
+    let request = chained(v, vec![parent, from(&publisher, v)]);
+    let staged = child.fetcher.fetch_blocking(&request).expect("child");
+    assert_holds(staged.dir(), &weights);
+    let report = &staged.report;
+    let from_relay = report.bytes_by_holder[0].1;
+    assert!((4 << 20..10 << 20).contains(&from_relay), "{report:?}");
+    let again = report.received_bytes - report.bytes;
+    assert!(again * 50 <= report.bytes, "{again} bytes came again");
+    drop(whole);
+}
+
+#[test]
+fn without_the_version_anywhere_the_error_says_who_had_not_begun() {
+    let (publisher, weights) = (publisher(), Weights::new(4, 1));
+    let v = publish(&publisher, 1, &weights).version;
+    let (idle, child) = (receiver(), receiver());
+    let server = serve(&idle);
+    let sources = vec![at(&server, v, &[0])];
+    let error = child.fetcher.fetch_blocking(&chained(v, sources)).err().expect("refused");
+    assert!(error.to_string().contains("has not begun to arrive"), "{error}");
+}
