@@ -12,6 +12,7 @@ use anabranch_proto::manifest::Manifest;
 use anabranch_proto::version::{Root, Version};
 
 use crate::chunks::Ledger;
+use crate::inbound::Inbound;
 use crate::wire::{BlobId, FailCode};
 
 /// One image in a file, as far as it is verified, for as long as its memory belongs to it.
@@ -60,6 +61,7 @@ struct Shared {
     job: String,
     state: Mutex<State>,
     offered: Condvar,
+    inbound: Inbound,
 }
 
 #[derive(Debug, Default)]
@@ -99,7 +101,8 @@ impl Holder {
     /// alone then says who may read.
     pub fn new(job: &str) -> Holder {
         let (job, state) = (job.to_owned(), Mutex::default());
-        Holder { shared: Arc::new(Shared { job, state, offered: Condvar::new() }) }
+        let (offered, inbound) = (Condvar::new(), Inbound::default());
+        Holder { shared: Arc::new(Shared { job, state, offered, inbound }) }
     }
 
     /// Grants made with `key` are honoured from now on; those of the key before remain valid.
@@ -162,6 +165,19 @@ impl Holder {
         }
     }
 
+    /// Lets the bearer of `grant`, a source, be asked on the stream that it dialled. Gives its name.
+    pub(crate) fn admit_offer(&self, grant: &[u8], now: Instant) -> Result<String, Refusal> {
+        let mut state = self.lock();
+        let granted = state.granted(&self.shared.job, grant, Role::Feed)?;
+        state.note_use(grant, &granted, now)?;
+        Ok(granted.receiver)
+    }
+
+    /// Streams that sources dialled.
+    pub(crate) fn inbound(&self) -> &Inbound {
+        &self.shared.inbound
+    }
+
     /// Lets the bearer of `grant` read the version that it names.
     pub fn admit(&self, grant: &[u8], now: Instant) -> Result<Lease, Refusal> {
         self.lock().admit(&self.shared.job, grant, now)
@@ -174,22 +190,13 @@ impl Holder {
 
 impl State {
     fn admit(&mut self, job: &str, grant: &[u8], now: Instant) -> Result<Lease, Refusal> {
-        let state = self;
-        let granted = state.verify(grant)?;
-        if !job.is_empty() && granted.job != job {
-            let serves = job.to_owned();
-            return Err(GrantError::Job { granted: granted.job, serves }.into());
-        }
-        if granted.role != Role::Fetch {
-            return Err(GrantError::Role(granted.role).into());
-        }
+        let granted = self.granted(job, grant, Role::Fetch)?;
         let at = (granted.version.epoch, granted.version.number);
-        let Some(held) = state.versions.get(&at).cloned() else {
+        let Some(held) = self.versions.get(&at).cloned() else {
             let asked = granted.version;
-            let held: Vec<String> =
-                state.versions.values().map(|h| h.version.to_string()).collect();
+            let held: Vec<String> = self.versions.values().map(|h| h.version.to_string()).collect();
             let held = held.join(", ");
-            let is_past = state.versions.keys().any(|newer| *newer > at);
+            let is_past = self.versions.keys().any(|newer| *newer > at);
             return Err(if is_past {
                 Refusal::Unknown { asked, held }
             } else {
@@ -199,17 +206,37 @@ impl State {
         if granted.version.root != held.version.root {
             return Err(Refusal::OtherRoot { asked: granted.version, held: held.version });
         }
+        self.note_use(grant, &granted, now)?;
+        held.leases.fetch_add(1, Ordering::Relaxed);
+        Ok(Lease { held, receiver: granted.receiver })
+    }
+
+    /// What a genuine grant for this job and role says.
+    fn granted(&self, job: &str, grant: &[u8], role: Role) -> Result<Grant, Refusal> {
+        let granted = self.verify(grant)?;
+        if !job.is_empty() && granted.job != job {
+            let serves = job.to_owned();
+            return Err(GrantError::Job { granted: granted.job, serves }.into());
+        }
+        if granted.role != role {
+            return Err(GrantError::Role(granted.role).into());
+        }
+        Ok(granted)
+    }
+
+    /// Its time to live runs from its first use here.
+    fn note_use(&mut self, grant: &[u8], granted: &Grant, now: Instant) -> Result<(), Refusal> {
+        let version = (granted.version.epoch, granted.version.number);
         let id = *blake3::hash(grant).as_bytes();
-        let first = state.first_use.entry(id).or_insert(FirstUse { version: at, at: now });
+        let first = self.first_use.entry(id).or_insert(FirstUse { version, at: now });
         let ttl = Duration::from_millis(granted.ttl_ms);
         let age = now.saturating_duration_since(first.at);
         if let Some(over) = age.checked_sub(ttl).filter(|over| !over.is_zero()) {
             let (receiver, ttl_ms, ago_ms) =
-                (granted.receiver, granted.ttl_ms, over.as_millis() as u64);
+                (granted.receiver.clone(), granted.ttl_ms, over.as_millis() as u64);
             return Err(GrantError::Expired { receiver, ttl_ms, ago_ms }.into());
         }
-        held.leases.fetch_add(1, Ordering::Relaxed);
-        Ok(Lease { held, receiver: granted.receiver })
+        Ok(())
     }
 
     fn verify(&self, grant: &[u8]) -> Result<Grant, Refusal> {

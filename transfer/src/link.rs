@@ -6,6 +6,7 @@
 //!   tls://host:port#<sha256>    tcp in TLS; the certificate's digest is pinned
 //!   quic://host:port#<sha256>   a QUIC stream, pinned as well
 //!   file:/dir                   versions that a trainer exported to a shared file system
+//!   feed:<source>               no address: the source dials this receiver
 //! ```
 
 use std::fs::File;
@@ -66,6 +67,8 @@ pub enum LinkError {
     Connect { addr: String, within: Duration, error: io::Error },
     #[error("`{addr}` is no address of the data plane: {why}")]
     Address { addr: String, why: String },
+    #[error("`{holder}` did not dial this receiver within {within:?}")]
+    NotDialled { holder: String, within: Duration },
     #[error("no byte moved for {0:?}")]
     Stalled(Duration),
     #[error("the peer closed the stream")]

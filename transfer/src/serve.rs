@@ -1,25 +1,23 @@
-//! The listener of a holder: one thread per stream, each bound to one version by a grant. Owns its
-//! threads and ends them all when dropped; what may be read is decided by `holder`.
-//!
-//! ```text
-//!   stream:  Greeting ── Hi admitted ──► Bound{lease, base} ── Hi (next version) ──► Bound
-//!            any ── refusal, broken protocol, silence ──► closed (a Fail says why)
-//! ```
+//! The listener of a holder: one thread per stream. Owns its threads and ends them all when dropped; what
+//! may be read is decided by `holder`, what is said on a stream stands in `session`.
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anabranch_proto::version::{Root, Version};
-
-use crate::chunks::ChunkSet;
-use crate::holder::{Blob, Holder, Lease};
+use crate::holder::Holder;
 use crate::link::tcp::TcpLink;
 use crate::link::{Closer, Link, LinkError};
-use crate::wire::{BlobId, FailCode, MAX_WANTED, Message, PROTO};
+use crate::wire::{FailCode, Message};
+
+mod feed;
+mod session;
+
+pub use feed::FeedOrder;
+use session::{Ended, StreamEnd};
 
 #[derive(Clone, Debug)]
 pub struct ServeLimits {
@@ -65,15 +63,8 @@ struct Streams {
     next: u64,
     open: BTreeMap<u64, Closer>,
     threads: Vec<JoinHandle<()>>,
-}
-
-/// Why a stream ended that did not simply close.
-#[derive(Debug, thiserror::Error)]
-enum StreamEnd {
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    #[error("{code:?}: {text}")]
-    Refused { code: FailCode, text: String },
+    /// Threads that feed each receiver, by its first address.
+    feeding: BTreeMap<String, usize>,
 }
 
 // === impl Server ===
@@ -203,8 +194,12 @@ fn serve_link(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
 
 fn stream_task(shared: &Shared, id: u64, mut link: Box<dyn Link>) {
     let peer = link.peer();
-    match serve_stream(shared, &mut *link) {
-        Ok(()) | Err(StreamEnd::Link(LinkError::Closed)) => {}
+    match session::converse(shared, &mut *link, false) {
+        Ok(Ended::Offered { source }) => {
+            shared.lock().open.remove(&id);
+            return shared.holder.inbound().put(&source, link);
+        }
+        Ok(Ended::Closed) | Err(StreamEnd::Link(LinkError::Closed)) => {}
         Err(StreamEnd::Refused { code, text }) => {
             tracing::warn!(%peer, ?code, text, "refused a data stream");
             link.send(&Message::Fail { code, text }).ok();
@@ -212,175 +207,4 @@ fn stream_task(shared: &Shared, id: u64, mut link: Box<dyn Link>) {
         Err(StreamEnd::Link(error)) => tracing::info!(%peer, %error, "data stream ended"),
     }
     shared.lock().open.remove(&id);
-}
-
-/// A stream bound to a version.
-struct Bound {
-    lease: Lease,
-    base: Root,
-}
-
-fn serve_stream(shared: &Shared, link: &mut dyn Link) -> Result<(), StreamEnd> {
-    let mut bound: Option<Bound> = None;
-    link.set_patience(shared.limits.progress)?;
-    loop {
-        // Only a stream that showed a grant may idle.
-        if bound.is_some() {
-            link.set_patience(shared.limits.idle)?;
-        }
-        let message = match link.receive() {
-            Err(LinkError::Stalled(_)) => return Ok(()),
-            other => other?,
-        };
-        link.set_patience(shared.limits.progress)?;
-        match (message, &bound) {
-            (Message::Hi { proto, base, grant }, _) => {
-                bound = Some(greet(shared, link, proto, base, &grant)?);
-            }
-            (Message::WantManifest { blob }, Some(bound)) => {
-                let bytes = bound.blob(blob)?.encoded.to_vec();
-                link.send(&Message::Manifest { blob, bytes })?;
-            }
-            (Message::Want { blob, first, count }, Some(bound)) => {
-                send_chunks(shared, link, bound, blob, first, count)?;
-            }
-            (Message::WatchHave { blob }, Some(bound)) => send_haves(shared, link, bound, blob)?,
-            (message, _) => {
-                let text = format!("{message:?} is not a request, or no Hi came before it");
-                return Err(StreamEnd::Refused { code: FailCode::Protocol, text: clip(text) });
-            }
-        }
-    }
-}
-
-fn greet(
-    shared: &Shared,
-    link: &mut dyn Link,
-    proto: u16,
-    base: Root,
-    grant: &[u8],
-) -> Result<Bound, StreamEnd> {
-    if proto != PROTO {
-        let text = format!("the receiver speaks data protocol {proto}, this source {PROTO}");
-        return Err(StreamEnd::Refused { code: FailCode::Protocol, text });
-    }
-    let admitted = shared.holder.admit_in_time(grant, shared.limits.version_wait);
-    let lease = admitted.map_err(|refusal| {
-        let (code, text) = (refusal.code(), refusal.to_string());
-        StreamEnd::Refused { code, text }
-    })?;
-    let bound = Bound { lease, base };
-    let complete = bound.blob(BlobId::Image)?.ledger.is_full();
-    let delta = bound.lease.held().blob(BlobId::Delta, base);
-    let delta_complete = delta.as_ref().is_some_and(|d| d.ledger.is_full());
-    let delta_bytes = delta.map_or(0, |d| d.manifest.image_bytes);
-    link.send(&Message::Welcome { complete, delta_complete, delta_bytes })?;
-    Ok(bound)
-}
-
-fn send_chunks(
-    shared: &Shared,
-    link: &mut dyn Link,
-    bound: &Bound,
-    id: BlobId,
-    first: u32,
-    count: u32,
-) -> Result<(), StreamEnd> {
-    let blob = bound.blob(id)?;
-    if count > MAX_WANTED || first + count > blob.manifest.chunk_count() {
-        let text = format!("chunks {first}+{count} of {}", blob.manifest.chunk_count());
-        return Err(StreamEnd::Refused { code: FailCode::Protocol, text });
-    }
-    for index in first..first + count {
-        await_chunk(shared, bound, &blob, index)?;
-        let range = blob.manifest.chunk_range(index);
-        let len = range.end - range.start;
-        let header = Message::Chunk { blob: id, index, len: len as u32 };
-        link.send_chunk(&header, &blob.file, range)?;
-        // Checked after as well: the pages may have changed under the send. The receiver's hash then
-        // fails, and this tells it why.
-        bound.check(&blob)?;
-        bound.lease.held().count_sent(len);
-    }
-    Ok(())
-}
-
-/// Returns once the chunk may be sent.
-fn await_chunk(shared: &Shared, bound: &Bound, blob: &Blob, index: u32) -> Result<(), StreamEnd> {
-    let started = Instant::now();
-    loop {
-        bound.check(blob)?;
-        if blob.ledger.contains(index) {
-            return Ok(());
-        }
-        let left = shared.limits.chunk_wait.saturating_sub(started.elapsed());
-        if left.is_zero() || shared.closing() {
-            let text = format!("chunk {index} of {} has not come here yet", bound.version());
-            return Err(StreamEnd::Refused { code: FailCode::NotHeld, text });
-        }
-        let known = blob.ledger.snapshot().count();
-        blob.ledger.wait_beyond(known, left.min(HAVE_BEAT));
-    }
-}
-
-/// Tells what arrives here until all is here; an empty `Have` per second shows that we live.
-fn send_haves(
-    shared: &Shared,
-    link: &mut dyn Link,
-    bound: &Bound,
-    id: BlobId,
-) -> Result<(), StreamEnd> {
-    let blob = bound.blob(id)?;
-    let mut told = ChunkSet::empty(blob.manifest.chunk_count());
-    while !shared.closing() {
-        bound.check(&blob)?;
-        let now = blob.ledger.wait_beyond(told.count(), HAVE_BEAT);
-        let mut news = now.clone();
-        for index in told.iter() {
-            news.remove(index);
-        }
-        for message in Message::have(&news.ranges()) {
-            link.send(&message)?;
-        }
-        if news.is_empty() {
-            link.send(&Message::Have { ranges: Vec::new() })?;
-        }
-        if now.is_full() {
-            return Ok(());
-        }
-        told = now;
-    }
-    Ok(())
-}
-
-const HAVE_BEAT: Duration = Duration::from_secs(1);
-
-fn clip(mut text: String) -> String {
-    let end = (0..=text.len().min(200)).rev().find(|at| text.is_char_boundary(*at));
-    text.truncate(end.unwrap_or(0));
-    text
-}
-
-// === impl Bound ===
-
-impl Bound {
-    fn version(&self) -> Version {
-        self.lease.held().version()
-    }
-
-    fn blob(&self, id: BlobId) -> Result<Blob, StreamEnd> {
-        let found = self.lease.held().blob(id, self.base);
-        found.ok_or_else(|| StreamEnd::Refused {
-            code: FailCode::UnknownVersion,
-            text: format!("no delta to {} from base {}", self.version(), self.base),
-        })
-    }
-
-    fn check(&self, blob: &Blob) -> Result<(), StreamEnd> {
-        if blob.stamp.is_valid() {
-            return Ok(());
-        }
-        let text = format!("the memory of {} was given to a newer version", self.version());
-        Err(StreamEnd::Refused { code: FailCode::Revoked, text })
-    }
 }

@@ -5,7 +5,8 @@
 //! 0 magic "ABD1"   4 kind u8   5 blob u8   6 code u16   8 len u32   12 first u32   16 count u32   20 zero
 //!
 //! receiver -> source   Hi{proto, base, grant}  WantManifest{blob}  Want{blob, first, count}  WatchHave{blob}
-//! source -> receiver   Welcome{complete, delta}  Manifest{blob}  Chunk{blob, index}  Have{ranges}
+//! source -> receiver   Offer{proto, grant}  (the source dialled; then as above)
+//!                      Welcome{complete, delta}  Manifest{blob}  Chunk{blob, index}  Have{ranges}
 //!                      Fail{code, text}
 //! ```
 //! A stream carries one `Hi` per version and may be used for the next version with another `Hi`.
@@ -45,6 +46,11 @@ pub enum Message {
     Hi {
         proto: u16,
         base: Root,
+        grant: Vec<u8>,
+    },
+    /// First word of a source that dialled: ask me on this stream.
+    Offer {
+        proto: u16,
         grant: Vec<u8>,
     },
     /// `complete`: all chunks of the image are here. `delta_bytes`: size of a delta from the base, 0 for
@@ -128,6 +134,7 @@ enum Kind {
     Have = 7,
     Chunk = 8,
     Fail = 9,
+    Offer = 10,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -156,6 +163,11 @@ impl Message {
                 out.extend_from_slice(&base.0);
                 out.extend_from_slice(grant);
                 Kind::Hi
+            }
+            Message::Offer { proto, grant } => {
+                code = *proto;
+                out.extend_from_slice(grant);
+                Kind::Offer
             }
             Message::Welcome { complete, delta_complete, delta_bytes } => {
                 code = u16::from(*complete) | u16::from(*delta_complete) << 1;
@@ -261,6 +273,7 @@ impl Header {
                 let base = Root(base.try_into().expect("split at 32"));
                 Message::Hi { proto: self.code, base, grant: grant.to_vec() }
             }
+            Kind::Offer => Message::Offer { proto: self.code, grant: body.to_vec() },
             Kind::Welcome => {
                 let delta_bytes = u64::from_le_bytes(body.try_into().map_err(|_| malformed())?);
                 let [complete, delta_complete] = [self.code & 1 == 1, self.code & 2 == 2];
@@ -305,7 +318,8 @@ fn clip(text: &str) -> &str {
 impl Kind {
     fn from_code(code: u8) -> Result<Kind, WireError> {
         use Kind::*;
-        let known = [Hi, Welcome, WantManifest, Manifest, Want, WatchHave, Have, Chunk, Fail];
+        let known =
+            [Hi, Welcome, WantManifest, Manifest, Want, WatchHave, Have, Chunk, Fail, Offer];
         let unknown = WireError::Code { what: "message", code: code.into() };
         known.into_iter().find(|k| *k as u8 == code).ok_or(unknown)
     }
@@ -313,6 +327,7 @@ impl Kind {
     fn max_body(self) -> usize {
         match self {
             Kind::Hi => 32 + MAX_GRANT_BYTES,
+            Kind::Offer => MAX_GRANT_BYTES,
             Kind::Welcome => 8,
             Kind::Manifest => MAX_MANIFEST_BYTES,
             Kind::Have => MAX_HAVE_RANGES * 8,
@@ -332,6 +347,7 @@ impl Kind {
             Kind::Have => "Have",
             Kind::Chunk => "Chunk",
             Kind::Fail => "Fail",
+            Kind::Offer => "Offer",
         }
     }
 }
@@ -366,6 +382,7 @@ mod tests {
         let blob = BlobId::Delta;
         for message in [
             Message::Hi { proto: PROTO, base: Root([3; 32]), grant: vec![1, 2, 3] },
+            Message::Offer { proto: PROTO, grant: vec![4; 40] },
             Message::Welcome { complete: true, delta_complete: false, delta_bytes: 1 << 40 },
             Message::WantManifest { blob },
             Message::Manifest { blob, bytes: vec![9; 100] },

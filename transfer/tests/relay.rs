@@ -7,8 +7,9 @@ mod common;
 
 use std::time::Duration;
 
+use anabranch_proto::grant::{Grant, Role};
 use anabranch_proto::version::Version;
-use anabranch_transfer::{FetchRequest, ServeLimits, Server, SourceRef};
+use anabranch_transfer::{FeedOrder, FetchRequest, ServeLimits, Server, SourceRef};
 use common::*;
 
 fn serve(receiver: &Receiver) -> Server {
@@ -82,4 +83,44 @@ fn without_the_version_anywhere_the_error_says_who_had_not_begun() {
     let sources = vec![at(&server, v, &[0])];
     let error = child.fetcher.fetch_blocking(&chained(v, sources)).err().expect("refused");
     assert!(error.to_string().contains("has not begun to arrive"), "{error}");
+}
+
+fn feed_order(to: &Server, version: Version, job: &str) -> FeedOrder {
+    let (job, receiver) = (job.to_owned(), "trainer".to_owned());
+    let grant = Grant { job, version, receiver, role: Role::Feed, ttl_ms: 60_000, nonce: 7 };
+    FeedOrder {
+        addrs: vec![to.addr().to_string()],
+        grant: grant.mint(&KEY).to_vec(),
+        streams: 4,
+        connect: Duration::from_secs(2),
+    }
+}
+
+#[test]
+fn a_source_that_cannot_be_dialled_dials_and_is_asked_on_its_own_streams() {
+    let (publisher, node) = (publisher(), receiver());
+    let server = serve(&node);
+    let mut kept = None;
+    for number in 1..=2 {
+        let weights = Weights::new(12, number);
+        let v = publish(&publisher, number, &weights).version;
+        publisher.server().feed(feed_order(&server, v, JOB)).expect("feed");
+        let request = request(v, vec![source("trainer", "feed:trainer", v)]);
+        let staged = node.fetcher.fetch_blocking(&request).expect("fetch");
+        assert_holds(staged.dir(), &weights);
+        kept = Some(staged);
+    }
+    drop(kept);
+}
+
+#[test]
+fn a_source_without_a_grant_to_feed_is_not_heard_and_the_receiver_says_whom_it_waited_for() {
+    let (publisher, weights) = (publisher(), Weights::new(2, 1));
+    let node = receiver_with(|rules| rules.connect = Duration::from_millis(300));
+    let server = serve(&node);
+    let v = publish(&publisher, 1, &weights).version;
+    publisher.server().feed(feed_order(&server, v, "another job")).expect("feed");
+    let request = request(v, vec![source("trainer", "feed:trainer", v)]);
+    let error = node.fetcher.fetch_blocking(&request).err().expect("nobody came");
+    assert!(error.to_string().contains("`trainer` did not dial this receiver"), "{error}");
 }

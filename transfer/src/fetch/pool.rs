@@ -9,6 +9,8 @@ use super::{Shared, SourceRef, StreamError};
 use crate::link::{self, Link, LinkError};
 use crate::wire::{Message, PROTO};
 
+/// Address of a source that dials this receiver; its name follows.
+const FEED: &str = "feed:";
 /// Idle streams per address; more than this are closed.
 const KEPT: usize = 16;
 
@@ -106,7 +108,15 @@ impl Session {
                 other => return other,
             }
         }
-        let link = link::dial(addr, shared.rules.connect)?;
+        let link = match addr.strip_prefix(FEED) {
+            None => link::dial(addr, shared.rules.connect)?,
+            Some(source) => {
+                let dialled = shared.holder.inbound().take(source, shared.rules.connect);
+                let within = shared.rules.connect;
+                dialled
+                    .ok_or_else(|| LinkError::NotDialled { holder: source.to_owned(), within })?
+            }
+        };
         greet(shared, link, addr, grant, base)
     }
 
