@@ -293,6 +293,16 @@ impl Held {
         *self.delta.lock().expect("held only to copy") = Some((base, blob));
     }
 
+    pub(crate) fn image(&self) -> &Blob {
+        &self.image
+    }
+
+    /// The delta, whatever its base.
+    pub(crate) fn any_delta(&self) -> Option<Blob> {
+        let delta = self.delta.lock().expect("held only to copy");
+        delta.as_ref().map(|(_, blob)| blob.clone())
+    }
+
     pub(crate) fn blob(&self, id: BlobId, base: Root) -> Option<Blob> {
         match id {
             BlobId::Image => Some(self.image.clone()),

@@ -21,10 +21,12 @@ pub mod queue;
 pub mod wire;
 
 mod arena;
+mod export;
 mod fetch;
 mod holder;
 mod inbound;
 mod link;
+mod lock;
 mod maps;
 mod publish;
 mod serve;
@@ -32,12 +34,14 @@ mod shm;
 mod staging;
 
 pub use arena::ArenaError;
+pub use export::ExportError;
 pub use fetch::{
     FetchError, FetchProgress, FetchReport, FetchRequest, FetchRules, Fetcher, SourceRef, Staged,
     Tried,
 };
 pub use holder::{Held, Holder, Lease, Refusal};
 pub use link::LinkError;
+pub use lock::LockError;
 pub use maps::Mapper;
 pub use publish::{PublishError, Published, Publisher, PublisherConfig, Publishing, TensorRef};
 pub use queue::QueueStats;

@@ -19,9 +19,11 @@ use anabranch_proto::manifest::ChunkHash;
 use crate::shm::SharedMap;
 use crate::wire::{Message, WireError};
 
+pub(crate) mod file;
 pub(crate) mod frame;
 pub(crate) mod tcp;
 
+use file::FileLink;
 use tcp::TcpLink;
 
 /// One stream of the data plane, from either end. Blocking, with a deadline on every step: a call fails
@@ -82,7 +84,8 @@ pub enum LinkError {
 /// Opens a stream to `addr` by the link that it names.
 pub(crate) fn dial(addr: &str, within: Duration) -> Result<Box<dyn Link>, LinkError> {
     match addr.split_once(':') {
-        Some((scheme @ ("tls" | "quic" | "file" | "shm" | "rdma"), _)) => {
+        Some(("file", dir)) => Ok(Box::new(FileLink::open(addr, dir)?)),
+        Some((scheme @ ("tls" | "quic" | "shm" | "rdma"), _)) => {
             let why = format!("this build has no link `{scheme}`");
             Err(LinkError::Address { addr: addr.to_owned(), why })
         }

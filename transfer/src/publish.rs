@@ -2,7 +2,7 @@
 //! background. Never waits for a receiver. Owns the server, the arena and the sealing threads.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use crate::arena::{Arena, ArenaError, Sealer, SlotWriter};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::chunks::{ChunkSet, Ledger};
 use crate::delta;
+use crate::export::{Export, ExportError};
 use crate::holder::{Blob, Held, Holder, Stamp};
 use crate::layout::{Layout, LayoutError, TensorSpec};
 use crate::serve::{ServeError, ServeLimits, Server};
@@ -33,6 +34,11 @@ pub struct PublisherConfig {
     pub hash_threads: usize,
     /// Also offer each version as a delta to the one before.
     pub delta: bool,
+    /// Also write each version into this directory of a shared file system: `file:` receivers read it
+    /// there, while this process lives and after.
+    pub export: Option<PathBuf>,
+    /// The newest so many stay in it.
+    pub export_keep: usize,
     pub limits: ServeLimits,
 }
 
@@ -49,6 +55,7 @@ pub struct Publisher {
     server: Server,
     config: PublisherConfig,
     arena: Arena,
+    export: Option<Arc<Export>>,
     /// One publish at a time.
     publishing: Mutex<()>,
     last: Arc<Mutex<Last>>,
@@ -82,8 +89,10 @@ pub struct Published {
     /// Size of the delta to the version before, if there is one.
     pub delta_bytes: Option<u64>,
     pub copied_in: Duration,
-    /// From the start of the copy until all was hashed, and the delta coded.
+    /// From the start of the copy until all was hashed, the delta coded and the export written.
     pub sealed_in: Duration,
+    /// Where it was exported to, or why it was not: it is served all the same.
+    pub export: Option<Result<PathBuf, Arc<ExportError>>>,
     held: Arc<Held>,
 }
 
@@ -101,6 +110,8 @@ pub enum PublishError {
     Regression { number: u64, last: u64, epoch: u32 },
     #[error("tensor `{name}`: {have} bytes given, its shape and dtype need {want}")]
     Data { name: String, have: u64, want: u64 },
+    #[error(transparent)]
+    Export(#[from] ExportError),
     #[error("version {number}: {error}")]
     Checkpoint { number: u64, error: CheckpointError },
     #[error("version {number} was given up before it was sealed")]
@@ -122,6 +133,8 @@ impl PublisherConfig {
             chunk_bytes: DEFAULT_CHUNK_BYTES,
             hash_threads: 1,
             delta: true,
+            export: None,
+            export_keep: 2,
             limits: ServeLimits::default(),
         }
     }
@@ -133,9 +146,12 @@ impl Publisher {
     pub fn start(config: PublisherConfig) -> Result<Publisher, PublishError> {
         let holder = Holder::new(&config.job);
         let arena = Arena::new(holder.clone(), config.chunk_bytes);
+        let export = config.export.as_deref();
+        let export = export.map(|dir| Export::open(dir, config.export_keep, &config.job));
+        let export = export.transpose()?.map(Arc::new);
         let server = Server::start(config.listen, holder, config.limits.clone())?;
         let (publishing, last) = (Mutex::default(), Arc::default());
-        Ok(Publisher { server, config, arena, publishing, last })
+        Ok(Publisher { server, config, arena, export, publishing, last })
     }
 
     /// The key that the manager gave: without one, nobody can read.
@@ -143,8 +159,13 @@ impl Publisher {
         self.server.holder().set_key(key);
     }
 
-    /// `host:port`s for receivers.
+    /// Where receivers find the versions, best first.
     pub fn addresses(&self) -> Vec<String> {
+        let exported = self.export.iter().map(|export| export.address());
+        self.listening().into_iter().chain(exported).collect()
+    }
+
+    fn listening(&self) -> Vec<String> {
         let addr = self.server.addr();
         let with_port = |host: &String| match host.rsplit_once(':') {
             Some((_, port)) if port.parse::<u16>().is_ok() => host.clone(),
@@ -244,7 +265,7 @@ impl Publisher {
     ) -> Result<(), PublishError> {
         let (config, layout, last) =
             (self.config.clone(), Arc::clone(layout), Arc::clone(&self.last));
-        let arena = self.arena.clone();
+        let (arena, export) = (self.arena.clone(), self.export.clone());
         let seal = move || {
             let threads = config.hash_threads;
             let Some((held, manifest)) = sealer.run(config.epoch, number, &layout, threads) else {
@@ -258,19 +279,43 @@ impl Publisher {
             {
                 delta_bytes = offer_delta(&arena, &config, base, &held, &manifest);
             }
+            let export = export.and_then(|export| exported(&export, &arena, &held));
             let sealed_in = started.elapsed();
             tracing::info!(
                 %version, root = %version.root, bytes, ?delta_bytes, ?sealed_in, "version sealed"
             );
             let copied_in = Duration::ZERO;
-            let published =
-                Published { version, manifest, bytes, delta_bytes, copied_in, sealed_in, held };
+            let published = Published {
+                version,
+                manifest,
+                bytes,
+                delta_bytes,
+                copied_in,
+                sealed_in,
+                export,
+                held,
+            };
             // Nobody may be waiting for the seal: the version is lent all the same.
             done.send(published).ok();
         };
         let builder = std::thread::Builder::new().name("transfer-seal".into());
         builder.spawn(seal).map(drop).map_err(PublishError::Thread)
     }
+}
+
+/// Writes the version to the export directory. `None` if its memory is another's already.
+fn exported(
+    export: &Export,
+    arena: &Arena,
+    held: &Held,
+) -> Option<Result<PathBuf, Arc<ExportError>>> {
+    let version = held.version();
+    let (image, _) = arena.sealed(version.root)?;
+    let written = export.write(held, &image);
+    if let Err(error) = &written {
+        tracing::error!(%version, %error, "not exported; it is served from here all the same");
+    }
+    Some(written.map_err(Arc::new))
 }
 
 /// Lends the difference to the version before as well, if it is in memory still and worth its bytes.

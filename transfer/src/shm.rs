@@ -6,7 +6,8 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::{Advice, MmapRaw};
@@ -90,6 +91,11 @@ impl SharedMap {
         assert!(range.start <= range.end && range.end <= mapped, "{range:?} of {mapped} bytes");
         (range.start as usize, (range.end - range.start) as usize)
     }
+}
+
+/// A path that opens the same file anew, under any name or none.
+pub(crate) fn descriptor_path(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 #[cfg(test)]
