@@ -3,9 +3,10 @@
 //!
 //! In reading order:
 
-// the two runs
+// the runs
 pub mod chaos;
 pub mod stream;
+pub mod transfer;
 // the trainer's side of a run
 mod load;
 mod publishing;

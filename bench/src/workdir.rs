@@ -25,9 +25,20 @@ impl WorkDir {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Removes the folder where nothing is left to look into.
+    #[allow(clippy::print_stderr)]
+    pub fn close(self, passed: bool) -> anyhow::Result<()> {
+        if self.ours && passed {
+            return std::fs::remove_dir_all(&self.path)
+                .with_context(|| format!("removing {}", self.path.display()));
+        }
+        eprintln!("logs and records: {}", self.path.display());
+        Ok(())
+    }
 }
 
-/// Prints the table, writes the report, and removes the folder where nothing is left to look into.
+/// Prints the table, writes the report, closes the folder.
 #[allow(clippy::print_stdout)]
 pub fn finish(report: &Report, file: Option<&Path>, dir: WorkDir) -> anyhow::Result<()> {
     print!("{}", report.table());
@@ -35,11 +46,5 @@ pub fn finish(report: &Report, file: Option<&Path>, dir: WorkDir) -> anyhow::Res
         report.write(file)?;
         println!("report: {}", file.display());
     }
-    if dir.ours && report.pass {
-        std::fs::remove_dir_all(&dir.path)
-            .with_context(|| format!("removing {}", dir.path.display()))?;
-    } else {
-        println!("logs and records: {}", dir.path.display());
-    }
-    Ok(())
+    dir.close(report.pass)
 }

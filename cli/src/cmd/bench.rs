@@ -2,6 +2,7 @@
 
 use anabranch_bench::chaos::{self, ChaosArgs};
 use anabranch_bench::stream::{self, StreamArgs};
+use anabranch_bench::transfer::{self, TransferArgs};
 use anabranch_bench::verify::{self, VerifyArgs};
 use anabranch_runtime::Exit;
 
@@ -19,7 +20,12 @@ enum What {
     Stream(StreamArgs),
     /// One random fault a second, a version every few seconds; every token is verified
     Chaos(ChaosArgs),
-    /// Verifies recorded trajectories; the other two start it as a process of its own
+    /// The transfer engine's figures: speed, fan-out, deltas, faults, each a ratio within one run
+    Transfer(TransferArgs),
+    /// One host of the transfer bench, which starts it
+    #[command(hide = true)]
+    TransferNode,
+    /// Verifies recorded trajectories; the first two start it as a process of its own
     Verify(VerifyArgs),
 }
 
@@ -27,6 +33,8 @@ pub async fn run(args: Args) -> Outcome {
     let passed = match args.what {
         What::Stream(args) => Box::pin(stream::run(args)).await,
         What::Chaos(args) => Box::pin(chaos::run(args)).await,
+        What::Transfer(args) => Box::pin(transfer::run(args)).await,
+        What::TransferNode => transfer::node::run(),
         What::Verify(args) => verify::print(&args),
     };
     match passed {

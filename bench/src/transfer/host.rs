@@ -1,0 +1,167 @@
+//! The bench's end of a node: starts the process, sends orders, matches answers to them, kills it. Owns the process
+//! and the task that reads its answers.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, anyhow, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+
+use super::order::{Answer, Call, Order, Reply};
+
+/// One host of a figure.
+pub struct Host {
+    pub name: String,
+    child: Child,
+    stdin: tokio::sync::Mutex<ChildStdin>,
+    next: AtomicU64,
+    waiting: Arc<Mutex<Waiting>>,
+    _reader: JoinSet<()>,
+}
+
+/// Bounded by what the bench has asked for.
+#[derive(Default)]
+struct Waiting {
+    orders: BTreeMap<u64, Sink>,
+    over: bool,
+}
+
+struct Sink {
+    progress: watch::Sender<u64>,
+    done: oneshot::Sender<Result<Value, String>>,
+}
+
+/// An order whose answer is on its way.
+pub struct Pending {
+    host: String,
+    /// Verified bytes, for a fetch.
+    pub progress: watch::Receiver<u64>,
+    done: oneshot::Receiver<Result<Value, String>>,
+}
+
+// === impl Host ===
+
+impl Host {
+    /// `command` runs this program, perhaps elsewhere; what the node logs is appended to `log`.
+    pub fn start(name: &str, mut command: Command, log: &PathBuf) -> anyhow::Result<Host> {
+        let file = std::fs::File::options().create(true).append(true).open(log);
+        let file = file.with_context(|| format!("opening {}", log.display()))?;
+        command.args(["bench", "transfer-node"]).kill_on_drop(true);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(file);
+        let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
+        let stdin = child.stdin.take().context("stdin was asked for")?;
+        let stdout = child.stdout.take().context("stdout was asked for")?;
+        let waiting = Arc::<Mutex<Waiting>>::default();
+        let mut reader = JoinSet::new();
+        reader.spawn(read(stdout, Arc::clone(&waiting)));
+        Ok(Host {
+            name: name.to_owned(),
+            child,
+            stdin: stdin.into(),
+            next: AtomicU64::new(1),
+            waiting,
+            _reader: reader,
+        })
+    }
+
+    pub async fn send(&self, order: Order) -> anyhow::Result<Pending> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (progress, seen) = watch::channel(0);
+        let (done, outcome) = oneshot::channel();
+        {
+            let mut waiting = lock(&self.waiting);
+            if waiting.over {
+                bail!("{} has ended", self.name);
+            }
+            waiting.orders.insert(id, Sink { progress, done });
+        }
+        let mut line = serde_json::to_vec(&Call { id, order })?;
+        line.push(b'\n');
+        let written = self.stdin.lock().await.write_all(&line).await;
+        written.with_context(|| format!("{} takes no orders", self.name))?;
+        Ok(Pending { host: self.name.clone(), progress: seen, done: outcome })
+    }
+
+    pub async fn ask<T: DeserializeOwned>(&self, order: Order) -> anyhow::Result<T> {
+        self.send(order).await?.answer().await
+    }
+
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let pid = self.pid().and_then(|pid| Pid::from_raw(pid as i32));
+        let pid = pid.with_context(|| format!("{} has ended", self.name))?;
+        kill_process(pid, signal).with_context(|| format!("signalling {}", self.name))
+    }
+
+    /// As a machine that is taken away: no goodbye.
+    pub async fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill().await.with_context(|| format!("killing {}", self.name))
+    }
+
+    /// Ends it by its stdin; it takes its staging area along.
+    pub async fn end(self) -> anyhow::Result<()> {
+        let Host { name, mut child, stdin, .. } = self;
+        drop(stdin);
+        child.wait().await.map(drop).with_context(|| format!("waiting for {name}"))
+    }
+}
+
+/// Until the node ends; then nobody waits for it in vain.
+async fn read(stdout: ChildStdout, waiting: Arc<Mutex<Waiting>>) {
+    let mut lines = BufReader::new(stdout).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        let Ok(Reply { id, is }) = serde_json::from_str(&line) else {
+            tracing::warn!(line, "a node said what is no reply");
+            continue;
+        };
+        let mut waiting = lock(&waiting);
+        let outcome = match is {
+            Answer::Progress(bytes) => {
+                if let Some(sink) = waiting.orders.get(&id) {
+                    sink.progress.send_replace(bytes);
+                }
+                continue;
+            }
+            Answer::Done(value) => Ok(value),
+            Answer::Failed(why) => Err(why),
+        };
+        if let Some(sink) = waiting.orders.remove(&id) {
+            sink.done.send(outcome).ok();
+        }
+    }
+    let mut waiting = lock(&waiting);
+    waiting.over = true;
+    waiting.orders.clear();
+}
+
+fn lock(waiting: &Mutex<Waiting>) -> std::sync::MutexGuard<'_, Waiting> {
+    waiting.lock().expect("held only to look up")
+}
+
+// === impl Pending ===
+
+impl Pending {
+    pub async fn answer<T: DeserializeOwned>(self) -> anyhow::Result<T> {
+        let outcome = self.done.await.map_err(|_| anyhow!("{} ended", self.host))?;
+        let value = outcome.map_err(|why| anyhow!("{}: {why}", self.host))?;
+        serde_json::from_value(value)
+            .with_context(|| format!("{} answered something else", self.host))
+    }
+
+    /// Returns when so many bytes are verified, or the order is over.
+    pub async fn reaches(&mut self, bytes: u64) {
+        self.progress.wait_for(|at| *at >= bytes).await.ok();
+    }
+}

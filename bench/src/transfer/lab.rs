@@ -1,0 +1,116 @@
+//! Where figures are made: hosts on loopback or in network namespaces, one key, one folder of logs, one staging
+//! root. Owns those; what the hosts do is the figure's business.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anabranch_proto::grant::{Grant, Role};
+use anyhow::Context;
+use tokio::process::Command;
+
+use super::host::Host;
+use super::order::{Listening, Order, Receive, Source, Train, VersionId};
+use crate::workdir::WorkDir;
+
+const JOB: &str = "bench";
+pub const PROGRESS: Duration = Duration::from_secs(5);
+/// Longer than any figure.
+const GRANT_TTL: Duration = Duration::from_secs(3600);
+
+pub struct Lab {
+    work: WorkDir,
+    staging: PathBuf,
+    divide: u64,
+    key: [u8; 32],
+    nonce: AtomicU64,
+}
+
+/// A host that serves, and where.
+pub struct Server {
+    pub host: Host,
+    pub addr: String,
+}
+
+impl Lab {
+    pub fn new(dir: Option<&Path>, divide: u64) -> anyhow::Result<Lab> {
+        let work = WorkDir::new(dir.map(Path::to_owned), "transfer")?;
+        let shm = Path::new("/dev/shm");
+        let base = if shm.is_dir() { shm } else { work.path() };
+        let staging = base.join(format!("anabranch-transfer-{}", std::process::id()));
+        std::fs::create_dir_all(&staging)
+            .with_context(|| format!("making {}", staging.display()))?;
+        let key = blake3::hash(format!("{:?}", std::time::SystemTime::now()).as_bytes()).into();
+        Ok(Lab { work, staging, divide, key, nonce: AtomicU64::new(1) })
+    }
+
+    /// `bytes`, or less where a look was asked for.
+    pub fn size(&self, bytes: u64) -> u64 {
+        bytes / self.divide
+    }
+
+    pub fn staging(&self, host: &str) -> PathBuf {
+        self.staging.join(host)
+    }
+
+    /// A process on this machine's loopback.
+    pub fn local(&self, name: &str) -> anyhow::Result<Host> {
+        let exe = std::env::current_exe().context("finding this program")?;
+        self.start(name, Command::new(exe))
+    }
+
+    /// As [`Lab::local`], by a command that ends in this program.
+    pub fn start(&self, name: &str, command: Command) -> anyhow::Result<Host> {
+        Host::start(name, command, &self.work.path().join(format!("{name}.log")))
+    }
+
+    pub async fn trainer(&self, host: Host, ip: &str, delta: bool) -> anyhow::Result<Server> {
+        let (key, job, ip) = (hex::encode(self.key), JOB.to_owned(), ip.to_owned());
+        let order = Order::Train(Train { key, job, ip, epoch: 1, delta });
+        serving(host, order).await
+    }
+
+    pub async fn receiver(&self, host: Host, ip: &str) -> anyhow::Result<Server> {
+        let (key, job, ip) = (hex::encode(self.key), JOB.to_owned(), ip.to_owned());
+        let (staging, progress_ms) = (self.staging(&host.name), PROGRESS.as_millis() as u64);
+        let order = Order::Receive(Receive { key, job, ip, staging, progress_ms });
+        serving(host, order).await
+    }
+
+    /// `holder` as a source of `version` for `receiver`.
+    pub fn source(
+        &self,
+        holder: &Server,
+        version: &VersionId,
+        receiver: &str,
+        stripes: &[u32],
+    ) -> anyhow::Result<Source> {
+        let grant = Grant {
+            job: JOB.to_owned(),
+            version: version.version()?,
+            receiver: receiver.to_owned(),
+            role: Role::Fetch,
+            ttl_ms: GRANT_TTL.as_millis() as u64,
+            nonce: self.nonce.fetch_add(1, Ordering::Relaxed),
+        };
+        Ok(Source {
+            holder: holder.host.name.clone(),
+            addr: holder.addr.clone(),
+            grant: hex::encode(grant.mint(&self.key)),
+            stripes: stripes.to_vec(),
+        })
+    }
+
+    /// Removes what the run left; its logs too, where nothing is left to look into.
+    pub fn close(self, passed: bool) -> anyhow::Result<()> {
+        std::fs::remove_dir_all(&self.staging)
+            .with_context(|| format!("removing {}", self.staging.display()))?;
+        self.work.close(passed)
+    }
+}
+
+async fn serving(host: Host, order: Order) -> anyhow::Result<Server> {
+    let Listening { addrs } = host.ask(order).await?;
+    let addr = addrs.into_iter().next().with_context(|| format!("{} has no address", host.name))?;
+    Ok(Server { host, addr })
+}
