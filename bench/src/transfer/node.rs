@@ -173,12 +173,18 @@ impl Node {
         let version = order.version.version()?;
         let source = |s: &Source| -> anyhow::Result<SourceRef> {
             let grant = hex::decode(&s.grant).context("a grant is hex")?;
-            Ok(SourceRef { holder: s.holder.clone(), addr: s.addr.clone(), grant })
+            Ok(SourceRef {
+                holder: s.holder.clone(),
+                addrs: vec![s.addr.clone()],
+                grant,
+                stripes: s.stripes.clone(),
+            })
         };
         let request = FetchRequest {
             version,
             sources: order.sources.iter().map(source).collect::<anyhow::Result<_>>()?,
             streams: order.streams,
+            stripe_count: order.stripe_count,
             baseline: None,
             progress: Some(Arc::new(move |at| say(&Reply { id, is: Answer::Progress(at.bytes) }))),
             cancel: self.over.child_token(),
