@@ -4,6 +4,7 @@
 pub mod agent;
 pub mod engine;
 pub mod manager;
+pub mod relay;
 // a job from a shell
 pub mod publish;
 pub mod submit;

@@ -36,6 +36,8 @@ enum Command {
     Manager(cmd::manager::Args),
     /// Attaches an engine to a manager, or starts one and attaches it
     Agent(cmd::agent::Args),
+    /// Holds versions of the weights for engines that cannot reach the trainer
+    Relay(cmd::relay::Args),
     /// Runs the embedded CPU engine
     Engine(cmd::engine::Args),
     /// Trains a small model with engines that come, get drained and get killed meanwhile
@@ -89,6 +91,7 @@ fn run(cli: Cli) -> Outcome {
         match cli.command {
             Command::Manager(args) => Box::pin(cmd::manager::run(args)).await,
             Command::Agent(args) => Box::pin(cmd::agent::run(args)).await,
+            Command::Relay(args) => Box::pin(cmd::relay::run(args)).await,
             Command::Engine(args) => Box::pin(cmd::engine::run(args)).await,
             Command::Demo(args) => Box::pin(cmd::demo::run(args)).await,
             Command::Submit(args) => Box::pin(cmd::submit::run(args)).await,
@@ -114,6 +117,9 @@ fn say_usage(error: &clap::Error) -> ExitCode {
 impl Command {
     /// Commands whose own output is what a person wants to see.
     fn is_short(&self) -> bool {
-        !matches!(self, Command::Manager(_) | Command::Agent(_) | Command::Engine(_))
+        !matches!(
+            self,
+            Command::Manager(_) | Command::Agent(_) | Command::Relay(_) | Command::Engine(_)
+        )
     }
 }

@@ -46,6 +46,8 @@ pub enum EngineSpec {
     Sglang(EngineUrl),
     /// Started, watched, restarted and stopped by the agent.
     Command(Vec<String>),
+    /// None: versions are fetched only to be served to others.
+    Relay,
 }
 
 /// Where an engine's HTTP API listens.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anabranch_proto::pb;
 
+pub mod relay;
 pub mod sglang;
 
 /// One engine process, spoken to over its own protocol. Calls may run at the same time.

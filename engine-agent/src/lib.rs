@@ -36,6 +36,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::core::{Core, CoreConfig, Event, Exit};
 use crate::driver::Driver;
+use crate::engine::Engine;
+use crate::engine::relay::Relay;
 use crate::engine::sglang::Sglang;
 use crate::join::Manager;
 use crate::launch::Launch;
@@ -46,22 +48,37 @@ use crate::weights::Weights;
 /// Runs one agent until it is told to leave. `shutdown` begins a drain with the configured deadline.
 pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(), AgentError> {
     raise_file_limit();
-    let manager = manager(&config)?;
-    let launch = match &config.engine {
-        EngineSpec::Sglang(_) => None,
-        EngineSpec::Command(words) => Some(Launch::new(words)?),
+    let (url, launch) = match &config.engine {
+        EngineSpec::Relay => {
+            let id = config.id.clone().unwrap_or_else(|| format!("relay-{}", host_name()));
+            return run_with(&config, id, Relay::default(), None, "no engine", shutdown).await;
+        }
+        EngineSpec::Sglang(url) => (url.clone(), None),
+        EngineSpec::Command(words) => {
+            let launch = Launch::new(words)?;
+            (launch.url.clone(), Some(launch))
+        }
     };
-    let url = match (&config.engine, &launch) {
-        (EngineSpec::Sglang(url), _) => url.clone(),
-        (EngineSpec::Command(_), Some(launch)) => launch.url.clone(),
-        (EngineSpec::Command(_), None) => return Err(BadConfig::EmptyCommand.into()),
-    };
-    let id = engine_id(&config, &url)?;
-    let weights = open_weights(&config, &id)?;
-    let shared = Arc::new(Shared::new(core(&config, &id, &weights), Clock::start()));
+    let id = config.id.clone().unwrap_or_else(|| format!("{}-{}", host_name(), url.port()));
     let api_key = config.engine_api_key.clone();
-    let engine = Arc::new(Sglang::new(&url, api_key, config.logprob_convention));
-    tracing::info!(engine = id, url = %url, manager = config.manager, "agent starts");
+    let engine = Sglang::new(&url, api_key, config.logprob_convention);
+    run_with(&config, id, engine, launch, &url.to_string(), shutdown).await
+}
+
+async fn run_with<E: Engine>(
+    config: &AgentConfig,
+    id: String,
+    engine: E,
+    launch: Option<Launch>,
+    url: &str,
+    shutdown: CancellationToken,
+) -> Result<(), AgentError> {
+    let manager = manager(config)?;
+    let id = checked_id(id)?;
+    let weights = open_weights(config, &id)?;
+    let shared = Arc::new(Shared::new(core(config, &id, &weights), Clock::start()));
+    let engine = Arc::new(engine);
+    tracing::info!(engine = id, url, manager = config.manager, "agent starts");
 
     let drain = Drain::new();
     let watch = Watch {
@@ -71,7 +88,7 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
         launch,
         start_timeout: config.engine_start_timeout,
         drain: drain.clone(),
-        url: url.to_string(),
+        url: url.to_owned(),
     };
     let watcher = drain.spawn("watch", watch.run());
     let leave = leave_task(shared.clone(), shutdown, config.drain_deadline, drain.clone());
@@ -154,11 +171,7 @@ fn unix_millis() -> u64 {
     since.map_or(1, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
-fn engine_id(config: &AgentConfig, url: &EngineUrl) -> Result<String, BadConfig> {
-    let id = match &config.id {
-        Some(id) => id.clone(),
-        None => format!("{}-{}", host_name(), url.port()),
-    };
+fn checked_id(id: String) -> Result<String, BadConfig> {
     let fits = !id.is_empty() && id.len() <= anabranch_proto::limits::MAX_ID_BYTES;
     match fits && id.chars().all(|c| c.is_ascii_graphic()) {
         true => Ok(id),

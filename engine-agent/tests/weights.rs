@@ -6,6 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use anabranch_agent::EngineSpec;
 use anabranch_proto::grant::{Grant, Role};
 use anabranch_proto::manifest::DType;
 use anabranch_proto::pb::load_state::Stage;
@@ -158,4 +159,32 @@ async fn a_version_that_does_not_fit_or_cannot_be_reached_is_never_shown_to_the_
     let next = publish(&publisher, 3, 3, 500).await.version;
     attached.control(load(4, next, vec![source("trainer", &trainer, next, "e1")])).await;
     assert_eq!(outcome(&mut attached, &mut ledger).await.error, "");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_takes_a_version_without_an_engine_and_an_engine_gets_it_from_there() {
+    let publisher = publisher();
+    let trainer = publisher.addresses()[0].clone();
+    let engine = TestEngine::start(|_| {}).await;
+    let mut manager = TestManager::start().await;
+    let _relay = TestAgent::start(manager.addr, engine.addr, |c| {
+        c.engine = EngineSpec::Relay;
+        c.id = Some("relay".into());
+        c.listen = Some("127.0.0.1:0".parse().expect("address"));
+    });
+    let mut relay = manager.attach(|_| welcome(1)).await;
+    assert_eq!(relay.hello.engine_kind, "relay");
+    let mut ledger = Ledger::default();
+    let v = publish(&publisher, 1, 1, 500).await.version;
+    relay.control(load(1, v, vec![source("trainer", &trainer, v, "relay")])).await;
+    let done = outcome(&mut relay, &mut ledger).await;
+    assert_eq!((done.stage(), done.error.as_str(), done.holds), (Stage::Active, "", true));
+
+    let _agent = TestAgent::start(manager.addr, engine.addr, |c| c.id = Some("e2".into()));
+    let mut second = manager.attach(|_| welcome(2)).await;
+    let at = relay.hello.addresses[0].clone();
+    second.control(load(2, v, vec![source("relay", &at, v, "e2")])).await;
+    let done = outcome(&mut second, &mut ledger).await;
+    assert_eq!((done.stage(), done.error.as_str()), (Stage::Active, ""));
+    assert!(done.fetched_from["relay"] > 0);
 }

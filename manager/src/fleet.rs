@@ -121,10 +121,15 @@ pub(crate) struct Record {
 }
 
 impl Engine {
+    /// It only holds versions for others, and generates nothing.
+    pub fn is_relay(&self) -> bool {
+        self.hello.kind == "relay"
+    }
+
     /// It may be given samples: serving, and its link is alive (I4).
     pub fn serving(&self) -> Option<Version> {
         match self.state {
-            EngineState::Serving { at } if self.link.is_some() => Some(at),
+            EngineState::Serving { at } if self.link.is_some() && !self.is_relay() => Some(at),
             _ => None,
         }
     }

@@ -71,7 +71,11 @@ fn label(text: &str) -> Result<(String, String), String> {
 }
 
 pub async fn run(args: Args) -> Outcome {
-    let config = args.config().or_exit(Exit::Usage)?;
+    run_agent(args.config().or_exit(Exit::Usage)?).await
+}
+
+/// Until it left; a first signal drains it.
+pub async fn run_agent(config: AgentConfig) -> Outcome {
     let mut signals = ShutdownSignals::install().or_exit(Exit::Io)?;
     let stop = CancellationToken::new();
     let mut agent = std::pin::pin!(anabranch_agent::run(config, stop.clone()));

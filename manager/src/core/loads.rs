@@ -43,6 +43,10 @@ impl Core {
             }
             let at = match engine.state {
                 EngineState::Joining | EngineState::Syncing { .. } => Standpoint::Idle,
+                // Nobody waits for its tokens: it loads first.
+                EngineState::Serving { at } if engine.is_relay() && at != target => {
+                    Standpoint::Idle
+                }
                 EngineState::Serving { at } | EngineState::Updating { from: at, .. } => {
                     Standpoint::Serving(at)
                 }

@@ -1,0 +1,103 @@
+//! No engine at all: what stands in for one in a relay, a process that fetches versions only to serve them
+//! to receivers that cannot reach the trainer, or are many. It takes every load and generates nothing.
+
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
+
+use anabranch_proto::pb;
+
+use super::{
+    Chunk, Engine, EngineError, EngineInfo, Finish, Generate, Loads, StreamError, TokenStream,
+};
+
+/// What the manager calls it; it places no sample on this kind.
+pub const KIND: &str = "relay";
+
+#[derive(Debug, Default)]
+pub struct Relay {
+    label: Mutex<String>,
+}
+
+/// Ends at once.
+pub struct Nothing;
+
+impl Relay {
+    fn label(&self) -> MutexGuard<'_, String> {
+        self.label.lock().expect("held only to copy")
+    }
+}
+
+impl Engine for Relay {
+    type Stream = Nothing;
+
+    async fn info(&self) -> Result<EngineInfo, EngineError> {
+        let conventions =
+            [pb::Convention::Raw, pb::Convention::Tempered, pb::Convention::Processed];
+        let caps = pb::Caps {
+            logprob_conventions: conventions.map(Into::into).to_vec(),
+            ..pb::Caps::default()
+        };
+        Ok(EngineInfo {
+            kind: KIND.to_owned(),
+            model: pb::Model::default(),
+            caps,
+            kv_tokens: 0,
+            max_running: 0,
+            incremental: true,
+            model_directory: None,
+            weight_label: self.label().clone(),
+        })
+    }
+
+    async fn alive(&self) -> Result<String, EngineError> {
+        Ok(self.label().clone())
+    }
+
+    async fn loads(&self) -> Result<Loads, EngineError> {
+        Ok(Loads::default())
+    }
+
+    /// Only the probe asks, and an empty answer agrees with that of every other relay.
+    async fn generate(&self, _request: &Generate) -> Result<Nothing, StreamError> {
+        Ok(Nothing)
+    }
+
+    async fn abort(&self, _rid: &str) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    async fn pause(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    async fn load(&self, _directory: &Path, label: &str) -> Result<(), EngineError> {
+        label.clone_into(&mut self.label());
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    async fn release_memory(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    async fn resume_memory(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+}
+
+impl TokenStream for Nothing {
+    async fn next(&mut self, chunk: &mut Chunk) -> Result<(), StreamError> {
+        chunk.clear();
+        chunk.finish = Some(Finish::Length);
+        Ok(())
+    }
+
+    async fn close(&mut self) {}
+}
