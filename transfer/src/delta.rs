@@ -14,11 +14,12 @@ use anabranch_proto::manifest::{DType, Manifest};
 
 mod bits;
 mod block;
+mod cpu;
 mod element;
+mod masks;
 
 use bits::BadBits;
 use block::Scratch;
-use element::{Bf16, Byte, Element, F8E4M3, F8E5M2, F16, F32, Int, Long, Word};
 
 const MAGIC: [u8; 4] = *b"ABX1";
 /// Large enough that a block's head is small beside the changes of a sparse block, small enough that
@@ -134,20 +135,21 @@ impl<'a> Delta<'a> {
         range.start as u64..range.end as u64
     }
 
-    /// `out` becomes the new block; `base` is the old one.
+    /// `block` gets the version's bytes of block `at`. The base's are `base`, or in `block` already.
     pub fn apply_block(
         &self,
         at: usize,
-        base: &[u8],
-        out: &mut [u8],
+        base: Option<&[u8]>,
+        block: &mut [u8],
         workspace: &mut Workspace,
     ) -> Result<(), DeltaError> {
         let spec = &self.blocks[at];
-        if base.len() != spec.range.len() || out.len() != base.len() {
-            return Err(DeltaError::Size { base: base.len(), version: spec.range.len() });
+        let want = spec.range.len();
+        if block.len() != want || base.is_some_and(|base| base.len() != want) {
+            let base = base.map_or(block.len(), <[u8]>::len);
+            return Err(DeltaError::Size { base, version: want });
         }
-        let scratch = &mut workspace.scratch;
-        apply_block(spec.dtype, self.payloads[at], base, out, scratch)
+        apply_block(spec.dtype, self.payloads[at], base, block, &mut workspace.scratch)
             .map_err(|BadBits| DeltaError::Block(at))
     }
 }
@@ -167,7 +169,7 @@ pub fn apply(
     let mut workspace = Workspace::default();
     for at in 0..delta.block_count() {
         let range = delta.blocks[at].range.clone();
-        delta.apply_block(at, &base[range.clone()], &mut out[range], &mut workspace)?;
+        delta.apply_block(at, Some(&base[range.clone()]), &mut out[range], &mut workspace)?;
     }
     Ok(())
 }
@@ -199,64 +201,28 @@ fn blocks(manifest: &Manifest) -> Vec<BlockSpec> {
 }
 
 fn encode_block(dtype: DType, old: &[u8], new: &[u8], scratch: &mut Scratch) -> Vec<u8> {
-    let coded = match dtype {
-        DType::BF16 => coded::<Bf16>(old, new, scratch),
-        DType::F16 => coded::<F16>(old, new, scratch),
-        DType::F32 => coded::<F32>(old, new, scratch),
-        DType::F8E4M3 => coded::<F8E4M3>(old, new, scratch),
-        DType::F8E5M2 => coded::<F8E5M2>(old, new, scratch),
-        DType::Bool | DType::U8 | DType::I8 | DType::F8E8M0 => coded::<Byte>(old, new, scratch),
-        DType::I16 | DType::U16 => coded::<Word>(old, new, scratch),
-        DType::I32 | DType::U32 => coded::<Int>(old, new, scratch),
-        DType::I64 | DType::U64 | DType::F64 => coded::<Long>(old, new, scratch),
-    };
-    match coded {
+    match cpu::encode(dtype, CHANGES, old, new, scratch) {
         None => Vec::new(),
-        Some(mut coded) if coded.len() < new.len() => {
-            coded.insert(0, CHANGES);
-            coded
-        }
+        Some(coded) if coded.len() <= new.len() => coded,
         Some(_) => [&[RAW], new].concat(),
     }
 }
 
-fn coded<E: Element>(old: &[u8], new: &[u8], scratch: &mut Scratch) -> Option<Vec<u8>> {
-    block::encode::<E>(old, new, scratch)
-}
-
+/// `block` gets the new bytes; the old ones are `base`, or in `block`.
 fn apply_block(
     dtype: DType,
     payload: &[u8],
-    base: &[u8],
-    out: &mut [u8],
+    base: Option<&[u8]>,
+    block: &mut [u8],
     scratch: &mut Scratch,
 ) -> Result<(), BadBits> {
-    let bits = match payload.split_first() {
-        None => {
-            out.copy_from_slice(base);
-            return Ok(());
-        }
-        Some((&RAW, raw)) if raw.len() == out.len() => {
-            out.copy_from_slice(raw);
-            return Ok(());
-        }
-        Some((&CHANGES, bits)) => bits,
+    match payload.split_first() {
+        None => base.into_iter().for_each(|base| block.copy_from_slice(base)),
+        Some((&RAW, raw)) if raw.len() == block.len() => block.copy_from_slice(raw),
+        Some((&CHANGES, bits)) => return cpu::apply(dtype, bits, base, block, scratch),
         Some(_) => return Err(BadBits),
-    };
-    out.copy_from_slice(base);
-    match dtype {
-        DType::BF16 => block::apply::<Bf16>(bits, out, scratch),
-        DType::F16 => block::apply::<F16>(bits, out, scratch),
-        DType::F32 => block::apply::<F32>(bits, out, scratch),
-        DType::F8E4M3 => block::apply::<F8E4M3>(bits, out, scratch),
-        DType::F8E5M2 => block::apply::<F8E5M2>(bits, out, scratch),
-        DType::Bool | DType::U8 | DType::I8 | DType::F8E8M0 => {
-            block::apply::<Byte>(bits, out, scratch)
-        }
-        DType::I16 | DType::U16 => block::apply::<Word>(bits, out, scratch),
-        DType::I32 | DType::U32 => block::apply::<Int>(bits, out, scratch),
-        DType::I64 | DType::U64 | DType::F64 => block::apply::<Long>(bits, out, scratch),
     }
+    Ok(())
 }
 
 /// Runs `work` on `threads` threads and joins what they give; `None` if one gave up.

@@ -25,31 +25,54 @@ pub(super) struct BadBits;
 // === impl BitWriter ===
 
 impl BitWriter {
-    /// The low `count` bits of `value`, at most 56 at once.
+    /// Bits that follow `head`.
+    pub(super) fn after(head: u8) -> BitWriter {
+        BitWriter { out: vec![head], ..BitWriter::default() }
+    }
+
+    /// The low `count` bits of `value`, at most 32 at once.
+    #[inline(always)]
     pub(super) fn put(&mut self, value: u64, count: u32) {
-        debug_assert!(count <= 56 && (count == 56 || value >> count == 0));
+        debug_assert!(count <= 32 && value >> count == 0);
         self.pending |= value << self.filled;
         self.filled += count;
-        if self.filled >= 8 {
-            let whole = self.filled / 8;
-            self.out.extend_from_slice(&self.pending.to_le_bytes()[..whole as usize]);
-            self.pending = if whole == 8 { 0 } else { self.pending >> (whole * 8) };
-            self.filled -= whole * 8;
+        if self.filled >= 32 {
+            self.out.extend_from_slice(&(self.pending as u32).to_le_bytes());
+            self.pending >>= 32;
+            self.filled -= 32;
         }
     }
 
-    /// Short for values around `2^k`.
+    /// Short for values around `2^k`, `k` at most 56.
+    #[inline(always)]
     pub(super) fn rice(&mut self, value: u64, k: u32) {
         let quotient = value >> k;
-        if quotient < u64::from(MAX_UNARY) {
+        if quotient + u64::from(k) < 32 {
             let unary = (1u64 << quotient) - 1;
-            self.put(unary, quotient as u32 + 1);
-            self.put(value & ((1 << k) - 1), k);
+            let low = value & ((1 << k) - 1);
+            self.put(unary | low << (quotient + 1), quotient as u32 + 1 + k);
         } else {
-            self.put((1 << MAX_UNARY) - 1, MAX_UNARY);
-            self.put(value & 0xFFFF_FFFF, 32);
-            self.put(value >> 32, ESCAPED_BITS - 32);
+            self.long_rice(value, quotient, k);
         }
+    }
+
+    #[cold]
+    fn long_rice(&mut self, value: u64, quotient: u64, k: u32) {
+        let mut ones = quotient.min(MAX_UNARY.into()) as u32;
+        while ones > 0 {
+            let some = ones.min(31);
+            self.put((1 << some) - 1, some);
+            ones -= some;
+        }
+        let escaped = quotient >= MAX_UNARY.into();
+        let (low, bits) = if escaped {
+            (value, ESCAPED_BITS)
+        } else {
+            self.put(0, 1);
+            (value & ((1 << k) - 1), k)
+        };
+        self.put(low & 0xFFFF_FFFF, bits.min(32));
+        self.put(low >> 32, bits.saturating_sub(32));
     }
 
     /// Elias gamma of `value + 1`: short for small counts without a parameter.
@@ -62,9 +85,8 @@ impl BitWriter {
     }
 
     pub(super) fn finish(mut self) -> Vec<u8> {
-        if self.filled > 0 {
-            self.out.push(self.pending as u8);
-        }
+        let left = self.filled.div_ceil(8) as usize;
+        self.out.extend_from_slice(&self.pending.to_le_bytes()[..left]);
         self.out
     }
 }
@@ -113,6 +135,21 @@ impl<'a> BitReader<'a> {
         self.filled -= count;
     }
 
+    /// A Rice code and the bit after it.
+    #[inline(always)]
+    pub(super) fn rice_and_bit(&mut self, k: u32) -> Result<(u64, u64), BadBits> {
+        self.refill();
+        let quotient = self.pending.trailing_ones();
+        let used = quotient + k + 2;
+        if used > self.filled || quotient >= MAX_UNARY {
+            return Ok((self.rice(k)?, self.take(1)?));
+        }
+        let rest = self.pending >> (quotient + 1);
+        let low = rest & ((1 << k) - 1);
+        self.skip(used);
+        Ok((u64::from(quotient) << k | low, rest >> k & 1))
+    }
+
     #[inline]
     pub(super) fn rice(&mut self, k: u32) -> Result<u64, BadBits> {
         if self.filled < MAX_UNARY + 1 {
@@ -131,6 +168,13 @@ impl<'a> BitReader<'a> {
         }
         self.skip(MAX_UNARY);
         Ok(self.take(32)? | self.take(ESCAPED_BITS - 32)? << 32)
+    }
+
+    /// Nothing follows but the rest of the last byte.
+    pub(super) fn finish(mut self) -> Result<(), BadBits> {
+        self.refill();
+        let rest = self.pending & ((1 << self.filled.min(8)) - 1);
+        if self.filled < 8 && rest == 0 { Ok(()) } else { Err(BadBits) }
     }
 
     pub(super) fn gamma(&mut self) -> Result<u32, BadBits> {
@@ -171,6 +215,7 @@ mod tests {
                 prop_assert_eq!(r.gamma(), Ok((value >> 33) as u32));
                 prop_assert_eq!(r.take(5), Ok(value & 0x1F));
             }
+            prop_assert_eq!(r.finish(), Ok(()));
         }
 
         #[test]

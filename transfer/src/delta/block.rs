@@ -2,46 +2,66 @@
 //!
 //! The receiver has the old values, and an element's chance to change halves with each step of its
 //! exponent. So positions are counted per exponent class (the n-th element *of its class*), which costs
-//! a third less than plain gaps; changes are nearly always one step in value order, so a run of those
-//! costs a sign each.
+//! a third less than plain gaps (an exponent-conditioned Rice code); changes are nearly always one step
+//! in value order, so a run of those costs a sign each.
 //!
 //! ```text
 //!   top u8, then bits:  for each class: gamma(count), and if count > 0:
-//!     mode 1 bit, [k 5 bits], rice(gap in the class) x count, signs x count,
-//!     runs: rice(ones before the next larger step), rice(size - 2) ... | sizes: rice(size - 1) x count
+//!     in runs 1 bit, k 6 bits, (rice(gap in the class), sign, if not in runs: rice(size - 1)) x count,
+//!     if in runs: gamma(larger), (rice(steps of one before it), rice(size - 2)) x larger
 //! ```
+//! A class is how far the exponent is below `top`, the last one holding all the rest; kinds without an
+//! exponent have one class. Sizes are in steps of the value order; the first mode is for blocks where
+//! most steps are one. All loops over elements work on bit masks of 64 elements (see `masks`).
 
 use super::bits::{BadBits, BitReader, BitWriter};
-use super::element::Element;
+use super::cpu::Cpu;
+use super::element::{Element, MAX_CLASSES};
+use super::masks::{Masks, Place};
 
-pub(super) const CLASSES: usize = 8;
-/// Elements whose class counts are kept as one entry: a byte per class must hold them.
-const GROUP: usize = 64;
-/// Larger steps than this share are not worth runs.
+/// Width of a Rice parameter in the head of a class.
 const K_BITS: u32 = 6;
+const K_MAX: u32 = 56;
 
 /// Reused between blocks, so that coding one allocates nothing.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// Class of each element.
-    classes: Vec<u8>,
-    /// Of each group, how many elements are in each class.
-    counts: Vec<[u8; CLASSES]>,
-    /// (rank in the class, zigzag step) of each change.
-    changes: [Vec<(u32, u64)>; CLASSES],
+    masks: Masks,
+    /// Of each class.
+    changes: [Vec<Change>; MAX_CLASSES],
 }
 
-/// `None` if nothing changed.
-pub(super) fn encode<E: Element>(old: &[u8], new: &[u8], scratch: &mut Scratch) -> Option<Vec<u8>> {
+#[derive(Clone, Copy)]
+struct Change {
+    /// Among the elements of its class.
+    rank: u32,
+    /// Zigzag: the sign is the low bit.
+    step: u64,
+}
+
+/// `None` if nothing changed; `head` comes first in what is returned.
+#[inline(always)]
+pub(super) fn encode<C: Cpu, E: Element>(
+    head: u8,
+    old: &[u8],
+    new: &[u8],
+    scratch: &mut Scratch,
+) -> Option<Vec<u8>> {
     if old == new {
         return None;
     }
     let top = top_exponent::<E>(old);
-    let totals = classify::<E>(old, top, scratch);
-    collect::<E>(old, new, scratch);
-    let mut bits = BitWriter::default();
+    let Scratch { masks, changes } = scratch;
+    masks.compare::<C, E>(old, new, top);
+    changes.iter_mut().for_each(Vec::clear);
+    let class_of = |at| usize::from(E::class(E::read(old, at), top));
+    masks.changes(class_of, |class, Place { rank, index }| {
+        let step = E::step(E::read(old, index), E::read(new, index));
+        changes[class].push(Change { rank, step });
+    });
+    let mut bits = BitWriter::after(head);
     bits.put(top.into(), 8);
-    for (changes, &total) in scratch.changes.iter().zip(&totals) {
+    for (changes, total) in changes.iter().zip(masks.totals()).take(E::CLASSES) {
         bits.gamma(changes.len() as u32);
         if !changes.is_empty() {
             put_class(&mut bits, changes, total);
@@ -50,37 +70,48 @@ pub(super) fn encode<E: Element>(old: &[u8], new: &[u8], scratch: &mut Scratch) 
     Some(bits.finish())
 }
 
-/// `out` holds the old block and gets the new one.
-pub(super) fn apply<E: Element>(
+/// `block` gets the new elements; the old ones are `base`, or in `block`. Classes are those of the old elements, so the
+/// order of classes does not matter.
+#[inline(always)]
+pub(super) fn apply<C: Cpu, E: Element>(
     payload: &[u8],
-    out: &mut [u8],
+    base: Option<&[u8]>,
+    block: &mut [u8],
     scratch: &mut Scratch,
 ) -> Result<(), BadBits> {
     let mut bits = BitReader::new(payload);
     let top = bits.take(8)? as u8;
-    let totals = classify::<E>(out, top, scratch);
-    for (class, &total) in totals.iter().enumerate() {
+    let Scratch { masks, changes: [changes, ..] } = scratch;
+    masks.classify::<C, E>(base, block, top);
+    for (class, total) in masks.totals().into_iter().enumerate().take(E::CLASSES) {
         let count = bits.gamma()?;
         if count > total {
             return Err(BadBits);
         }
         if count > 0 {
-            take_class(&mut bits, count, total, &mut scratch.changes[class])?;
-            place::<E>(class, out, scratch)?;
+            take_class(&mut bits, count, total, changes)?;
+            place::<C, E>(masks, class, changes, block)?;
         }
     }
-    Ok(())
+    bits.finish()
 }
 
-/// The largest exponent that at least a tenth of the elements reach.
+/// The largest exponent that at least a tenth of the elements reach, by a sample.
+#[inline(always)]
 fn top_exponent<E: Element>(old: &[u8]) -> u8 {
-    let mut histogram = [0u32; 256];
-    let (len, stride) = (old.len() / E::BYTES, 7);
-    for index in (0..len).step_by(stride) {
-        histogram[usize::from(E::exponent(E::read(old, index)))] += 1;
+    if E::CLASSES == 1 {
+        return 0;
     }
-    let wanted = (len / stride / 10) as u32;
-    let mut reached = 0;
+    let mut histogram = [0u32; 256];
+    let mut sampled = 0;
+    // Runs of neighbours, since most of a block is not in the cache yet.
+    for run in old.chunks(RUN * E::BYTES).step_by(old.len() / (RUNS * RUN * E::BYTES) + 1) {
+        for index in 0..run.len() / E::BYTES {
+            histogram[usize::from(E::exponent(E::read(run, index)))] += 1;
+            sampled += 1;
+        }
+    }
+    let (wanted, mut reached) = (sampled / 10, 0);
     for exponent in (0..=255u8).rev() {
         reached += histogram[usize::from(exponent)];
         if reached > wanted {
@@ -90,56 +121,8 @@ fn top_exponent<E: Element>(old: &[u8]) -> u8 {
     0
 }
 
-/// Class and group counts of every element of the old block; returns the totals per class.
-fn classify<E: Element>(old: &[u8], top: u8, scratch: &mut Scratch) -> [u32; CLASSES] {
-    let len = old.len() / E::BYTES;
-    scratch.classes.clear();
-    scratch.classes.extend(old.chunks_exact(E::BYTES).map(|b| {
-        let below = top.saturating_sub(E::exponent(E::read(b, 0)));
-        below.min(CLASSES as u8 - 1)
-    }));
-    // The tail of the last group belongs to no class.
-    scratch.classes.resize(len.next_multiple_of(GROUP), u8::MAX);
-    scratch.counts.clear();
-    let mut totals = [0u32; CLASSES];
-    for group in scratch.classes.chunks_exact(GROUP) {
-        let group: &[u8; GROUP] = group.try_into().expect("whole groups");
-        let mut counts = [0u8; CLASSES];
-        for (class, count) in counts.iter_mut().enumerate() {
-            *count = group.iter().map(|&c| u8::from(c == class as u8)).sum();
-        }
-        for (total, count) in totals.iter_mut().zip(counts) {
-            *total += u32::from(count);
-        }
-        scratch.counts.push(counts);
-    }
-    totals
-}
-
-/// Fills `changes`, by class, in the order of positions.
-fn collect<E: Element>(old: &[u8], new: &[u8], scratch: &mut Scratch) {
-    let Scratch { classes, counts, changes } = scratch;
-    changes.iter_mut().for_each(Vec::clear);
-    let mut before = [0u32; CLASSES];
-    let bytes = GROUP * E::BYTES;
-    let groups = old.chunks(bytes).zip(new.chunks(bytes));
-    for (((old, new), classes), counts) in groups.zip(classes.chunks_exact(GROUP)).zip(counts) {
-        if old != new {
-            let mut rank = before;
-            for (index, class) in classes[..old.len() / E::BYTES].iter().enumerate() {
-                let class = usize::from(*class) % CLASSES;
-                let (was, is) = (E::read(old, index), E::read(new, index));
-                if was != is {
-                    changes[class].push((rank[class], E::step(was, is)));
-                }
-                rank[class] += 1;
-            }
-        }
-        for (before, count) in before.iter_mut().zip(counts) {
-            *before += u32::from(*count);
-        }
-    }
-}
+const RUN: usize = 64;
+const RUNS: usize = 16;
 
 /// Both sides know how many of a class changed, and so the best parameter for its gaps.
 fn gap_k(count: u32, total: u32) -> u32 {
@@ -148,123 +131,103 @@ fn gap_k(count: u32, total: u32) -> u32 {
     scaled.checked_ilog2().unwrap_or(0)
 }
 
-fn put_class(bits: &mut BitWriter, changes: &[(u32, u64)], total: u32) {
-    let size = |zigzag: u64| (zigzag >> 1) + (zigzag & 1);
-    let mean = changes.iter().map(|(_, z)| size(*z) - 1).fold(0u64, u64::saturating_add)
-        / changes.len() as u64;
-    let larger = changes.iter().filter(|(_, z)| size(*z) > 1).count();
-    let in_runs = larger * 4 < changes.len();
+#[inline(always)]
+fn put_class(bits: &mut BitWriter, changes: &[Change], total: u32) {
+    let count = changes.len() as u64;
+    let more = changes.iter().map(|c| size(c.step) - 1).fold(0u64, u64::saturating_add);
+    let larger = changes.iter().filter(|c| size(c.step) > 1).count() as u64;
+    let in_runs = larger * 4 < count;
+    let mean = if in_runs { (count - larger) / larger.max(1) } else { more / count };
+    let k = (u128::from(mean) * 251 / 256).checked_ilog2().unwrap_or(0).min(K_MAX);
     bits.put(u64::from(in_runs), 1);
-    let k = if in_runs {
-        run_k(changes.len(), larger)
-    } else {
-        (mean * 251 / 256).checked_ilog2().unwrap_or(0)
-    };
     bits.put(k.into(), K_BITS);
     let gaps = gap_k(changes.len() as u32, total);
     let mut next = 0;
-    for &(rank, zigzag) in changes {
-        bits.rice(u64::from(rank - next), gaps);
-        bits.put(zigzag & 1, 1);
-        next = rank + 1;
+    for change in changes {
+        bits.rice(u64::from(change.rank - next), gaps);
+        bits.put(change.step & 1, 1);
+        next = change.rank + 1;
         if !in_runs {
-            bits.rice(size(zigzag) - 1, k);
+            bits.rice(size(change.step) - 1, k);
         }
     }
     if in_runs {
-        bits.gamma(larger as u32);
-        let mut ones = 0;
-        for &(_, zigzag) in changes {
-            if size(zigzag) == 1 {
-                ones += 1;
-            } else {
+        put_larger(bits, changes, larger as u32, k);
+    }
+}
+
+/// Steps of more than one, among many of one.
+fn put_larger(bits: &mut BitWriter, changes: &[Change], larger: u32, k: u32) {
+    bits.gamma(larger);
+    let mut ones = 0;
+    for change in changes {
+        match size(change.step) {
+            1 => ones += 1,
+            size => {
                 bits.rice(ones, k);
-                bits.rice(size(zigzag) - 2, 0);
+                bits.rice(size - 2, 0);
                 ones = 0;
             }
         }
     }
 }
 
-fn run_k(changes: usize, larger: usize) -> u32 {
-    ((changes - larger) * 251 / 256 / larger.max(1)).checked_ilog2().unwrap_or(0)
-}
-
+#[inline(always)]
 fn take_class(
     bits: &mut BitReader<'_>,
     count: u32,
     total: u32,
-    changes: &mut Vec<(u32, u64)>,
+    changes: &mut Vec<Change>,
 ) -> Result<(), BadBits> {
     changes.clear();
     let in_runs = bits.take(1)? == 1;
-    let k = bits.take(K_BITS)? as u32;
+    let k = (bits.take(K_BITS)? as u32).min(K_MAX);
     let gaps = gap_k(count, total);
     let mut next = 0u64;
-    // The sign alone, then a size: zigzag of `size` with the sign `negative` is 2 size - negative.
     for _ in 0..count {
-        let rank = next.checked_add(bits.rice(gaps)?).filter(|r| *r < u64::from(total));
-        let rank = rank.ok_or(BadBits)?;
-        let negative = bits.take(1)?;
-        let size = if in_runs { 1 } else { bits.rice(k.min(56))?.checked_add(1).ok_or(BadBits)? };
-        changes.push((rank as u32, zigzag(size, negative)));
+        let (gap, sign) = bits.rice_and_bit(gaps)?;
+        let rank = next.checked_add(gap).filter(|r| *r < u64::from(total)).ok_or(BadBits)?;
+        let size = if in_runs { 1 } else { bits.rice(k)?.checked_add(1).ok_or(BadBits)? };
+        changes.push(Change { rank: rank as u32, step: zigzag(size, sign) });
         next = rank + 1;
     }
-    if in_runs {
-        let mut at = 0u64;
-        for _ in 0..bits.gamma()? {
-            at = at.checked_add(bits.rice(k.min(56))?).ok_or(BadBits)?;
-            let change = usize::try_from(at).ok().and_then(|at| changes.get_mut(at));
-            let (_, step) = change.ok_or(BadBits)?;
-            let size = bits.rice(0)?.checked_add(2).ok_or(BadBits)?;
-            *step = zigzag(size, *step & 1);
-            at += 1;
-        }
+    if in_runs { take_larger(bits, changes, k) } else { Ok(()) }
+}
+
+fn take_larger(bits: &mut BitReader<'_>, changes: &mut [Change], k: u32) -> Result<(), BadBits> {
+    let mut at = 0u64;
+    for _ in 0..bits.gamma()? {
+        at = at.checked_add(bits.rice(k)?).ok_or(BadBits)?;
+        let change = usize::try_from(at).ok().and_then(|at| changes.get_mut(at));
+        let Change { step, .. } = change.ok_or(BadBits)?;
+        let size = bits.rice(0)?.checked_add(2).ok_or(BadBits)?;
+        *step = zigzag(size, *step & 1);
+        at += 1;
     }
     Ok(())
 }
 
-fn zigzag(size: u64, negative: u64) -> u64 {
-    (size << 1).wrapping_sub(negative)
+#[inline(always)]
+fn size(zigzag: u64) -> u64 {
+    (zigzag >> 1) + (zigzag & 1)
 }
 
-/// Applies the changes of one class. Classes are those of the old block, so the order of classes
-/// does not matter.
-fn place<E: Element>(class: usize, out: &mut [u8], scratch: &Scratch) -> Result<(), BadBits> {
-    let (mut group, mut before) = (0usize, 0u32);
-    for &(rank, zigzag) in &scratch.changes[class] {
-        loop {
-            let count = u32::from(scratch.counts.get(group).ok_or(BadBits)?[class]);
-            if rank < before + count {
-                break;
-            }
-            before += count;
-            group += 1;
-        }
-        let classes = &scratch.classes[group * GROUP..(group + 1) * GROUP];
-        let index = group * GROUP + nth_of(classes, class as u8, rank - before);
-        E::write(out, index, E::apply(E::read(out, index), zigzag));
+#[inline(always)]
+fn zigzag(size: u64, sign: u64) -> u64 {
+    (size << 1).wrapping_sub(sign)
+}
+
+#[inline(always)]
+fn place<C: Cpu, E: Element>(
+    masks: &Masks,
+    class: usize,
+    changes: &[Change],
+    block: &mut [u8],
+) -> Result<(), BadBits> {
+    let mut word = 0;
+    for change in changes {
+        let index = masks.find::<C>(class, change.rank, &mut word).ok_or(BadBits)?;
+        E::write(block, index, E::apply(E::read(block, index), change.step));
     }
     Ok(())
-}
-
-/// Where the `nth` element of a class is in its group; eight classes at a time.
-#[inline]
-fn nth_of(classes: &[u8], class: u8, mut nth: u32) -> usize {
-    const LOW: u64 = 0x0101_0101_0101_0101;
-    let wanted = LOW * u64::from(class);
-    for (at, eight) in classes.chunks_exact(8).enumerate() {
-        let other = u64::from_le_bytes(eight.try_into().expect("8 bytes")) ^ wanted;
-        // The high bit of each byte that is zero.
-        let mut hits = !(((other & (LOW * 0x7F)) + LOW * 0x7F) | other | (LOW * 0x7F));
-        let count = hits.count_ones();
-        if nth < count {
-            for _ in 0..nth {
-                hits &= hits - 1;
-            }
-            return at * 8 + hits.trailing_zeros() as usize / 8;
-        }
-        nth -= count;
-    }
-    unreachable!("the group's count says that it is here")
 }

@@ -1,15 +1,34 @@
 //! Elements as integers in the order of their values, so that a small step of the optimizer is a small
 //! difference, and the exponent that tells how likely an element is to change at all.
 
+/// Elements that are looked at together.
+pub(super) const GROUP: usize = 64;
+
+pub(super) const MAX_CLASSES: usize = 8;
+
 /// One element of a block.
 pub(super) trait Element {
     const BYTES: usize;
+    /// 8, or 1 for kinds without an exponent.
+    const CLASSES: usize;
+
+    /// The class of each: how far its exponent is below `top`, the last class holding the rest.
+    fn classes(group: &[u8], top: u8) -> [u8; GROUP];
+
+    /// 1 for each that differs.
+    fn differing(old: &[u8], new: &[u8]) -> [u8; GROUP];
 
     fn read(bytes: &[u8], index: usize) -> u64;
     fn write(bytes: &mut [u8], index: usize, bits: u64);
 
     /// The coarse size of the value; 0 for kinds without an exponent.
     fn exponent(bits: u64) -> u8;
+
+    #[inline(always)]
+    fn class(bits: u64, top: u8) -> u8 {
+        let class = top.saturating_sub(Self::exponent(bits)).min(MAX_CLASSES as u8 - 1);
+        if Self::CLASSES > 1 { class } else { 0 }
+    }
 
     /// Bits to a number in value order; sign-magnitude is unfolded.
     fn ordered(bits: u64) -> u64;
@@ -37,6 +56,35 @@ macro_rules! element {
 
         impl Element for $name {
             const BYTES: usize = size_of::<$int>();
+            const CLASSES: usize = if $float { MAX_CLASSES } else { 1 };
+
+            #[inline(always)]
+            fn classes(group: &[u8], top: u8) -> [u8; GROUP] {
+                let group: &[u8; GROUP * Self::BYTES] = group.try_into().expect("a whole group");
+                let mut out = [0; GROUP];
+                if Self::CLASSES == 1 {
+                    return out;
+                }
+                for (out, raw) in out.iter_mut().zip(group.as_chunks().0) {
+                    let exponent: fn($int) -> $int = $exponent;
+                    let below = top.saturating_sub(exponent(<$int>::from_le_bytes(*raw)) as u8);
+                    *out = below.min(MAX_CLASSES as u8 - 1);
+                }
+                out
+            }
+
+            #[inline(always)]
+            fn differing(old: &[u8], new: &[u8]) -> [u8; GROUP] {
+                let old: &[u8; GROUP * Self::BYTES] = old.try_into().expect("a whole group");
+                let new: &[u8; GROUP * Self::BYTES] = new.try_into().expect("a whole group");
+                let mut out = [0; GROUP];
+                let pairs =
+                    old.as_chunks::<{ size_of::<$int>() }>().0.iter().zip(new.as_chunks().0);
+                for (out, (old, new)) in out.iter_mut().zip(pairs) {
+                    *out = u8::from(<$int>::from_le_bytes(*old) != <$int>::from_le_bytes(*new));
+                }
+                out
+            }
 
             #[inline]
             fn read(bytes: &[u8], index: usize) -> u64 {
@@ -53,8 +101,8 @@ macro_rules! element {
 
             #[inline]
             fn exponent(bits: u64) -> u8 {
-                let exponent: fn(u64) -> u64 = $exponent;
-                exponent(bits) as u8
+                let exponent: fn($int) -> $int = $exponent;
+                exponent(bits as $int) as u8
             }
 
             #[inline]

@@ -56,18 +56,6 @@ fn trained(len: usize, step: f64, seed: u64) -> (Vec<u8>, Vec<u8>) {
     (old, new)
 }
 
-/// The best of three, in seconds.
-fn timed<T>(mut work: impl FnMut() -> T) -> (f64, T) {
-    let mut best = f64::INFINITY;
-    let mut out = None;
-    for _ in 0..3 {
-        let started = std::time::Instant::now();
-        out = Some(work());
-        best = best.min(started.elapsed().as_secs_f64());
-    }
-    (best, out.expect("it ran"))
-}
-
 /// (bytes, bits per changed element, density)
 fn measure(step: f64) -> (usize, f64, f64) {
     let len = 1 << 20;
@@ -77,13 +65,9 @@ fn measure(step: f64) -> (usize, f64, f64) {
     let image = |data: &[u8]| [vec![0; head].as_slice(), data].concat();
     let (old, new) = (image(&old), image(&new));
     let mut out = vec![0xAA; new.len()];
-    out.copy_from_slice(&old);
-    let (copied, ()) = timed(|| out.copy_from_slice(&old));
-    let (coded, blob) = timed(|| encode(&m, &old, &new, 1, &|_, _| true).expect("encoded"));
-    let (applied, ()) = timed(|| apply(&m, &blob, &old, &mut out).expect("applied"));
+    let blob = encode(&m, &old, &new, 1, &|_, _| true).expect("encoded");
+    apply(&m, &blob, &old, &mut out).expect("applied");
     assert!(out == new, "bit-exact");
-    let share = |took: f64| copied / took;
-    eprintln!("of memcpy: encode {:.2}x, apply {:.2}x", share(coded), share(applied));
     let changed = old.chunks(2).zip(new.chunks(2)).filter(|(a, b)| a != b).count();
     (blob.len(), blob.len() as f64 * 8.0 / changed as f64, changed as f64 / len as f64)
 }
@@ -127,7 +111,110 @@ fn an_unchanged_version_costs_four_bytes_a_block() {
     assert_eq!(encode(&m, &image, &image, 2, &|_, _| false), None);
 }
 
+/// What became of an element.
+#[derive(Clone, Copy, Debug)]
+enum Fate {
+    /// The bytes as drawn.
+    Any,
+    /// A few steps from the old value.
+    Near,
+    Same,
+}
+
+/// An image with the tensors of `m`, and one that differs from it at `density` as `fate` says.
+fn pair(m: &Manifest, seed: u64, density: f64, fate: Fate) -> (Vec<u8>, Vec<u8>) {
+    let mut random = Random(seed);
+    let old: Vec<u8> = (0..m.image_bytes).map(|_| random.next() as u8).collect();
+    let mut new = old.clone();
+    for t in &m.tensors {
+        let tensor = &mut new[t.offset as usize..(t.offset + t.len) as usize];
+        for element in tensor.chunks_mut(t.dtype.bytes()) {
+            if random.unit() >= density {
+                continue;
+            }
+            match fate {
+                Fate::Any => element.iter_mut().for_each(|b| *b = random.next() as u8),
+                Fate::Near => {
+                    element[0] = element[0].wrapping_add(random.next() as u8 % 5).wrapping_sub(2)
+                }
+                Fate::Same => {}
+            }
+        }
+    }
+    (old, new)
+}
+
+fn images() -> impl Strategy<Value = (Manifest, Vec<u8>, Vec<u8>)> {
+    let dtype = proptest::sample::select(DType::ALL.to_vec());
+    let tensors = proptest::collection::vec((dtype, 1u64..700), 1..6);
+    let fate = prop_oneof![Just(Fate::Any), Just(Fate::Near), Just(Fate::Same)];
+    (tensors, any::<u64>(), 0.0..1.0f64, fate).prop_map(|(tensors, seed, density, fate)| {
+        let m = manifest(&tensors);
+        // Squared: sparse changes are the usual case.
+        let (old, new) = pair(&m, seed, density * density, fate);
+        (m, old, new)
+    })
+}
+
 proptest! {
+    #[test]
+    fn any_two_images_of_any_kinds_come_back((m, old, new) in images(), threads in 1usize..3) {
+        let blob = encode(&m, &old, &new, threads, &|_, _| true).expect("encoded");
+        let mut out = vec![0x55; new.len()];
+        apply(&m, &blob, &old, &mut out).expect("applied");
+        prop_assert!(out == new);
+        let delta = Delta::parse(&m, &blob).expect("parsed");
+        let mut in_place = old.clone();
+        for at in 0..delta.block_count() {
+            let range = delta.range(at);
+            let block = &mut in_place[range.start as usize..range.end as usize];
+            delta.apply_block(at, None, block, &mut Workspace::default()).expect("applied");
+        }
+        prop_assert!(in_place == new);
+    }
+
+    #[test]
+    fn a_delta_that_is_cut_or_has_more_behind_it_is_an_error(
+        (m, old, new) in images(),
+        cut in any::<prop::sample::Index>(),
+        more in proptest::collection::vec(any::<u8>(), 1..20),
+    ) {
+        let blob = encode(&m, &old, &new, 1, &|_, _| true).expect("encoded");
+        let mut out = vec![0; new.len()];
+        prop_assert!(apply(&m, &blob[..cut.index(blob.len())], &old, &mut out).is_err());
+        prop_assert!(apply(&m, &[blob, more].concat(), &old, &mut out).is_err());
+    }
+
+    #[test]
+    fn a_block_of_any_bytes_never_panics_and_a_longer_one_is_an_error(
+        kind in proptest::sample::select(DType::ALL.to_vec()),
+        payload: Vec<u8>,
+        seed: u64,
+    ) {
+        let mut random = Random(seed);
+        let old: Vec<u8> = (0..130 * kind.bytes()).map(|_| random.next() as u8).collect();
+        let (mut out, mut scratch) = (old.clone(), Scratch::default());
+        let coded = [&[CHANGES], payload.as_slice()].concat();
+        let applied = apply_block(kind, &coded, Some(&old), &mut out, &mut scratch);
+        if applied.is_ok() {
+            let longer = [coded.as_slice(), &[0]].concat();
+            let applied = apply_block(kind, &longer, Some(&old), &mut out, &mut scratch);
+            prop_assert_eq!(applied, Err(BadBits));
+        }
+    }
+
+    #[test]
+    fn every_processor_writes_the_same_bytes(
+        seed: u64, len in 1u64..1000, density in 0.0..0.2f64,
+    ) {
+        use super::cpu::Any;
+        let m = manifest(&[(DType::BF16, len)]);
+        let (old, new) = pair(&m, seed, density, Fate::Near);
+        let mut scratch = Scratch::default();
+        let plain = block::encode::<Any, super::element::Bf16>(1, &old, &new, &mut scratch);
+        prop_assert_eq!(plain, cpu::encode(DType::BF16, 1, &old, &new, &mut scratch));
+    }
+
     #[test]
     fn damaged_deltas_never_panic(
         damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),

@@ -158,9 +158,9 @@ fn apply_blocks(delta: &Delta<'_>, base: &Base, filler: &Filler, kept: &ChunkSet
             }
             let range = delta.range(at);
             new.resize((range.end - range.start) as usize, 0);
-            let applied = base
-                .map()
-                .read(range.clone(), |old| delta.apply_block(at, old, &mut new, &mut workspace));
+            let applied = base.map().read(range.clone(), |old| {
+                delta.apply_block(at, Some(old), &mut new, &mut workspace)
+            });
             match applied {
                 Ok(()) => filler.write_unverified(range.start, &new, kept),
                 Err(_) => good.store(false, Ordering::Relaxed),
