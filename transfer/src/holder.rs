@@ -345,6 +345,12 @@ impl Stamp {
         Stamp::of(&Arc::new(AtomicU64::new(0)))
     }
 
+    /// Of the same memory at the same time.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn is(&self, other: &Stamp) -> bool {
+        Arc::ptr_eq(&self.cell, &other.cell) && self.seen == other.seen
+    }
+
     /// False once the memory belongs to another version: what was read since may be torn.
     pub(crate) fn is_valid(&self) -> bool {
         self.cell.load(Ordering::Acquire) == self.seen

@@ -6,6 +6,7 @@
 //!   tls://host:port#<sha256>    tcp in TLS; the certificate's digest is pinned
 //!   quic://host:port#<sha256>   a QUIC stream, pinned as well
 //!   file:/dir                   versions that a trainer exported to a shared file system
+//!   rdma://host:port            tcp for messages, bulk read through libfabric (feature `rdma`)
 //!   feed:<source>               no address: the source dials this receiver
 //! ```
 
@@ -16,11 +17,14 @@ use std::time::Duration;
 
 use anabranch_proto::manifest::ChunkHash;
 
+use crate::holder::Blob;
 use crate::shm::SharedMap;
 use crate::wire::{Message, WireError};
 
 pub(crate) mod file;
 pub(crate) mod frame;
+#[cfg(feature = "rdma")]
+pub(crate) mod rdma;
 pub(crate) mod tcp;
 
 use file::FileLink;
@@ -54,6 +58,16 @@ pub(crate) trait Link: Send {
         range: Range<u64>,
     ) -> Result<(), LinkError>;
 
+    /// As `send_chunk`, for links that must know whose memory it is.
+    fn send_blob(
+        &mut self,
+        header: &Message,
+        blob: &Blob,
+        range: Range<u64>,
+    ) -> Result<(), LinkError> {
+        self.send_chunk(header, &blob.file, range)
+    }
+
     /// True if the peer has neither closed it nor sent anything: it may be kept for later.
     fn is_idle(&mut self) -> bool;
 }
@@ -77,6 +91,11 @@ pub enum LinkError {
     Closed,
     #[error("the stream broke: {0}")]
     Broken(io::Error),
+    #[error(
+        "no rdma through `{provider}`: {text} (look at FI_PROVIDER, `ulimit -l`, the device, and that \
+         libfabric is installed: `libfabric1` on Debian; other addresses are used meanwhile)"
+    )]
+    Fabric { provider: String, text: String },
     #[error("the peer broke the protocol: {0}")]
     Wire(#[from] WireError),
 }
@@ -85,12 +104,24 @@ pub enum LinkError {
 pub(crate) fn dial(addr: &str, within: Duration) -> Result<Box<dyn Link>, LinkError> {
     match addr.split_once(':') {
         Some(("file", dir)) => Ok(Box::new(FileLink::open(addr, dir)?)),
-        Some((scheme @ ("tls" | "quic" | "shm" | "rdma"), _)) => {
+        Some(("rdma", at)) => dial_rdma(addr, at.strip_prefix("//").unwrap_or(at), within),
+        Some((scheme @ ("tls" | "quic" | "shm"), _)) => {
             let why = format!("this build has no link `{scheme}`");
             Err(LinkError::Address { addr: addr.to_owned(), why })
         }
         _ => Ok(Box::new(TcpLink::connect(addr, within)?)),
     }
+}
+
+#[cfg(feature = "rdma")]
+fn dial_rdma(_: &str, at: &str, within: Duration) -> Result<Box<dyn Link>, LinkError> {
+    rdma::connect(at, within)
+}
+
+#[cfg(not(feature = "rdma"))]
+fn dial_rdma(addr: &str, _: &str, _: Duration) -> Result<Box<dyn Link>, LinkError> {
+    let why = "this build has no rdma (build it with the feature `rdma`)".to_owned();
+    Err(LinkError::Address { addr: addr.to_owned(), why })
 }
 
 // === impl LinkError ===

@@ -8,6 +8,8 @@
 //! source -> receiver   Offer{proto, grant}  (the source dialled; then as above)
 //!                      Welcome{complete, delta}  Manifest{blob}  Chunk{blob, index}  Have{ranges}
 //!                      Fail{code, text}
+//! over rdma also       Place{at, key, address} after the first Welcome and after each Chunk, and
+//!                      from the receiver Taken{index} once it has read the chunk
 //! ```
 //! A stream carries one `Hi` per version and may be used for the next version with another `Hi`.
 //! `Want`s may be sent ahead of answers, which come in the same order.
@@ -29,6 +31,7 @@ pub const MAX_WANTED: u32 = 64;
 const MAGIC: [u8; 4] = *b"ABD1";
 const MAX_TEXT_BYTES: usize = 2 << 10;
 const MAX_HAVE_RANGES: usize = 16 << 10;
+const MAX_PLACE_ADDRESS_BYTES: usize = 512;
 
 /// Which of a version's images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -89,6 +92,17 @@ pub enum Message {
         code: FailCode,
         text: String,
     },
+    /// Where in the source's memory the bulk lies. `address`: the source's on the fabric; empty when it
+    /// was told on this stream before.
+    Place {
+        at: u64,
+        key: u64,
+        address: Vec<u8>,
+    },
+    /// The chunk was read; the source may forget that it announced it.
+    Taken {
+        index: u32,
+    },
 }
 
 /// Why a source refuses.
@@ -135,6 +149,8 @@ enum Kind {
     Chunk = 8,
     Fail = 9,
     Offer = 10,
+    Place = 11,
+    Taken = 12,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -206,6 +222,16 @@ impl Message {
                 code = *c as u16;
                 out.extend_from_slice(clip(text).as_bytes());
                 Kind::Fail
+            }
+            Message::Place { at, key, address } => {
+                out.extend_from_slice(&at.to_le_bytes());
+                out.extend_from_slice(&key.to_le_bytes());
+                out.extend_from_slice(address);
+                Kind::Place
+            }
+            Message::Taken { index } => {
+                first = *index;
+                Kind::Taken
             }
         };
         let len = (out.len() - start - HEADER_BYTES) as u32;
@@ -292,6 +318,14 @@ impl Header {
                 let code = FailCode::from_code(self.code)?;
                 Message::Fail { code, text: String::from_utf8_lossy(body).into_owned() }
             }
+            Kind::Place => {
+                let (numbers, address) = body.split_at_checked(16).ok_or_else(malformed)?;
+                let u64_at = |at: usize| {
+                    u64::from_le_bytes(numbers[at..at + 8].try_into().expect("8 of 16 bytes"))
+                };
+                Message::Place { at: u64_at(0), key: u64_at(8), address: address.to_vec() }
+            }
+            Kind::Taken => Message::Taken { index: self.first },
         })
     }
 }
@@ -318,8 +352,20 @@ fn clip(text: &str) -> &str {
 impl Kind {
     fn from_code(code: u8) -> Result<Kind, WireError> {
         use Kind::*;
-        let known =
-            [Hi, Welcome, WantManifest, Manifest, Want, WatchHave, Have, Chunk, Fail, Offer];
+        let known = [
+            Hi,
+            Welcome,
+            WantManifest,
+            Manifest,
+            Want,
+            WatchHave,
+            Have,
+            Chunk,
+            Fail,
+            Offer,
+            Place,
+            Taken,
+        ];
         let unknown = WireError::Code { what: "message", code: code.into() };
         known.into_iter().find(|k| *k as u8 == code).ok_or(unknown)
     }
@@ -332,7 +378,8 @@ impl Kind {
             Kind::Manifest => MAX_MANIFEST_BYTES,
             Kind::Have => MAX_HAVE_RANGES * 8,
             Kind::Fail => MAX_TEXT_BYTES,
-            Kind::WantManifest | Kind::Want | Kind::WatchHave | Kind::Chunk => 0,
+            Kind::Place => 16 + MAX_PLACE_ADDRESS_BYTES,
+            Kind::WantManifest | Kind::Want | Kind::WatchHave | Kind::Chunk | Kind::Taken => 0,
         }
     }
 
@@ -348,6 +395,8 @@ impl Kind {
             Kind::Chunk => "Chunk",
             Kind::Fail => "Fail",
             Kind::Offer => "Offer",
+            Kind::Place => "Place",
+            Kind::Taken => "Taken",
         }
     }
 }
@@ -391,6 +440,8 @@ mod tests {
             Message::Have { ranges: vec![0..1, 5..9] },
             Message::Chunk { blob, index: 12, len: 1 << 20 },
             Message::Fail { code: FailCode::Revoked, text: "v7 went".into() },
+            Message::Place { at: 1 << 46, key: u64::MAX, address: vec![2; 33] },
+            Message::Taken { index: 12 },
         ] {
             assert_eq!(round_trip(&message), message);
         }
@@ -411,7 +462,7 @@ mod tests {
         fn decoding_never_panics(mut head: [u8; HEADER_BYTES], body: Vec<u8>, ours: bool) {
             if ours {
                 head[..4].copy_from_slice(&MAGIC);
-                head[4] %= 12;
+                head[4] %= 14;
                 head[5] %= 3;
             }
             if let Ok(header) = Header::decode(&head) {

@@ -138,7 +138,7 @@ fn send_chunks(
         let range = blob.manifest.chunk_range(index);
         let len = range.end - range.start;
         let header = Message::Chunk { blob: id, index, len: len as u32 };
-        link.send_chunk(&header, &blob.file, range)?;
+        link.send_blob(&header, &blob, range)?;
         // Checked after as well: the pages may have changed under the send. The receiver's hash then
         // fails, and this tells it why.
         bound.check(&blob)?;

@@ -1,0 +1,19 @@
+//! With the feature `rdma`: compiles the C calls to libfabric, against the headers in `csrc`. Without: nothing.
+
+fn main() {
+    #[cfg(feature = "rdma")]
+    fabric();
+}
+
+#[cfg(feature = "rdma")]
+fn fabric() {
+    println!("cargo::rerun-if-changed=csrc");
+    cc::Build::new()
+        .file("csrc/fabric.c")
+        .std("gnu11")
+        .flag("-isystemcsrc/include")
+        .extra_warnings(true)
+        .compile("anabranch_fabric");
+    // dlopen is a library of its own before glibc 2.34.
+    println!("cargo::rustc-link-lib=dl");
+}

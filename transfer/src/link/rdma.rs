@@ -1,0 +1,325 @@
+//! RDMA through libfabric: messages over TCP, bulk read by the receiver straight out of the source's memory
+//! into its own. Owns both ends of the link; what is registered at the source is `lending`'s.
+//!
+//! ```text
+//!   receiver                           source
+//!   Hi{grant} ───────────────────────►  admitted?
+//!             ◄─────────── Welcome, Place{probe, address}      a read of the probe: the fabric works
+//!   Want{i} ─────────────────────────►
+//!             ◄─────────── Chunk{i}, Place{at, key}
+//!   fi_read ═════════════════════════  the file's memory, no thread of the source needed
+//!   Taken{i} ────────────────────────►
+//! ```
+//! A key goes out only on a stream that was admitted, and is void once the memory changes hands. The source
+//! announces chunks without waiting for `Taken`; a receiver that leaves them unread is dropped after the
+//! same patience as one that takes no bytes over TCP.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, TcpStream};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use anabranch_proto::manifest::ChunkHash;
+
+use super::tcp::{self, TcpLink};
+use super::{Closer, Link, LinkError};
+use crate::holder::Blob;
+use crate::shm::SharedMap;
+use crate::wire::{Message, WireError};
+
+mod fabric;
+mod lending;
+
+use fabric::{Domain, Endpoint, FabricError, Peer, Pulse, Registration, Remote};
+pub(crate) use lending::Lendings;
+use lending::{Lending, SourceAddress};
+
+/// Bounds how late a receiver looks at its deadline.
+const TICK: Duration = Duration::from_millis(100);
+
+/// The receiver's end.
+struct ReadingLink {
+    control: TcpLink,
+    /// The same stream, to learn that the source hung up.
+    watched: TcpStream,
+    patience: Duration,
+    endpoint: Endpoint,
+    /// The source, once it was told and a probe was read.
+    source: Option<Peer>,
+    /// The chunk whose bulk is to be read next.
+    next: Option<(u32, Remote)>,
+}
+
+/// The source's end.
+struct LendingLink {
+    control: TcpLink,
+    lending: Arc<Lending>,
+    introduced: bool,
+    /// Chunks announced and not yet read.
+    unread: u32,
+    patience: Duration,
+    /// What it was when a chunk was last announced.
+    bulk_patience: Duration,
+}
+
+/// Connects to the source at `host:port`.
+pub(super) fn connect(addr: &str, within: Duration) -> Result<Box<dyn Link>, LinkError> {
+    Ok(Box::new(ReadingLink::connect(addr, within)?))
+}
+
+/// The source's end of a stream that was accepted.
+pub(crate) fn accepted(stream: TcpStream, lendings: &Lendings) -> Result<Box<dyn Link>, LinkError> {
+    Ok(Box::new(LendingLink::over(stream, lendings)?))
+}
+
+/// One domain per interface and process: memory is registered with it once, for all streams.
+fn domain_at(interface: IpAddr) -> Result<Arc<Domain>, FabricError> {
+    // As many as the host has interfaces.
+    static OPEN: Mutex<BTreeMap<IpAddr, Weak<Domain>>> = Mutex::new(BTreeMap::new());
+    let mut open = OPEN.lock().expect("no holder of the lock panics");
+    if let Some(domain) = open.get(&interface).and_then(Weak::upgrade) {
+        return Ok(domain);
+    }
+    let domain = Domain::open(None, Some(interface), Registration::Negotiated)?;
+    let facts = domain.facts();
+    let version = format!("{}.{}", facts.version >> 16, facts.version & 0xffff);
+    tracing::info!(
+        %interface, provider = facts.provider(), device = facts.device(), libfabric = version, "rdma"
+    );
+    open.insert(interface, Arc::downgrade(&domain));
+    Ok(domain)
+}
+
+// === impl ReadingLink ===
+
+impl ReadingLink {
+    /// Opens the device that leads to the source as well.
+    fn connect(addr: &str, within: Duration) -> Result<ReadingLink, LinkError> {
+        fabric::load()?;
+        let stream = tcp::connect(addr, within)?;
+        let interface = stream.local_addr().map_err(LinkError::Broken)?.ip();
+        let endpoint = Endpoint::open(&domain_at(interface)?)?;
+        let watched = stream.try_clone().map_err(LinkError::Broken)?;
+        let control = TcpLink::over(stream).map_err(LinkError::Broken)?;
+        let (patience, source, next) = (within, None, None);
+        Ok(ReadingLink { control, watched, patience, endpoint, source, next })
+    }
+
+    /// After the first welcome: makes the source known and reads its probe, so that a fabric that does not
+    /// work is found here, where another address can still be tried.
+    fn introduce(&mut self) -> Result<(), LinkError> {
+        let (from, told) = self.place()?;
+        let address = SourceAddress::decode(&told).ok_or(WireError::Malformed("Place"))?;
+        let facts = self.endpoint.domain().facts();
+        if address.format != facts.address_format {
+            let own = facts.provider();
+            let text = format!(
+                "the source has addresses of another kind ({}); set FI_PROVIDER alike on both",
+                address.provider
+            );
+            return Err(LinkError::Fabric { provider: own, text });
+        }
+        let peer = self.endpoint.insert(&address.bytes)?;
+        let mut probe = vec![0; told.len()];
+        let patience = self.patience;
+        let mut pace = Pace::new(patience);
+        self.endpoint.read((peer, from), &mut probe, None, self.watched.as_fd(), |_, pulse| {
+            pace.step(pulse)
+        })?;
+        if probe != told {
+            let provider = self.endpoint.domain().facts().provider();
+            let text = "a read from the source gave other bytes than it has".to_owned();
+            return Err(LinkError::Fabric { provider, text });
+        }
+        self.source = Some(peer);
+        Ok(())
+    }
+
+    fn place(&mut self) -> Result<(Remote, Vec<u8>), LinkError> {
+        match self.control.receive()? {
+            Message::Place { at, key, address } => Ok((Remote { at, key }, address)),
+            _ => Err(WireError::Malformed("Place").into()),
+        }
+    }
+}
+
+impl Link for ReadingLink {
+    fn peer(&self) -> String {
+        format!("rdma://{}", self.control.peer())
+    }
+
+    fn closer(&self) -> Result<Closer, LinkError> {
+        self.control.closer()
+    }
+
+    fn set_patience(&mut self, patience: Duration) -> Result<(), LinkError> {
+        self.patience = patience;
+        self.control.set_patience(patience)
+    }
+
+    fn send(&mut self, message: &Message) -> Result<(), LinkError> {
+        self.control.send(message)
+    }
+
+    fn receive(&mut self) -> Result<Message, LinkError> {
+        let message = self.control.receive()?;
+        match &message {
+            Message::Welcome { .. } if self.source.is_none() => self.introduce()?,
+            Message::Chunk { index, .. } => self.next = Some((*index, self.place()?.0)),
+            _ => {}
+        }
+        Ok(message)
+    }
+
+    fn receive_chunk(
+        &mut self,
+        map: &SharedMap,
+        range: Range<u64>,
+    ) -> Result<ChunkHash, LinkError> {
+        let (Some(source), Some((index, from))) = (self.source, self.next.take()) else {
+            return Err(WireError::Malformed("Chunk").into());
+        };
+        let (mut hasher, mut hashed) = (blake3::Hasher::new(), 0);
+        let mut pace = Pace::new(self.patience);
+        let (endpoint, watched) = (&mut self.endpoint, self.watched.as_fd());
+        map.write(range, |into| {
+            endpoint.read((source, from), into, Some(map), watched, |front, pulse| {
+                hasher.update(&front[hashed..]);
+                hashed = front.len();
+                pace.step(pulse)
+            })
+        })?;
+        self.control.send(&Message::Taken { index })?;
+        Ok(*hasher.finalize().as_bytes())
+    }
+
+    fn send_chunk(&mut self, _: &Message, _: &File, _: Range<u64>) -> Result<(), LinkError> {
+        let text = "only the source's end of an rdma stream sends chunks".to_owned();
+        let provider = self.endpoint.domain().facts().provider();
+        Err(LinkError::Fabric { provider, text })
+    }
+
+    fn is_idle(&mut self) -> bool {
+        self.control.is_idle()
+    }
+}
+
+/// The deadline of a read: some piece of it must move within the patience.
+struct Pace {
+    patience: Duration,
+    moved: Instant,
+}
+
+impl Pace {
+    fn new(patience: Duration) -> Pace {
+        Pace { patience, moved: Instant::now() }
+    }
+
+    fn step(&mut self, pulse: Pulse) -> Result<Duration, LinkError> {
+        match pulse {
+            Pulse::HungUp => return Err(LinkError::Closed),
+            Pulse::Moved => self.moved = Instant::now(),
+            Pulse::Still if self.moved.elapsed() >= self.patience => {
+                return Err(LinkError::Stalled(self.patience));
+            }
+            Pulse::Still => {}
+        }
+        Ok(self.patience.saturating_sub(self.moved.elapsed()).min(TICK))
+    }
+}
+
+// === impl LendingLink ===
+
+impl LendingLink {
+    fn over(stream: TcpStream, lendings: &Lendings) -> Result<LendingLink, LinkError> {
+        let interface = stream.local_addr().map_err(LinkError::Broken)?.ip();
+        let lending = lendings.at(interface)?;
+        let control = TcpLink::over(stream).map_err(LinkError::Broken)?;
+        let (patience, bulk_patience) = (Duration::MAX, Duration::MAX);
+        let (introduced, unread) = (false, 0);
+        Ok(LendingLink { control, lending, introduced, unread, patience, bulk_patience })
+    }
+
+    fn place(&mut self, remote: Remote, address: Vec<u8>) -> Result<(), LinkError> {
+        let Remote { at, key } = remote;
+        self.control.send(&Message::Place { at, key, address })
+    }
+}
+
+impl Link for LendingLink {
+    fn peer(&self) -> String {
+        format!("rdma://{}", self.control.peer())
+    }
+
+    fn closer(&self) -> Result<Closer, LinkError> {
+        self.control.closer()
+    }
+
+    fn set_patience(&mut self, patience: Duration) -> Result<(), LinkError> {
+        self.patience = patience;
+        Ok(())
+    }
+
+    fn send(&mut self, message: &Message) -> Result<(), LinkError> {
+        self.control.set_patience(self.patience)?;
+        self.control.send(message)?;
+        if matches!(message, Message::Welcome { .. }) && !self.introduced {
+            self.introduced = true;
+            let (probe, address) = self.lending.introduction();
+            self.place(probe, address)?;
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<Message, LinkError> {
+        while self.unread > 0 {
+            self.control.set_patience(self.bulk_patience)?;
+            match self.control.receive()? {
+                Message::Taken { .. } => self.unread -= 1,
+                message => return Ok(message),
+            }
+        }
+        self.control.set_patience(self.patience)?;
+        self.control.receive()
+    }
+
+    fn receive_chunk(&mut self, _: &SharedMap, _: Range<u64>) -> Result<ChunkHash, LinkError> {
+        Err(WireError::Malformed("Chunk").into())
+    }
+
+    fn send_chunk(&mut self, _: &Message, _: &File, _: Range<u64>) -> Result<(), LinkError> {
+        Err(LinkError::Broken(io::ErrorKind::Unsupported.into()))
+    }
+
+    fn send_blob(
+        &mut self,
+        header: &Message,
+        blob: &Blob,
+        range: Range<u64>,
+    ) -> Result<(), LinkError> {
+        let remote = self.lending.lend(blob, range.start)?;
+        self.control.set_patience(self.patience)?;
+        self.control.send(header)?;
+        self.place(remote, Vec::new())?;
+        self.unread += 1;
+        self.bulk_patience = self.patience;
+        Ok(())
+    }
+
+    fn is_idle(&mut self) -> bool {
+        self.control.is_idle()
+    }
+}
+
+impl From<FabricError> for LinkError {
+    fn from(error: FabricError) -> LinkError {
+        LinkError::Fabric { provider: error.provider, text: error.text }
+    }
+}
+
+#[cfg(test)]
+mod tests;

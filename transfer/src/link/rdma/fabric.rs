@@ -1,0 +1,559 @@
+//! libfabric, safely: domains, endpoints, registered memory and reads. Owns all `unsafe` of the link and
+//! the rules that make it sound; which memory is read, and how long one waits, is the caller's.
+//!
+//! Memory that a read fills belongs to the fabric until the read completed or the endpoint is closed:
+//! [`Endpoint::read`] returns only then. Memory that peers may read is mapped as long as its region.
+#![allow(unsafe_code)]
+
+use std::ffi::{CString, c_int, c_void};
+use std::fs::File;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::{NonNull, null, null_mut};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use memmap2::{Advice, MmapOptions, MmapRaw};
+
+use crate::shm::SharedMap;
+
+mod raw;
+
+pub(super) use raw::Facts;
+use raw::{Access, RawDomain, RawEndpoint, RawError, RawRegion};
+
+/// Reads of a chunk overlap with the hash of the pieces before.
+const PIECE_BYTES: usize = 256 << 10;
+const MAX_ADDRESS_BYTES: usize = 256;
+/// Of random keys that are taken already.
+const KEY_TRIES: usize = 8;
+
+// libfabric's errnos: ENODATA and FI_ENOKEY.
+const NO_DATA: i32 = 61;
+const KEY_TAKEN: i32 = 266;
+
+/// How memory is registered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Registration {
+    /// As little as the provider needs.
+    Negotiated,
+    /// As most hardware needs it, wherever the code runs.
+    #[cfg(test)]
+    Basic,
+}
+
+/// A provider on one device. Its endpoints may be used from as many threads.
+#[derive(Debug)]
+pub(super) struct Domain {
+    raw: NonNull<RawDomain>,
+    facts: Facts,
+    /// Memory that reads fill, registered once for a mapping.
+    locals: Mutex<Vec<Local>>,
+}
+
+/// Reads memory of peers, or lends its own to them.
+#[derive(Debug)]
+pub(super) struct Endpoint {
+    domain: Arc<Domain>,
+    /// As in the domain, where the provider wants regions by endpoint.
+    locals: Vec<Local>,
+    opened: Option<Arc<Opened>>,
+}
+
+#[derive(Debug)]
+struct Opened {
+    raw: NonNull<RawEndpoint>,
+    domain: Arc<Domain>,
+}
+
+/// A peer that an endpoint knows.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Peer(u64);
+
+/// Memory of a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Remote {
+    pub(super) at: u64,
+    pub(super) key: u64,
+}
+
+/// Lends memory through an endpoint that another thread serves.
+#[derive(Debug)]
+pub(super) struct Lender {
+    domain: Arc<Domain>,
+    opened: Arc<Opened>,
+}
+
+/// Registered memory; closed before its endpoint, and before its domain, which somebody holds.
+#[derive(Debug)]
+struct Region {
+    raw: NonNull<RawRegion>,
+    _endpoint: Option<Arc<Opened>>,
+}
+
+#[derive(Debug)]
+struct Local {
+    /// Which mapping: its address and length, and the file while somebody has it.
+    at: usize,
+    len: u64,
+    file: Weak<File>,
+    region: Arc<Region>,
+}
+
+/// A file mapped for peers to read.
+#[derive(Debug)]
+pub(super) struct ReadMap {
+    map: MmapRaw,
+}
+
+/// A file that peers may read as long as this lives.
+#[derive(Debug)]
+pub(super) struct Lent {
+    // In this order: the region is closed, then the memory unmapped.
+    region: Region,
+    _map: Arc<ReadMap>,
+    _domain: Arc<Domain>,
+    /// What peers call its first byte.
+    base: u64,
+}
+
+/// What a read came to since the last look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pulse {
+    Moved,
+    Still,
+    /// The watched socket was closed.
+    HungUp,
+}
+
+/// What the fabric said.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{provider}: {text}")]
+pub(super) struct FabricError {
+    pub(super) provider: String,
+    pub(super) code: i32,
+    pub(super) text: String,
+}
+
+/// That the library is there.
+pub(super) fn load() -> Result<(), FabricError> {
+    let mut error = RawError::default();
+    // SAFETY: only writes the error.
+    match unsafe { raw::fabric_load(&mut error) } {
+        0 => Ok(()),
+        _ => Err(error.of("libfabric")),
+    }
+}
+
+// === impl Domain ===
+
+impl Domain {
+    /// On the interface with the address `node`, if the provider names interfaces by it.
+    pub(super) fn open(
+        provider: Option<&str>,
+        node: Option<IpAddr>,
+        registration: Registration,
+    ) -> Result<Arc<Domain>, FabricError> {
+        let opened = Domain::open_at(provider, node, registration);
+        let opened = opened.or_else(|error| match node {
+            // Some (efa, shm) have interfaces, but do not name them by IP addresses.
+            Some(_) if error.code == NO_DATA => Domain::open_at(provider, None, registration),
+            _ => Err(error),
+        });
+        opened.map(Arc::new)
+    }
+
+    fn open_at(
+        provider: Option<&str>,
+        node: Option<IpAddr>,
+        registration: Registration,
+    ) -> Result<Domain, FabricError> {
+        let c_string = |s: String| CString::new(s).expect("neither has a NUL");
+        let asked = provider.map(|p| c_string(p.replace('\0', "")));
+        let node = node.map(|ip| c_string(ip.to_string()));
+        let pointer = |s: &Option<CString>| s.as_ref().map_or(null(), |s| s.as_ptr());
+        let basic = c_int::from(registration != Registration::Negotiated);
+        let (mut raw, mut facts, mut error) = (null_mut(), Facts::default(), RawError::default());
+        // SAFETY: NUL-terminated strings or NULL, and places to write to, all alive for the call.
+        unsafe {
+            let (provider, node) = (pointer(&asked), pointer(&node));
+            raw::fabric_domain_open(provider, node, basic, &mut raw, &mut facts, &mut error);
+        }
+        let raw = NonNull::new(raw).ok_or_else(|| error.of(provider.unwrap_or("any provider")))?;
+        Ok(Domain { raw, facts, locals: Mutex::default() })
+    }
+
+    pub(super) fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn failed(&self, error: &RawError) -> FabricError {
+        error.of(&self.facts.provider())
+    }
+
+    /// The caller closes the region before the memory is unmapped, or knows that no peer has its key.
+    fn register(
+        &self,
+        endpoint: Option<&Arc<Opened>>,
+        at: *mut c_void,
+        len: usize,
+        access: Access,
+    ) -> Result<Region, FabricError> {
+        let endpoint = endpoint.filter(|_| self.facts.region_by_endpoint).cloned();
+        let mut error = RawError::default();
+        for _ in 0..KEY_TRIES {
+            let mut raw = null_mut();
+            let (domain, key) = (self.raw.as_ptr(), self.facts.random_key());
+            let bound = endpoint.as_ref().map_or(null_mut(), |e| e.raw.as_ptr());
+            // SAFETY: domain and endpoint are open, and registering needs neither alone; the memory is
+            // mapped (the caller's word, above).
+            unsafe {
+                raw::fabric_register(domain, bound, at, len, access, key, &mut raw, &mut error)
+            };
+            if let Some(raw) = NonNull::new(raw) {
+                return Ok(Region { raw, _endpoint: endpoint });
+            }
+            if error.code != KEY_TAKEN {
+                break;
+            }
+        }
+        Err(self.failed(&error))
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        if let Ok(locals) = self.locals.get_mut() {
+            locals.clear();
+        }
+        // SAFETY: endpoints and lent memory hold an `Arc` of it, so none is open.
+        unsafe { raw::fabric_domain_close(self.raw.as_ptr()) }
+    }
+}
+
+// SAFETY: it was opened with FI_THREAD_SAFE, and the C side changes nothing in it.
+unsafe impl Send for Domain {}
+// SAFETY: as above.
+unsafe impl Sync for Domain {}
+
+// === impl Endpoint ===
+
+impl Endpoint {
+    pub(super) fn open(domain: &Arc<Domain>) -> Result<Endpoint, FabricError> {
+        let (mut raw, mut error) = (null_mut(), RawError::default());
+        // SAFETY: the domain is open; the places to write to live for the call.
+        unsafe { raw::fabric_endpoint_open(domain.raw.as_ptr(), &mut raw, &mut error) };
+        let raw = NonNull::new(raw).ok_or_else(|| domain.failed(&error))?;
+        let opened = Some(Arc::new(Opened { raw, domain: Arc::clone(domain) }));
+        Ok(Endpoint { domain: Arc::clone(domain), locals: Vec::new(), opened })
+    }
+
+    pub(super) fn domain(&self) -> &Arc<Domain> {
+        &self.domain
+    }
+
+    fn raw(&self) -> Result<*mut RawEndpoint, FabricError> {
+        self.opened.as_ref().map(|o| o.raw.as_ptr()).ok_or_else(|| self.closed())
+    }
+
+    fn closed(&self) -> FabricError {
+        let text = "the endpoint was closed after a failure".to_owned();
+        FabricError { provider: self.domain.facts.provider(), code: 0, text }
+    }
+
+    /// For peers; only those with the same address format can use it.
+    pub(super) fn address(&self) -> Result<Vec<u8>, FabricError> {
+        let mut address = vec![0u8; MAX_ADDRESS_BYTES];
+        let (mut len, mut error) = (address.len(), RawError::default());
+        let (endpoint, at) = (self.raw()?, address.as_mut_ptr().cast());
+        // SAFETY: an open endpoint, and room for `len` bytes.
+        let code = unsafe { raw::fabric_endpoint_address(endpoint, at, &mut len, &mut error) };
+        if code != 0 {
+            return Err(self.domain.failed(&error));
+        }
+        address.truncate(len);
+        Ok(address)
+    }
+
+    pub(super) fn insert(&mut self, address: &[u8]) -> Result<Peer, FabricError> {
+        let (mut peer, mut error) = (0, RawError::default());
+        let (endpoint, at, len) = (self.raw()?, address.as_ptr().cast(), address.len());
+        // SAFETY: an open endpoint that is ours alone (`&mut`); the C side checks the length.
+        let code = unsafe { raw::fabric_endpoint_insert(endpoint, at, len, &mut peer, &mut error) };
+        if code == 0 { Ok(Peer(peer)) } else { Err(self.domain.failed(&error)) }
+    }
+
+    /// For lending while another thread serves.
+    pub(super) fn lender(&self) -> Result<Lender, FabricError> {
+        let opened = self.opened.clone().ok_or_else(|| self.closed())?;
+        Ok(Lender { domain: Arc::clone(&self.domain), opened })
+    }
+
+    /// Fills `into` with a peer's memory, in pieces that may come in any order. `step` is called again
+    /// and again with what is complete from the front, and whether anything moved since; it says how long
+    /// to sleep if nothing did, or ends the read. After an error the endpoint is closed. `watched` wakes
+    /// it when it is closed.
+    ///
+    /// `into` lies in `map`, or in memory that no other read will use.
+    pub(super) fn read<E: From<FabricError>>(
+        &mut self,
+        (peer, from): (Peer, Remote),
+        into: &mut [u8],
+        map: Option<&SharedMap>,
+        watched: BorrowedFd<'_>,
+        mut step: impl FnMut(&[u8], Pulse) -> Result<Duration, E>,
+    ) -> Result<(), E> {
+        let local = self.local(into, map)?;
+        // Dropped before `local`, and in a panic of `step` too: the fabric never writes to memory that
+        // is ours again.
+        let mut guard = CloseUnlessDone { endpoint: self, done: false };
+        let mut reads =
+            Reads::new(into, peer, from, local.as_deref(), guard.endpoint.domain.facts());
+        let mut hung_up = false;
+        loop {
+            let moved = reads.advance(guard.endpoint)?;
+            let pulse = match (moved, hung_up) {
+                (true, _) => Pulse::Moved,
+                (false, true) => Pulse::HungUp,
+                (false, false) => Pulse::Still,
+            };
+            let patience = step(reads.front(), pulse)?;
+            if reads.is_done() {
+                guard.done = true;
+                return Ok(());
+            }
+            if !moved {
+                hung_up = guard.endpoint.wait(Some(watched), patience)?;
+            }
+        }
+    }
+
+    /// The region that a read's memory needs, if the provider wants one.
+    fn local(
+        &mut self,
+        into: &mut [u8],
+        map: Option<&SharedMap>,
+    ) -> Result<Option<Arc<Region>>, FabricError> {
+        let (domain, opened) = (&self.domain, self.opened.as_ref());
+        if !domain.facts.register_local {
+            return Ok(None);
+        }
+        let Some(map) = map else {
+            let (at, len) = (into.as_mut_ptr().cast(), into.len());
+            let region = domain.register(opened, at, len, Access::FilledByReads)?;
+            return Ok(Some(Arc::new(region)));
+        };
+        let mut shared = domain.locals.lock().expect("no holder of the lock panics");
+        let by_endpoint = domain.facts.region_by_endpoint;
+        let locals = if by_endpoint { &mut self.locals } else { &mut *shared };
+        let file = Arc::downgrade(map.backing());
+        let (at, len) = (map.address(), map.len());
+        let is_it = |l: &&Local| l.at == at && l.len == len && l.file.ptr_eq(&file);
+        if let Some(known) = locals.iter().find(is_it) {
+            return Ok(Some(Arc::clone(&known.region)));
+        }
+        locals.retain(|l| l.file.strong_count() > 0);
+        let memory = at as *mut c_void;
+        let region = domain.register(opened, memory, len as usize, Access::FilledByReads)?;
+        let region = Arc::new(region);
+        locals.push(Local { at, len, file, region: Arc::clone(&region) });
+        Ok(Some(region))
+    }
+
+    /// Makes progress on what peers read here: without it, some providers answer no peer.
+    pub(super) fn serve(&mut self, patience: Duration) -> Result<(), FabricError> {
+        let (mut tags, mut error) = ([0; 1], RawError::default());
+        let endpoint = self.raw()?;
+        // SAFETY: an open endpoint that is ours alone (`&mut`), and room for one tag.
+        let code = unsafe { raw::fabric_poll(endpoint, tags.as_mut_ptr(), 1, &mut error) };
+        if code < 0 {
+            return Err(self.domain.failed(&error));
+        }
+        self.wait(None, patience).map(drop)
+    }
+
+    /// True if `watched` was hung up.
+    fn wait(
+        &mut self,
+        watched: Option<BorrowedFd<'_>>,
+        patience: Duration,
+    ) -> Result<bool, FabricError> {
+        let ms = patience.as_millis().clamp(1, 1000) as c_int;
+        let fd = watched.map_or(-1, |fd| fd.as_raw_fd());
+        // SAFETY: an open endpoint that is ours alone (`&mut`), and an open descriptor or none.
+        Ok(unsafe { raw::fabric_wait(self.raw()?, fd, ms) } == 1)
+    }
+
+    /// Ends its reads: what they wrote to is the caller's again.
+    fn close(&mut self) {
+        self.locals.clear();
+        self.opened = None;
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        let mut error = RawError::default();
+        // SAFETY: the last owner; regions of the endpoint hold an `Arc` of it, so none is open.
+        let code = unsafe { raw::fabric_endpoint_close(self.raw.as_ptr(), &mut error) };
+        if code != 0 {
+            let error = self.domain.failed(&error);
+            tracing::error!(%error, "a fabric endpoint does not close and may still write to memory");
+            std::process::abort();
+        }
+    }
+}
+
+// SAFETY: what the C side changes in it is changed through `&mut Endpoint`; registering from other
+// threads is allowed by FI_THREAD_SAFE.
+unsafe impl Send for Opened {}
+// SAFETY: as above.
+unsafe impl Sync for Opened {}
+
+struct CloseUnlessDone<'a> {
+    endpoint: &'a mut Endpoint,
+    done: bool,
+}
+
+impl Drop for CloseUnlessDone<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            self.endpoint.close();
+        }
+    }
+}
+
+// === reads ===
+
+/// The pieces of one read: some arrived, some are under way, the rest still to be started.
+struct Reads<'a> {
+    into: *mut u8,
+    len: usize,
+    piece: usize,
+    peer: Peer,
+    from: Remote,
+    local: Option<&'a Region>,
+    started: usize,
+    arrived: Vec<bool>,
+    /// Pieces from the front that arrived.
+    front: usize,
+}
+
+impl<'a> Reads<'a> {
+    fn new(
+        into: &'a mut [u8],
+        peer: Peer,
+        from: Remote,
+        local: Option<&'a Region>,
+        facts: &Facts,
+    ) -> Reads<'a> {
+        let (len, into) = (into.len(), into.as_mut_ptr());
+        let piece = PIECE_BYTES.min(usize::try_from(facts.max_read_bytes).unwrap_or(PIECE_BYTES));
+        let arrived = vec![false; len.div_ceil(piece.max(1))];
+        let piece = piece.max(1);
+        Reads { into, len, piece, peer, from, local, started: 0, arrived, front: 0 }
+    }
+
+    fn is_done(&self) -> bool {
+        self.front == self.arrived.len()
+    }
+
+    fn front(&self) -> &[u8] {
+        let complete = self.len.min(self.front * self.piece);
+        // SAFETY: inside the memory that `new` borrowed; the fabric is done with these pieces.
+        unsafe { std::slice::from_raw_parts(self.into, complete) }
+    }
+
+    /// Starts what can start and takes in what came; true if there was any of either.
+    fn advance(&mut self, endpoint: &mut Endpoint) -> Result<bool, FabricError> {
+        let raw = endpoint.raw()?;
+        let mut error = RawError::default();
+        let before = self.started;
+        while self.started < self.arrived.len() {
+            match self.start(raw, self.started, &mut error) {
+                0 => self.started += 1,
+                1.. => break,
+                _ => return Err(endpoint.domain.failed(&error)),
+            }
+        }
+        let mut tags = [0u64; 16];
+        // SAFETY: an open endpoint that is ours alone (`&mut`), and room for that many tags.
+        let came = unsafe { raw::fabric_poll(raw, tags.as_mut_ptr(), tags.len(), &mut error) };
+        let came = usize::try_from(came).map_err(|_| endpoint.domain.failed(&error))?;
+        for tag in &tags[..came] {
+            self.arrived[*tag as usize] = true;
+        }
+        self.front += self.arrived[self.front..].iter().take_while(|a| **a).count();
+        Ok(came > 0 || self.started > before)
+    }
+
+    fn start(&self, raw: *mut RawEndpoint, index: usize, error: &mut RawError) -> c_int {
+        let at = index * self.piece;
+        let len = self.piece.min(self.len - at);
+        let local = self.local.map_or(null(), |r| r.raw.as_ptr().cast_const());
+        let remote = self.from.at.wrapping_add(at as u64);
+        // SAFETY: the piece lies inside the memory that `new` borrowed, and that is not touched before
+        // its completion; if that does not come, the endpoint is closed (`CloseUnlessDone`).
+        unsafe {
+            let into = self.into.add(at).cast();
+            let (peer, key) = (self.peer.0, self.from.key);
+            raw::fabric_read(raw, into, len, local, peer, remote, key, index as u64, error)
+        }
+    }
+}
+
+// === impl Region ===
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: open, and owned by this alone.
+        unsafe { raw::fabric_region_close(self.raw.as_ptr()) }
+    }
+}
+
+// SAFETY: a handle that is only read (its key, its descriptor) until it is closed.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+// === impl ReadMap ===
+
+impl ReadMap {
+    /// The first `len` bytes of the file. Every page is touched: none faults when a peer reads it.
+    pub(super) fn of(file: &File, len: u64) -> std::io::Result<ReadMap> {
+        if file.metadata()?.len() < len {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        let len = usize::try_from(len).map_err(std::io::Error::other)?;
+        let map = MmapOptions::new().len(len.max(1)).map_raw_read_only(file)?;
+        // Kernels before 5.14 do not know it; then pages fault in as they are read.
+        map.advise(Advice::PopulateRead).ok();
+        Ok(ReadMap { map })
+    }
+}
+
+// === impl Lender ===
+
+impl Lender {
+    /// Lends a mapped file to peers that are told where it is.
+    pub(super) fn lend(&self, map: &Arc<ReadMap>) -> Result<Lent, FabricError> {
+        let (at, len) = (map.map.as_mut_ptr().cast(), map.map.len());
+        let region = self.domain.register(Some(&self.opened), at, len, Access::ReadByPeers)?;
+        let base = if self.domain.facts.address_by_virtual { at as u64 } else { 0 };
+        Ok(Lent { region, _map: Arc::clone(map), _domain: Arc::clone(&self.domain), base })
+    }
+}
+
+// === impl Lent ===
+
+impl Lent {
+    /// Where peers find the byte at `offset`.
+    pub(super) fn remote(&self, offset: u64) -> Remote {
+        // SAFETY: an open region.
+        let key = unsafe { raw::fabric_region_key(self.region.raw.as_ptr()) };
+        Remote { at: self.base + offset, key }
+    }
+}
+
+#[cfg(test)]
+mod tests;
