@@ -20,9 +20,12 @@ mod order;
 mod raw;
 mod usage;
 // what they stand on
+mod fleet;
 mod lab;
 mod machine;
+mod netns;
 // figures
+mod fan_out;
 mod line_rate;
 
 use lab::Lab;
@@ -50,7 +53,7 @@ pub struct TransferArgs {
     pub dir: Option<PathBuf>,
 }
 
-const LETTERS: &str = "A";
+const LETTERS: &str = "AB";
 
 /// Runs, prints, writes; true where every figure met its goal.
 #[allow(clippy::print_stdout)]
@@ -90,6 +93,7 @@ async fn figure(letter: char, lab: &Lab, pairs: Option<&Path>) -> anyhow::Result
     let _ = pairs;
     match letter {
         'A' => Box::pin(line_rate::figures(lab)).await,
+        'B' => Box::pin(fan_out::figures(lab)).await,
         other => bail!("there is no figure {other}"),
     }
 }

@@ -78,8 +78,10 @@ async fn round(
     receiver.host.ask::<Value>(Order::Release).await?;
     let version = issued.version.clone();
     let sources = vec![lab.source(trainer, &version, "a-receiver", &[])?];
-    let fetch = Fetch { version, sources, stripe_count: 0, streams: STREAMS, digest: false };
+    let fetch = Fetch { version, sources, stripe_count: 0, streams: STREAMS };
     let ours: Fetched = receiver.host.ask(Order::Fetch(fetch)).await?;
+    let digest: String = receiver.host.ask(Order::Digest).await?;
+    anyhow::ensure!(digest == issued.digest, "the bytes that arrived are not those published");
     anyhow::ensure!(ours.received_bytes >= issued.image_bytes, "chunks were here already");
     let raw = match early {
         Some(raw) => raw,

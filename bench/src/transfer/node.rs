@@ -86,6 +86,11 @@ impl Node {
             Order::Train(order) => value(serde_json::to_value(self.train(order)?)),
             Order::Publish(order) => value(serde_json::to_value(self.publish(&order)?)),
             Order::Fetch(order) => value(serde_json::to_value(self.fetch(id, order)?)),
+            Order::Digest => {
+                let receiver = self.receiver()?;
+                let kept = lock(&receiver.kept);
+                Ok(json!(digest_of(kept.last().context("nothing was fetched")?)))
+            }
             Order::Release => {
                 lock(&self.receiver()?.kept).clear();
                 Ok(Value::Null)
@@ -192,7 +197,6 @@ impl Node {
         let cpu = usage::cpu_ns();
         let staged = receiver.fetcher.fetch_blocking(&request)?;
         let cpu_ns = usage::cpu_ns() - cpu;
-        let digest = if order.digest { digest_of(&staged) } else { String::new() };
         let report = &staged.report;
         let fetched = Fetched {
             took_ms: report.took.as_secs_f64() * 1e3,
@@ -203,7 +207,6 @@ impl Node {
             bytes_by_holder: report.bytes_by_holder.clone(),
             queue: Value::String(format!("{:?}", report.queue)),
             cpu_ns,
-            digest,
         };
         let mut kept = lock(&receiver.kept);
         kept.clear();

@@ -25,6 +25,8 @@ pub enum Order {
     Publish(Publish),
     /// Gets a version into the staging area: answers with a [`Fetched`].
     Fetch(Fetch),
+    /// Digest of all tensors of the version fetched last, as they lie in the staged file, whatever the hashes were.
+    Digest,
     /// Lets the staged versions go, so that their slots can be used again.
     Release,
     /// Counters of the process: answers with a [`Usage`].
@@ -81,8 +83,6 @@ pub struct Fetch {
     pub sources: Vec<Source>,
     pub stripe_count: u32,
     pub streams: usize,
-    /// Also answer with the digest of all tensors, as they lie in the staged file.
-    pub digest: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,7 +119,6 @@ pub struct Fetched {
     pub bytes_by_holder: Vec<(String, u64)>,
     pub queue: Value,
     pub cpu_ns: u64,
-    pub digest: String,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

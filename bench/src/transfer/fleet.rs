@@ -1,0 +1,164 @@
+//! One trainer and K receivers behind limited links, and the plan of who fetches from whom. Owns the hosts of one
+//! figure; what happens to them is the figure's business.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use super::host::Pending;
+use super::lab::{Lab, Server};
+use super::netns::{Net, Traffic};
+use super::order::*;
+
+pub const RATE: &str = "200mbit";
+const STREAMS: usize = 4;
+
+pub struct Fleet<'a> {
+    pub lab: &'a Lab,
+    pub net: Net,
+    pub trainer: Server,
+    /// Receiver `i` is host `i + 1`.
+    pub receivers: Vec<Server>,
+}
+
+/// One receiver's part in a fan-out.
+pub struct Arrival {
+    pub after: Duration,
+    pub fetched: Fetched,
+}
+
+impl<'a> Fleet<'a> {
+    pub async fn start(lab: &'a Lab, figure: &str, receivers: usize) -> anyhow::Result<Fleet<'a>> {
+        let net = Net::up(receivers, RATE).await?;
+        let host = lab.start(&format!("{figure}-trainer"), net.command(0)?)?;
+        let trainer = lab.trainer(host, &Net::ip(0), false).await?;
+        let mut fleet = Fleet { lab, net, trainer, receivers: Vec::new() };
+        for at in 0..receivers {
+            let receiver = fleet.receiver(&format!("{figure}-r{at}"), at).await?;
+            fleet.receivers.push(receiver);
+        }
+        Ok(fleet)
+    }
+
+    /// The process of receiver `at`: another life of it finds what the one before left.
+    pub async fn receiver(&self, name: &str, at: usize) -> anyhow::Result<Server> {
+        let host = self.lab.start(name, self.net.command(at + 1)?)?;
+        self.lab.receiver(host, &Net::ip(at + 1)).await
+    }
+
+    pub async fn publish(&self, number: u64, bytes: u64) -> anyhow::Result<Issued> {
+        let order = Publish { number, bytes, seed: number, changed: None };
+        self.trainer.host.ask(Order::Publish(order)).await
+    }
+
+    /// Lets receiver `at` fetch from these hosts, the trainer being `None`.
+    pub async fn fetch(
+        &self,
+        at: usize,
+        version: &VersionId,
+        feed: &Feed,
+    ) -> anyhow::Result<Pending> {
+        let name = &self.receivers[at].host.name;
+        let source = |(holder, stripes): &(Option<usize>, Vec<u32>)| {
+            let holder = holder.map_or(&self.trainer, |peer| &self.receivers[peer]);
+            self.lab.source(holder, version, name, stripes)
+        };
+        let sources = feed.sources.iter().map(source).collect::<anyhow::Result<_>>()?;
+        let fetch = Fetch {
+            version: version.clone(),
+            sources,
+            stripe_count: feed.stripe_count,
+            streams: STREAMS,
+        };
+        self.receivers[at].host.send(Order::Fetch(fetch)).await
+    }
+
+    /// One receiver alone, straight from the trainer: what the link gives.
+    pub async fn alone(&self, at: usize, issued: &Issued) -> anyhow::Result<Arrival> {
+        let started = Instant::now();
+        let pending = self.fetch(at, &issued.version, &Feed::from_trainer()).await?;
+        let arrival = Arrival::of(started.elapsed(), pending.answer().await?);
+        self.check(at, issued).await?;
+        Ok(arrival)
+    }
+
+    /// All receivers at once, by plan.
+    pub async fn fan_out(&self, issued: &Issued) -> anyhow::Result<Vec<Arrival>> {
+        let started = Instant::now();
+        let mut pending = Vec::new();
+        for (at, feed) in chains(self.receivers.len()).iter().enumerate() {
+            let order = self.fetch(at, &issued.version, feed).await?;
+            pending.push((started.elapsed(), order));
+        }
+        let mut arrivals = Vec::new();
+        for (asked, order) in pending {
+            arrivals.push(Arrival::of(asked, order.answer().await?));
+        }
+        for at in 0..self.receivers.len() {
+            self.check(at, issued).await?;
+        }
+        Ok(arrivals)
+    }
+
+    /// What lies at receiver `at` is what was published, byte for byte.
+    pub async fn check(&self, at: usize, issued: &Issued) -> anyhow::Result<()> {
+        let host = &self.receivers[at].host;
+        let digest: String = host.ask(Order::Digest).await?;
+        anyhow::ensure!(digest == issued.digest, "{} holds other bytes than published", host.name);
+        Ok(())
+    }
+
+    /// What passed the trainer's link so far.
+    pub fn trainer_traffic(&self) -> anyhow::Result<Traffic> {
+        Traffic::of(self.trainer.host.pid().context("the trainer has ended")?)
+    }
+
+    pub async fn trainer_usage(&self) -> anyhow::Result<Usage> {
+        self.trainer.host.ask(Order::Usage).await
+    }
+
+    pub async fn end(self) -> anyhow::Result<()> {
+        for receiver in self.receivers {
+            receiver.host.end().await?;
+        }
+        self.trainer.host.end().await?;
+        self.net.down().await
+    }
+}
+
+// === impl Arrival ===
+
+impl Arrival {
+    /// By the receiver's own clock, from when it was asked.
+    fn of(asked: Duration, fetched: Fetched) -> Arrival {
+        Arrival { after: asked + Duration::from_secs_f64(fetched.took_ms / 1e3), fetched }
+    }
+}
+
+/// Where one receiver fetches from: (receiver, or `None` for the trainer; the stripes it is the parent for).
+#[derive(Clone, Debug, Default)]
+pub struct Feed {
+    pub sources: Vec<(Option<usize>, Vec<u32>)>,
+    pub stripe_count: u32,
+}
+
+impl Feed {
+    pub fn from_trainer() -> Feed {
+        Feed { sources: vec![(None, Vec::new())], stripe_count: 0 }
+    }
+}
+
+/// Two chains through all receivers, one in order, one against it; everybody falls back on those before it.
+fn chains(receivers: usize) -> Vec<Feed> {
+    (0..receivers)
+        .map(|at| {
+            let before = (at > 0).then(|| at - 1);
+            let after = (at + 1 < receivers).then_some(at + 1);
+            let mut sources = vec![(before, vec![0]), (after, vec![1])];
+            if before.is_some() && after.is_some() {
+                sources.push((None, Vec::new()));
+            }
+            Feed { sources, stripe_count: 2 }
+        })
+        .collect()
+}
