@@ -25,8 +25,10 @@ mod lab;
 mod machine;
 mod netns;
 // figures
+mod delta;
 mod fan_out;
 mod line_rate;
+mod pairs;
 
 use lab::Lab;
 use report::{Figure, Report};
@@ -53,7 +55,7 @@ pub struct TransferArgs {
     pub dir: Option<PathBuf>,
 }
 
-const LETTERS: &str = "AB";
+const LETTERS: &str = "ABCD";
 
 /// Runs, prints, writes; true where every figure met its goal.
 #[allow(clippy::print_stdout)]
@@ -90,12 +92,29 @@ pub async fn run(args: TransferArgs) -> anyhow::Result<bool> {
 }
 
 async fn figure(letter: char, lab: &Lab, pairs: Option<&Path>) -> anyhow::Result<Vec<Figure>> {
-    let _ = pairs;
     match letter {
         'A' => Box::pin(line_rate::figures(lab)).await,
         'B' => Box::pin(fan_out::figures(lab)).await,
+        'C' => {
+            let dir = pairs.map_or_else(|| lab.scratch().join("pairs"), Path::to_owned);
+            blocking(move || delta::figure_c(&dir)).await
+        }
+        'D' => {
+            let bytes = lab.size(DELTA_BYTES);
+            blocking(move || delta::figure_d(bytes)).await
+        }
         other => bail!("there is no figure {other}"),
     }
+}
+
+/// Memory that no cache of a core holds.
+const DELTA_BYTES: u64 = 128 << 20;
+
+/// For figures that compute all the time.
+async fn blocking(
+    work: impl FnOnce() -> anyhow::Result<Vec<Figure>> + Send + 'static,
+) -> anyhow::Result<Vec<Figure>> {
+    tokio::task::spawn_blocking(work).await.context("the figure's thread ended early")?
 }
 
 fn letters(asked: &str) -> anyhow::Result<Vec<char>> {

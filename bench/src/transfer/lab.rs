@@ -49,6 +49,11 @@ impl Lab {
         bytes / self.divide
     }
 
+    /// For files of the run that are not logs.
+    pub fn scratch(&self) -> &Path {
+        self.work.path()
+    }
+
     pub fn staging(&self, host: &str) -> PathBuf {
         self.staging.join(host)
     }
