@@ -1,26 +1,40 @@
-//! The trainer's side of the memory: two prefaulted slots of shared memory. Publishing copies into the
-//! slot of the older version and never waits for its readers: they are revoked.
+//! The trainer's side of the memory: prefaulted slots of shared memory, two in the steady state. Publishing
+//! copies into one and never waits for readers: streams are revoked, and memory that a receiver of this
+//! host adopted is left to it.
 //!
 //! ```text
-//!   slot:  Free ── begin ──► Writing{number} ── seal ──► Sealed{version} ── begin (when older) ──► Writing
+//!   slot:  Free ── begin ──► Writing{number} ── seal ──► Sealed{version} ── two newer begin ──► Free
 //!          Writing ── dropped before the seal ──► Free
+//!   Free -> Writing only if nobody else on this host has the memory open, mapped or named; else a new slot
+//!   is made, and when all are let go the surplus is given back.
 //! ```
 
-use std::ops::Range;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-use anabranch_proto::manifest::{ChunkHash, Kind, Manifest, chunk_range};
 use anabranch_proto::version::{Root, Version};
 
-use crate::chunks::{ChunkSet, Ledger};
-use crate::holder::{Blob, Held, Holder, Stamp};
+use crate::holder::{Holder, Stamp};
 use crate::layout::Layout;
+use crate::lock::LockError;
 use crate::shm::SharedMap;
 
+pub(crate) mod home;
+mod seal;
+
+use home::Home;
+pub(crate) use seal::{Sealer, SlotWriter};
+
+/// Sealed versions that are kept, and slots in the steady state.
 const SLOTS: usize = 2;
 
-/// Two slots and the holder that lends what is sealed in them.
+/// With so many versions still in the hands of others on this host, no more memory is passed on: an engine
+/// that never lets go must not take one version's memory more each time.
+const MAX_LEFT: u32 = 4;
+
+/// The slots and the holder that lends what is sealed in them.
 #[derive(Clone)]
 pub(crate) struct Arena {
     shared: Arc<Shared>,
@@ -29,12 +43,23 @@ pub(crate) struct Arena {
 struct Shared {
     holder: Holder,
     chunk_bytes: u32,
-    slots: Mutex<[Slot; SLOTS]>,
+    state: Mutex<State>,
     sealed: Condvar,
 }
 
+struct State {
+    /// Where slots have names; without, they are anonymous.
+    home: Option<Home>,
+    slots: BTreeMap<SlotId, Slot>,
+    next: SlotId,
+}
+
+type SlotId = u64;
+
 struct Slot {
-    map: Option<Arc<SharedMap>>,
+    map: Arc<SharedMap>,
+    /// Its name in the home.
+    path: Option<PathBuf>,
     /// Bumped when the memory changes hands.
     generation: Arc<AtomicU64>,
     state: SlotState,
@@ -43,39 +68,18 @@ struct Slot {
 #[derive(Clone, Copy, Debug)]
 enum SlotState {
     Free,
-    Writing { number: u64 },
+    Writing,
     Sealed { version: Version },
 }
 
-/// The writer of one slot. Bytes are written from the front; what is complete is hashed behind it.
-pub(crate) struct SlotWriter {
-    map: Arc<SharedMap>,
-    progress: Arc<Progress>,
-    image_bytes: u64,
-    revoked: u32,
-}
-
-/// How far the writer came. The hashing threads follow.
-struct Progress {
-    state: Mutex<Written>,
-    moved: Condvar,
-}
-
-#[derive(Clone, Copy)]
-enum Written {
-    Upto(u64),
-    /// The writer gave up: there will be no seal.
-    Abandoned,
-}
-
-/// Hashes the chunks behind a [`SlotWriter`], then seals the slot.
-pub(crate) struct Sealer {
-    arena: Arena,
-    slot: usize,
-    map: Arc<SharedMap>,
-    progress: Arc<Progress>,
-    image_bytes: u64,
-    sealed: bool,
+/// A slot to write a version into, and what that cost others.
+pub(crate) struct Begun {
+    pub(crate) writer: SlotWriter,
+    pub(crate) sealer: Sealer,
+    /// Streams that were reading the version that is no longer lent.
+    pub(crate) revoked: u32,
+    /// Slots of older versions that are left to receivers of this host.
+    pub(crate) left: u32,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -85,224 +89,204 @@ pub enum ArenaError {
          in memory (in a container, memory limits count shared memory too)"
     )]
     Memory { bytes: u64, error: std::io::Error },
+    #[error(
+        "{path} is too small: a version needs {need} bytes more there, {free} of {size} are free. In a \
+         container start it with a larger --shm-size (Docker) or mount an emptyDir with medium: \
+         Memory at /dev/shm (Kubernetes); two versions must fit. Or switch the shm link off: then \
+         versions lie outside of it, and engines of this host get copies"
+    )]
+    TooSmall { path: PathBuf, need: u64, free: u64, size: u64 },
+    #[error("cannot use {path} for the arena: {error}")]
+    Home { path: PathBuf, error: std::io::Error },
+    #[error(
+        "another trainer of this job publishes from this host: {path}: {error}; stop one of them, or \
+         give each its own job"
+    )]
+    Taken { path: PathBuf, error: LockError },
 }
 
 // === impl Arena ===
 
 impl Arena {
-    pub(crate) fn new(holder: Holder, chunk_bytes: u32) -> Arena {
-        let slot = || Slot { map: None, generation: Arc::default(), state: SlotState::Free };
-        let slots = Mutex::new([slot(), slot()]);
-        Arena { shared: Arc::new(Shared { holder, chunk_bytes, slots, sealed: Condvar::new() }) }
+    pub(crate) fn new(
+        holder: Holder,
+        chunk_bytes: u32,
+        home: Option<Home>,
+    ) -> Result<Arena, ArenaError> {
+        let mut state = State { home, slots: BTreeMap::new(), next: 0 };
+        state.take_over()?;
+        let state = Mutex::new(state);
+        Ok(Arena {
+            shared: Arc::new(Shared { holder, chunk_bytes, state, sealed: Condvar::new() }),
+        })
     }
 
-    /// Takes the free slot, or that of the older version, whose readers are revoked here. Waits for the
-    /// seal of the version before, whose hashing nobody can hold up.
-    pub(crate) fn begin(
-        &self,
-        number: u64,
-        layout: &Layout,
-    ) -> Result<(SlotWriter, Sealer), ArenaError> {
-        let busy = |slots: &mut [Slot; SLOTS]| slots.iter().any(Slot::is_writing);
-        let slots = self.shared.sealed.wait_while(self.lock(), busy);
-        let mut slots = slots.expect("no holder of the slots' lock panics");
-        let ix = (0..SLOTS).min_by_key(|&ix| slots[ix].age()).expect("there are slots");
-        let slot = &mut slots[ix];
+    /// Takes a slot; the older of two sealed versions is lent no more. Waits for the seal of the version
+    /// before, whose hashing nobody can hold up.
+    pub(crate) fn begin(&self, layout: &Layout) -> Result<Begun, ArenaError> {
+        let busy = |state: &mut State| state.slots.values().any(Slot::is_writing);
+        let state = self.shared.sealed.wait_while(self.lock(), busy);
+        let mut state = state.expect("no holder of the slots' lock panics");
+        let revoked = self.withdraw_older(&mut state);
+        let (id, left) = state.take(layout.image_bytes())?;
+        self.shared.holder.pass_memory(state.home.is_some() && left < MAX_LEFT);
+        let slot = state.slots.get_mut(&id).expect("it was just taken");
         slot.generation.fetch_add(1, Ordering::AcqRel);
-        let mut revoked = 0;
-        if let SlotState::Sealed { version } = slot.state {
-            revoked = self.shared.holder.held(version).map_or(0, |h| h.leases());
-            self.shared.holder.withdraw(version);
+        slot.state = SlotState::Writing;
+        let stamp = Stamp::of(&slot.generation);
+        let (writer, sealer) = seal::ends(self, id, stamp, &slot.map, layout.image_bytes());
+        Ok(Begun { writer, sealer, revoked, left })
+    }
+
+    /// Returns the streams that read it.
+    fn withdraw_older(&self, state: &mut State) -> u32 {
+        let sealed = state.slots.values_mut().filter_map(|slot| match slot.state {
+            SlotState::Sealed { version } => Some((version, slot)),
+            SlotState::Free | SlotState::Writing => None,
+        });
+        let mut sealed: Vec<(Version, &mut Slot)> = sealed.collect();
+        // A new epoch may begin with a smaller number.
+        sealed.sort_by_key(|(version, _)| (version.epoch, version.number));
+        if sealed.len() < SLOTS {
+            return 0;
         }
+        let (version, slot) = sealed.swap_remove(0);
+        // First, so that whoever opens it from now on finds that it is too late: then it can be seen
+        // whether somebody has it.
+        slot.generation.fetch_add(1, Ordering::AcqRel);
         slot.state = SlotState::Free;
-        let map = slot.sized(layout.image_bytes(), ix)?;
-        slot.state = SlotState::Writing { number };
-        let state = Mutex::new(Written::Upto(0));
-        let progress = Arc::new(Progress { state, moved: Condvar::new() });
-        let image_bytes = layout.image_bytes();
-        let sealer = Sealer {
-            arena: self.clone(),
-            slot: ix,
-            map: Arc::clone(&map),
-            progress: Arc::clone(&progress),
-            image_bytes,
-            sealed: false,
-        };
-        Ok((SlotWriter { map, progress, image_bytes, revoked }, sealer))
+        let revoked = self.shared.holder.held(version).map_or(0, |h| h.leases());
+        self.shared.holder.withdraw(version);
+        revoked
     }
 
     /// The image of a sealed version that is still in its slot, with the stamp that says so.
     pub(crate) fn sealed(&self, root: Root) -> Option<(Arc<SharedMap>, Stamp)> {
-        let slots = self.lock();
+        let state = self.lock();
         let is_it =
             |s: &&Slot| matches!(s.state, SlotState::Sealed { version } if version.root == root);
-        let slot = slots.iter().find(is_it)?;
-        Some((slot.map.clone()?, Stamp::of(&slot.generation)))
+        let slot = state.slots.values().find(is_it)?;
+        Some((Arc::clone(&slot.map), Stamp::of(&slot.generation)))
     }
 
-    fn set(&self, slot: usize, state: SlotState) {
-        self.lock()[slot].state = state;
+    /// Gives names back. What receivers have adopted stays theirs.
+    pub(crate) fn close(&self) {
+        let mut state = self.lock();
+        for slot in state.slots.values() {
+            slot.unlink();
+        }
+        state.home = None;
+    }
+
+    fn set(&self, slot: SlotId, to: SlotState) {
+        if let Some(slot) = self.lock().slots.get_mut(&slot) {
+            slot.state = to;
+        }
         self.shared.sealed.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, [Slot; SLOTS]> {
-        self.shared.slots.lock().expect("no holder of the slots' lock panics")
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().expect("no holder of the slots' lock panics")
+    }
+}
+
+// === impl State ===
+
+impl State {
+    /// The slots of a trainer of this job that was killed: free, once their readers let go.
+    fn take_over(&mut self) -> Result<(), ArenaError> {
+        let Some(home) = &self.home else { return Ok(()) };
+        for path in home.leftovers()? {
+            let failed = |error| ArenaError::Home { path: path.clone(), error };
+            let bytes = std::fs::metadata(&path).map_err(failed)?.len();
+            let map = SharedMap::file(&path, bytes).map_err(failed)?;
+            tracing::info!(path = %path.display(), bytes, "took over a slot of a trainer that ended");
+            let path = Some(path);
+            self.slots.insert(self.next, Slot::free(map, path));
+            self.next += 1;
+        }
+        Ok(())
+    }
+
+    /// A slot of so many bytes that nobody else has, and how many others are left to those who have them.
+    fn take(&mut self, bytes: u64) -> Result<(SlotId, u32), ArenaError> {
+        let free = |slot: &Slot| matches!(slot.state, SlotState::Free);
+        let free: Vec<SlotId> =
+            self.slots.iter().filter(|(_, slot)| free(slot)).map(|(id, _)| *id).collect();
+        let (mut unused, used): (Vec<SlotId>, Vec<SlotId>) =
+            free.into_iter().partition(|id| self.slots[id].is_unused());
+        let fits = |id: &SlotId| self.slots[id].map.len() == bytes;
+        let fitting = unused.iter().position(fits).map(|at| unused.swap_remove(at));
+        for id in unused {
+            if fitting.is_none() || self.slots.len() > SLOTS {
+                self.give_back(id);
+            }
+        }
+        let left = used.len() as u32;
+        if left > 0 {
+            tracing::info!(
+                left,
+                "memory of older versions is still used on this host, and left alone"
+            );
+        }
+        Ok((fitting.map_or_else(|| self.fresh(bytes), Ok)?, left))
+    }
+
+    fn give_back(&mut self, id: SlotId) {
+        if let Some(slot) = self.slots.remove(&id) {
+            slot.unlink();
+        }
+    }
+
+    fn fresh(&mut self, bytes: u64) -> Result<SlotId, ArenaError> {
+        let id = self.next;
+        let slot = match &self.home {
+            Some(home) => match home.slot(id, bytes) {
+                Ok((map, path)) => Slot::free(map, Some(path)),
+                Err(error) if home.is_required() => return Err(error),
+                Err(error) => {
+                    tracing::warn!(%error, "engines of this host will get copies");
+                    Slot::anonymous(id, bytes)?
+                }
+            },
+            None => Slot::anonymous(id, bytes)?,
+        };
+        self.next += 1;
+        self.slots.insert(id, slot);
+        Ok(id)
     }
 }
 
 // === impl Slot ===
 
 impl Slot {
+    fn free(map: SharedMap, path: Option<PathBuf>) -> Slot {
+        Slot { map: Arc::new(map), path, generation: Arc::default(), state: SlotState::Free }
+    }
+
+    fn anonymous(id: SlotId, bytes: u64) -> Result<Slot, ArenaError> {
+        let map = SharedMap::anonymous(&format!("anabranch-arena-{id}"), bytes);
+        Ok(Slot::free(map.map_err(|error| ArenaError::Memory { bytes, error })?, None))
+    }
+
     fn is_writing(&self) -> bool {
-        matches!(self.state, SlotState::Writing { .. })
+        matches!(self.state, SlotState::Writing)
     }
 
-    /// Free slots first, then the older version.
-    fn age(&self) -> (u8, u32, u64) {
-        match self.state {
-            SlotState::Free => (0, 0, 0),
-            SlotState::Sealed { version } => (1, version.epoch, version.number),
-            SlotState::Writing { number } => (2, 0, number),
-        }
+    /// Anonymous memory is passed to nobody.
+    fn is_unused(&self) -> bool {
+        self.path.is_none() || self.map.is_exclusive().unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot tell whether a slot is still used: it is left alone");
+            false
+        })
     }
 
-    /// Reuses the mapping of the version before where the size is the same: no page faults.
-    fn sized(&mut self, bytes: u64, ix: usize) -> Result<Arc<SharedMap>, ArenaError> {
-        if let Some(map) = self.map.as_ref().filter(|m| m.len() == bytes) {
-            return Ok(Arc::clone(map));
-        }
-        self.map = None;
-        let map = SharedMap::anonymous(&format!("anabranch-arena-{ix}"), bytes)
-            .map_err(|error| ArenaError::Memory { bytes, error })?;
-        let map = Arc::new(map);
-        self.map = Some(Arc::clone(&map));
-        Ok(map)
-    }
-}
-
-// === impl SlotWriter ===
-
-impl SlotWriter {
-    /// Streams that were reading the version whose slot this was.
-    pub(crate) fn revoked(&self) -> u32 {
-        self.revoked
-    }
-
-    /// Everything before `range.end` counts as written after this.
-    pub(crate) fn fill<R>(&self, range: Range<u64>, fill: impl FnOnce(&mut [u8]) -> R) -> R {
-        let end = range.end;
-        let out = self.map.write(range, fill);
-        self.progress.advance(end);
-        out
-    }
-
-    pub(crate) fn finish(self) {
-        self.progress.advance(self.image_bytes);
-    }
-}
-
-impl Drop for SlotWriter {
-    fn drop(&mut self) {
-        if !self.progress.is_complete(self.image_bytes) {
-            // The sealer, which may be hashing here, frees the slot.
-            self.progress.abandon();
+    fn unlink(&self) {
+        if let Some(path) = &self.path {
+            std::fs::remove_file(path).ok();
         }
     }
 }
 
-// === impl Sealer ===
-
-impl Sealer {
-    /// Hashes as the writer goes, and lends the version once all is hashed. `None` if the writer gave
-    /// up. `threads` hash at once.
-    pub(crate) fn run(
-        mut self,
-        epoch: u32,
-        number: u64,
-        layout: &Layout,
-        threads: usize,
-    ) -> Option<(Arc<Held>, Arc<Manifest>)> {
-        let chunk_hashes = self.hash_all(threads.max(1))?;
-        let manifest = Arc::new(Manifest {
-            kind: Kind::Full,
-            chunk_bytes: self.arena.shared.chunk_bytes,
-            image_bytes: self.image_bytes,
-            tensors: layout.tensors().to_vec(),
-            chunk_hashes,
-        });
-        let encoded: Arc<[u8]> = manifest.encode().into();
-        let version = Version { epoch, number, root: Root::of(&encoded) };
-        let stamp = Stamp::of(&self.arena.lock()[self.slot].generation);
-        let ledger = Arc::new(Ledger::new(ChunkSet::full(manifest.chunk_count())));
-        let file = Arc::clone(self.map.backing());
-        let image = Blob { file, manifest: Arc::clone(&manifest), encoded, ledger, stamp };
-        let held = Arc::new(Held::new(version, image));
-        self.arena.set(self.slot, SlotState::Sealed { version });
-        self.sealed = true;
-        self.arena.shared.holder.offer(Arc::clone(&held));
-        Some((held, manifest))
-    }
-
-    fn hash_all(&self, threads: usize) -> Option<Vec<ChunkHash>> {
-        let chunk_bytes = self.arena.shared.chunk_bytes;
-        let count = self.image_bytes.div_ceil(chunk_bytes.into()) as usize;
-        let hash_share = |first: usize| {
-            let mut share = Vec::with_capacity(count / threads + 1);
-            for index in (first..count).step_by(threads) {
-                let range = chunk_range(chunk_bytes, self.image_bytes, index as u32);
-                self.progress.reached(range.end)?;
-                share.push(self.map.read(range, |bytes| *blake3::hash(bytes).as_bytes()));
-            }
-            Some(share)
-        };
-        let shares: Option<Vec<Vec<ChunkHash>>> = std::thread::scope(|scope| {
-            let others: Vec<_> =
-                (1..threads).map(|first| scope.spawn(move || hash_share(first))).collect();
-            let mut shares = vec![hash_share(0)];
-            shares.extend(others.into_iter().map(|t| t.join().expect("hashing does not panic")));
-            shares.into_iter().collect()
-        });
-        let shares = shares?;
-        Some((0..count).map(|index| shares[index % threads][index / threads]).collect())
-    }
-}
-
-impl Drop for Sealer {
-    fn drop(&mut self) {
-        if !self.sealed {
-            self.arena.set(self.slot, SlotState::Free);
-        }
-    }
-}
-
-// === impl Progress ===
-
-impl Progress {
-    fn advance(&self, to: u64) {
-        let mut state = self.lock();
-        if let Written::Upto(at) = &mut *state {
-            *at = (*at).max(to);
-        }
-        self.moved.notify_all();
-    }
-
-    fn abandon(&self) {
-        *self.lock() = Written::Abandoned;
-        self.moved.notify_all();
-    }
-
-    fn is_complete(&self, image_bytes: u64) -> bool {
-        matches!(*self.lock(), Written::Upto(at) if at >= image_bytes)
-    }
-
-    /// Waits for the writer; it either goes on or drops, so this cannot wait for ever.
-    fn reached(&self, end: u64) -> Option<()> {
-        let short = |w: &mut Written| matches!(*w, Written::Upto(at) if at < end);
-        let state = self.moved.wait_while(self.lock(), short).expect("no panic under the lock");
-        matches!(*state, Written::Upto(_)).then_some(())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Written> {
-        self.state.lock().expect("no holder of the progress lock panics")
-    }
-}
+#[cfg(test)]
+mod tests;

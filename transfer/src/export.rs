@@ -19,7 +19,7 @@ use anabranch_proto::version::{Root, Version};
 
 use crate::holder::{Blob, Held};
 use crate::lock::{DirLock, LockError};
-use crate::shm::SharedMap;
+use crate::shm::{SharedMap, descriptor_path};
 use crate::staging::MODEL_FILE;
 use crate::wire::BlobId;
 
@@ -139,7 +139,9 @@ impl Export {
         file.sync_all().map_err(io)?;
         write_synced(&part.join(MANIFEST_FILE), &blob.encoded).map_err(io)?;
         if let Some(delta) = delta {
-            let mut from = File::open(crate::shm::descriptor_path(&delta.file)).map_err(io)?;
+            let gone = || io(io::ErrorKind::NotFound.into());
+            let from = delta.file.get().ok_or_else(gone)?;
+            let mut from = File::open(descriptor_path(&from)).map_err(io)?;
             let mut to = File::create(part.join(DELTA_FILE)).map_err(io)?;
             io::copy(&mut from, &mut to).map_err(io)?;
             to.sync_all().map_err(io)?;

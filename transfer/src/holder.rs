@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use anabranch_proto::grant::{Grant, GrantError, Role, ServeKey};
@@ -18,11 +18,19 @@ use crate::wire::{BlobId, FailCode};
 /// One image in a file, as far as it is verified, for as long as its memory belongs to it.
 #[derive(Clone, Debug)]
 pub struct Blob {
-    pub(crate) file: Arc<File>,
+    pub(crate) file: Backing,
     pub(crate) manifest: Arc<Manifest>,
     pub(crate) encoded: Arc<[u8]>,
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) stamp: Stamp,
+}
+
+/// The file that a blob's bytes are in.
+#[derive(Clone, Debug)]
+pub(crate) enum Backing {
+    Own(Arc<File>),
+    /// Memory of another process, which gets it back when its adopter lets go, whoever still reads here.
+    Lent(Weak<File>),
 }
 
 /// A slot's generation as it was when the blob was made: another number means other bytes.
@@ -61,6 +69,7 @@ struct Shared {
     job: String,
     state: Mutex<State>,
     offered: Condvar,
+    passes_memory: AtomicBool,
     inbound: Inbound,
 }
 
@@ -102,7 +111,8 @@ impl Holder {
     pub fn new(job: &str) -> Holder {
         let (job, state) = (job.to_owned(), Mutex::default());
         let (offered, inbound) = (Condvar::new(), Inbound::default());
-        Holder { shared: Arc::new(Shared { job, state, offered, inbound }) }
+        let passes_memory = AtomicBool::new(false);
+        Holder { shared: Arc::new(Shared { job, state, offered, passes_memory, inbound }) }
     }
 
     /// Grants made with `key` are honoured from now on; those of the key before remain valid.
@@ -130,6 +140,15 @@ impl Holder {
             state.versions.remove(&at);
             state.first_use.retain(|_, used| used.version != at);
         }
+    }
+
+    /// Whether processes of this host are given the memory itself.
+    pub(crate) fn pass_memory(&self, pass: bool) {
+        self.shared.passes_memory.store(pass, Ordering::Release);
+    }
+
+    pub(crate) fn passes_memory(&self) -> bool {
+        self.shared.passes_memory.load(Ordering::Acquire)
     }
 
     /// Forgets versions whose memory was given away.
@@ -310,6 +329,18 @@ impl Held {
                 let delta = self.delta.lock().expect("held only to copy");
                 delta.as_ref().filter(|(b, _)| *b == base).map(|(_, blob)| blob.clone())
             }
+        }
+    }
+}
+
+// === impl Backing ===
+
+impl Backing {
+    /// `None` once the memory was given back.
+    pub(crate) fn get(&self) -> Option<Arc<File>> {
+        match self {
+            Backing::Own(file) => Some(Arc::clone(file)),
+            Backing::Lent(file) => file.upgrade(),
         }
     }
 }

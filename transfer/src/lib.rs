@@ -34,6 +34,7 @@ mod shm;
 mod staging;
 
 pub use arena::ArenaError;
+pub use arena::home::ShmArena;
 pub use export::ExportError;
 pub use fetch::{
     FetchError, FetchProgress, FetchReport, FetchRequest, FetchRules, Fetcher, SourceRef, Staged,

@@ -5,6 +5,7 @@
 //!   host:port                   tcp
 //!   tls://host:port#<sha256>    tcp in TLS; the certificate's digest is pinned
 //!   quic://host:port#<sha256>   a QUIC stream, pinned as well
+//!   shm:/path/to/socket         a process of this host: the memory itself is passed
 //!   file:/dir                   versions that a trainer exported to a shared file system
 //!   rdma://host:port            tcp for messages, bulk read through libfabric (feature `rdma`)
 //!   feed:<source>               no address: the source dials this receiver
@@ -25,9 +26,11 @@ pub(crate) mod file;
 pub(crate) mod frame;
 #[cfg(feature = "rdma")]
 pub(crate) mod rdma;
+pub(crate) mod shm;
 pub(crate) mod tcp;
 
 use file::FileLink;
+use shm::ShmLink;
 use tcp::TcpLink;
 
 /// One stream of the data plane, from either end. Blocking, with a deadline on every step: a call fails
@@ -65,7 +68,18 @@ pub(crate) trait Link: Send {
         blob: &Blob,
         range: Range<u64>,
     ) -> Result<(), LinkError> {
-        self.send_chunk(header, &blob.file, range)
+        let file = blob.file.get().ok_or(LinkError::Closed)?;
+        self.send_chunk(header, &file, range)
+    }
+
+    /// The header, and `file` itself: for the links within one host.
+    fn send_file(&mut self, _header: &Message, _file: &File) -> Result<(), LinkError> {
+        Err(LinkError::Broken(ErrorKind::Unsupported.into()))
+    }
+
+    /// As `receive`, with the file that came along.
+    fn receive_file(&mut self) -> Result<(Message, Option<File>), LinkError> {
+        Ok((self.receive()?, None))
     }
 
     /// True if the peer has neither closed it nor sent anything: it may be kept for later.
@@ -104,8 +118,9 @@ pub enum LinkError {
 pub(crate) fn dial(addr: &str, within: Duration) -> Result<Box<dyn Link>, LinkError> {
     match addr.split_once(':') {
         Some(("file", dir)) => Ok(Box::new(FileLink::open(addr, dir)?)),
+        Some(("shm", path)) => Ok(Box::new(ShmLink::connect(addr, path, within)?)),
         Some(("rdma", at)) => dial_rdma(addr, at.strip_prefix("//").unwrap_or(at), within),
-        Some((scheme @ ("tls" | "quic" | "shm"), _)) => {
+        Some((scheme @ ("tls" | "quic"), _)) => {
             let why = format!("this build has no link `{scheme}`");
             Err(LinkError::Address { addr: addr.to_owned(), why })
         }

@@ -11,12 +11,13 @@ use anabranch_proto::manifest::{DEFAULT_CHUNK_BYTES, DType, Kind, Manifest};
 use anabranch_proto::version::{Root, Version};
 use tokio::sync::oneshot;
 
-use crate::arena::{Arena, ArenaError, Sealer, SlotWriter};
+use crate::arena::home::{Home, ShmArena};
+use crate::arena::{Arena, ArenaError, Begun, Sealer, SlotWriter};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::chunks::{ChunkSet, Ledger};
 use crate::delta;
 use crate::export::{Export, ExportError};
-use crate::holder::{Blob, Held, Holder, Stamp};
+use crate::holder::{Backing, Blob, Held, Holder, Stamp};
 use crate::layout::{Layout, LayoutError, TensorSpec};
 use crate::serve::{ServeError, ServeLimits, Server};
 use crate::shm::SharedMap;
@@ -34,6 +35,8 @@ pub struct PublisherConfig {
     pub hash_threads: usize,
     /// Also offer each version as a delta to the one before.
     pub delta: bool,
+    /// Give the memory names, so that receivers of this host take it over instead of copying it.
+    pub shm: Option<ShmArena>,
     /// Also write each version into this directory of a shared file system: `file:` receivers read it
     /// there, while this process lives and after.
     pub export: Option<PathBuf>,
@@ -77,6 +80,8 @@ pub struct Publishing {
     pub copied_in: Duration,
     /// Streams that were reading the version whose memory this one took.
     pub revoked_streams: u32,
+    /// Versions whose memory was left to engines and receivers of this host that still use it.
+    pub left_in_use: u32,
     sealed: oneshot::Receiver<Published>,
 }
 
@@ -133,6 +138,7 @@ impl PublisherConfig {
             chunk_bytes: DEFAULT_CHUNK_BYTES,
             hash_threads: 1,
             delta: true,
+            shm: None,
             export: None,
             export_keep: 2,
             limits: ServeLimits::default(),
@@ -145,11 +151,14 @@ impl PublisherConfig {
 impl Publisher {
     pub fn start(config: PublisherConfig) -> Result<Publisher, PublishError> {
         let holder = Holder::new(&config.job);
-        let arena = Arena::new(holder.clone(), config.chunk_bytes);
+        let home = config.shm.as_ref().map(|at| Home::open(at, &config.job)).transpose()?.flatten();
+        let socket = home.as_ref().map(Home::socket);
+        let arena = Arena::new(holder.clone(), config.chunk_bytes, home)?;
         let export = config.export.as_deref();
         let export = export.map(|dir| Export::open(dir, config.export_keep, &config.job));
         let export = export.transpose()?.map(Arc::new);
-        let server = Server::start(config.listen, holder, config.limits.clone())?;
+        let mut server = Server::start(config.listen, holder, config.limits.clone())?;
+        socket.map_or(Ok(()), |socket| server.listen_locally(&socket))?;
         let (publishing, last) = (Mutex::default(), Arc::default());
         Ok(Publisher { server, config, arena, export, publishing, last })
     }
@@ -162,7 +171,7 @@ impl Publisher {
     /// Where receivers find the versions, best first.
     pub fn addresses(&self) -> Vec<String> {
         let exported = self.export.iter().map(|export| export.address());
-        self.listening().into_iter().chain(exported).collect()
+        self.server.local_address().into_iter().chain(self.listening()).chain(exported).collect()
     }
 
     fn listening(&self) -> Vec<String> {
@@ -241,8 +250,8 @@ impl Publisher {
             return Err(PublishError::Regression { number, last, epoch: self.config.epoch });
         }
         let started = Instant::now();
-        let (writer, sealer) = self.arena.begin(number, &layout)?;
-        let revoked_streams = writer.revoked();
+        let Begun { writer, sealer, revoked: revoked_streams, left: left_in_use } =
+            self.arena.begin(&layout)?;
         let bytes = layout.image_bytes();
         let layout = Arc::new(layout);
         let (done, sealed) = oneshot::channel();
@@ -251,7 +260,7 @@ impl Publisher {
         writer.finish();
         lock(&self.last).number = Some(number);
         let copied_in = started.elapsed();
-        Ok(Publishing { number, bytes, copied_in, revoked_streams, sealed })
+        Ok(Publishing { number, bytes, copied_in, revoked_streams, left_in_use, sealed })
     }
 
     /// The thread ends by itself: with the seal and the delta, or when the writer gave up.
@@ -300,6 +309,13 @@ impl Publisher {
         };
         let builder = std::thread::Builder::new().name("transfer-seal".into());
         builder.spawn(seal).map(drop).map_err(PublishError::Thread)
+    }
+}
+
+impl Drop for Publisher {
+    fn drop(&mut self) {
+        // A sealing thread may hold the arena for a while yet; its names must be free for the next trainer.
+        self.arena.close();
     }
 }
 
@@ -362,7 +378,7 @@ fn delta_blob(coded: &[u8], chunk_bytes: u32, base: Root, result: Root) -> std::
     let manifest = Manifest { kind, chunk_bytes, image_bytes, tensors: Vec::new(), chunk_hashes };
     let ledger = Arc::new(Ledger::new(ChunkSet::full(manifest.chunk_count())));
     let encoded = manifest.encode().into();
-    let (file, stamp) = (Arc::clone(map.backing()), Stamp::forever());
+    let (file, stamp) = (Backing::Own(Arc::clone(map.backing())), Stamp::forever());
     Ok(Blob { file, manifest: Arc::new(manifest), encoded, ledger, stamp })
 }
 

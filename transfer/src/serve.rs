@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -14,9 +15,11 @@ use crate::link::{Closer, Link, LinkError};
 use crate::wire::{FailCode, Message};
 
 mod feed;
+mod local;
 mod session;
 
 pub use feed::FeedOrder;
+use local::LocalDoor;
 use session::{Ended, StreamEnd};
 
 #[derive(Clone, Debug)]
@@ -39,6 +42,7 @@ pub struct Server {
     addr: SocketAddr,
     shared: Arc<Shared>,
     accept: Option<JoinHandle<()>>,
+    local: Option<LocalDoor>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +51,8 @@ pub enum ServeError {
         "cannot listen on {addr} for weight transfers: {error}; choose another address or port"
     )]
     Listen { addr: SocketAddr, error: std::io::Error },
+    #[error("cannot listen at {path} for weight transfers within this host: {error}")]
+    Local { path: PathBuf, error: std::io::Error },
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
 }
@@ -85,7 +91,7 @@ impl Server {
             .name("transfer-accept".into())
             .spawn(move || accept_loop(&accepting, &listener))
             .map_err(ServeError::Thread)?;
-        Ok(Server { addr, shared, accept: Some(accept) })
+        Ok(Server { addr, shared, accept: Some(accept), local: None })
     }
 
     /// Where it listens: with port 0, the port that was chosen.
@@ -114,6 +120,7 @@ impl Drop for Server {
         if let Some(accept) = self.accept.take().filter(|_| woken) {
             accept.join().ok();
         }
+        self.local = None;
         let (open, threads) = {
             let mut streams = self.shared.lock();
             (std::mem::take(&mut streams.open), std::mem::take(&mut streams.threads))

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -37,14 +38,19 @@ impl SharedMap {
 
     /// Every page is touched here, so that none faults on the update path.
     fn over(file: File, len: u64) -> io::Result<SharedMap> {
-        // Allocating fails with ENOSPC where writing to a sparse file would raise SIGBUS.
-        if file.metadata()?.len() != len {
+        let before = file.metadata()?.len();
+        if before != len {
             file.set_len(len)?;
         }
-        let len = usize::try_from(len).map_err(io::Error::other)?;
         if len > 0 {
-            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, len as u64)?;
+            // Allocating fails with ENOSPC where writing to a sparse file would raise SIGBUS.
+            let flags = rustix::fs::FallocateFlags::empty();
+            rustix::fs::fallocate(&file, flags, 0, len).inspect_err(|_| {
+                // A file without its memory must not pass for one that has it.
+                file.set_len(before.min(len)).ok();
+            })?;
         }
+        let len = usize::try_from(len).map_err(io::Error::other)?;
         let map = memmap2::MmapOptions::new().len(len.max(1)).map_raw(&file)?;
         if len > 0 && map.advise(Advice::PopulateWrite).is_err() {
             // Kernels before 5.14 do not know it: fault the pages in by reading them.
@@ -61,6 +67,27 @@ impl SharedMap {
 
     pub(crate) fn backing(&self) -> &Arc<File> {
         &self.file
+    }
+
+    /// True if nothing on this host but this map leads to its memory: no other name, no other open file, no
+    /// other mapping, in any process, container or user's. The kernel grants a write lease only then.
+    pub(crate) fn is_exclusive(&self) -> io::Result<bool> {
+        if self.file.metadata()?.nlink() > 1 {
+            return Ok(false);
+        }
+        let fd = self.file.as_raw_fd();
+        // SAFETY: these take a descriptor that is open for the length of the call, and integers.
+        let control = |command, argument: i32| match unsafe { libc::fcntl(fd, command, argument) } {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        };
+        // Whoever opens the file while we hold the lease has a signal sent to us: one that is ignored.
+        control(F_SETSIG, libc::SIGURG)?;
+        match control(libc::F_SETLEASE, libc::F_WRLCK.into()) {
+            Ok(()) => control(libc::F_SETLEASE, libc::F_UNLCK.into()).map(|()| true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Where it is mapped in this process: tells our own line in `/proc/self/maps` from a second one.
@@ -93,6 +120,9 @@ impl SharedMap {
     }
 }
 
+/// Of `fcntl`, on every Linux.
+const F_SETSIG: i32 = 10;
+
 /// A path that opens the same file anew, under any name or none.
 pub(crate) fn descriptor_path(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
@@ -110,6 +140,32 @@ mod tests {
         let mut out = [0; 3];
         map.backing().read_exact_at(&mut out, 5000).expect("read");
         assert_eq!((&out, map.len()), (b"abc", 10_000));
+    }
+
+    #[test]
+    fn memory_is_exclusive_until_somebody_opens_maps_or_names_it() {
+        let dir = tempfile::tempdir_in("/dev/shm").expect("shm");
+        let path = dir.path().join("slot");
+        let own = SharedMap::file(&path, 8192).expect("map");
+        let exclusive = || own.is_exclusive().expect("lease");
+        assert!(exclusive());
+        let opened = File::open(descriptor_path(own.backing())).expect("open");
+        assert!(!exclusive());
+        let mapped = memmap2::MmapOptions::new().map_raw_read_only(&opened).expect("map");
+        drop(opened);
+        assert!(!exclusive(), "the mapping outlives its descriptor");
+        drop(mapped);
+        assert!(exclusive());
+        std::fs::hard_link(&path, dir.path().join("name")).expect("link");
+        assert!(!exclusive());
+        std::fs::remove_file(dir.path().join("name")).expect("unlink");
+        let opened = File::open(&path).expect("open");
+        let mut reader =
+            std::process::Command::new("sleep").arg("60").stdin(opened).spawn().expect("sleep");
+        assert!(!exclusive(), "another process has it open");
+        reader.kill().expect("kill");
+        reader.wait().expect("wait");
+        assert!(exclusive());
     }
 
     #[test]

@@ -19,14 +19,18 @@ use anabranch_proto::manifest::{ChunkHash, Manifest};
 use anabranch_proto::version::{Root, Version};
 
 use crate::chunks::{ChunkSet, Ledger};
-use crate::holder::{Blob, Stamp};
-use crate::layout::expected_header;
+use crate::holder::Stamp;
 use crate::maps::{Mapper, mappers};
 use crate::shm::SharedMap;
 
+mod filling;
 mod record;
+mod staged;
 
+pub(crate) use filling::{Base, Filler, Filling};
 use record::Record;
+pub use staged::StagedSlot;
+pub(crate) use staged::{Adopting, Place};
 
 const SLOTS: usize = 2;
 
@@ -67,44 +71,10 @@ enum SlotState {
     },
 }
 
-/// A complete version in the other slot, which stays as it is while this lives.
-pub(crate) struct Base {
-    pub(crate) root: Root,
-    manifest: Arc<Manifest>,
-    memory: Arc<Memory>,
-    _reading: Arc<()>,
-}
-
 /// A slot's mapping, and the hash of each chunk that it is known to hold.
 struct Memory {
     map: SharedMap,
     record: Record,
-}
-
-/// A slot while a version is received into it.
-pub(crate) struct Filling {
-    staging: Staging,
-    slot: usize,
-    filler: Filler,
-    stamp: Stamp,
-}
-
-/// What a receiving thread needs. A fetch ends only when none of its threads writes any more.
-#[derive(Clone)]
-pub(crate) struct Filler {
-    memory: Arc<Memory>,
-    manifest: Arc<Manifest>,
-    pub(crate) ledger: Arc<Ledger>,
-}
-
-/// A complete version in a directory that an engine can load. Keep it while the engine loads or serves
-/// the version; the slot is reused some time after it is dropped.
-pub struct StagedSlot {
-    staging: Staging,
-    slot: usize,
-    dir: PathBuf,
-    memory: Arc<Memory>,
-    manifest: Arc<Manifest>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +91,11 @@ pub enum StageError {
     TooSmall { path: PathBuf, need: u64, free: u64, size: u64 },
     #[error("both staging slots are in use: {}", .users.join("; "))]
     Busy { users: Vec<String> },
+    #[error(
+        "cannot link memory of another process into {path}: {error} (staging and the trainer's arena must \
+         be on one mount of one tmpfs, and belong to the same user)"
+    )]
+    Link { path: PathBuf, error: io::Error },
     #[error("the image does not fit its manifest: {0}")]
     Image(#[from] crate::layout::LayoutError),
 }
@@ -280,6 +255,32 @@ impl Staging {
         Some(Base { root: *root, manifest, memory, _reading: Arc::clone(&other.reading) })
     }
 
+    /// A directory for a version, whose name nobody had before; `suffix` tells what is in it.
+    fn place(&self, version: Version, suffix: &str) -> Result<Place, StageError> {
+        let nth = self.shared.published.fetch_add(1, Ordering::Relaxed);
+        let Version { epoch, number, root } = version;
+        let name = format!("v{number}-e{epoch}-{root}-{nth}-{suffix}");
+        Place::make(&self.shared.root, &name).map_err(|e| self.io(e))
+    }
+
+    /// Gives back the memory of slots that nobody needs now: versions come another way.
+    pub(crate) fn release_idle(&self) -> Result<(), StageError> {
+        let mut slots = self.lock();
+        for ix in 0..SLOTS {
+            let idle = slots[ix].state.user().is_none() && self.user(&slots[ix], ix)?.is_none();
+            if !idle {
+                continue;
+            }
+            let slot = &mut slots[ix];
+            slot.generation.fetch_add(1, Ordering::AcqRel);
+            slot.memory = None;
+            for path in [self.slot_path(ix), self.record_path(ix)] {
+                fs::remove_file(path).or_else(ignore_absent).map_err(|e| self.io(e))?;
+            }
+        }
+        Ok(())
+    }
+
     fn slot_path(&self, ix: usize) -> PathBuf {
         self.shared.root.join(format!("slot-{ix}"))
     }
@@ -302,152 +303,8 @@ impl Staging {
     }
 }
 
-// === impl Filling ===
-
-impl Filling {
-    pub(crate) fn filler(&self) -> &Filler {
-        &self.filler
-    }
-
-    /// What peers may read while it grows.
-    pub(crate) fn blob(&self, encoded: Arc<[u8]>) -> Blob {
-        Blob {
-            file: Arc::clone(self.filler.memory.map.backing()),
-            manifest: Arc::clone(&self.filler.manifest),
-            encoded,
-            ledger: Arc::clone(&self.filler.ledger),
-            stamp: self.stamp.clone(),
-        }
-    }
-
-    /// The staged version, if its tensors lie where those of the new one do.
-    pub(crate) fn base(&self) -> Option<Base> {
-        let same = |b: &Base| b.manifest.tensors == self.filler.manifest.tensors;
-        self.staging.base(self.slot).filter(same)
-    }
-
-    /// Copies chunks that the staged version in the other slot has too. Returns their bytes.
-    pub(crate) fn carry_over(&self) -> Result<u64, StageError> {
-        let Some(base) = self.staging.base(self.slot) else { return Ok(0) };
-        let mut carried = 0;
-        for index in base.memory.record.equal(&self.filler.manifest).iter() {
-            let range = self.filler.manifest.chunk_range(index);
-            if self.filler.ledger.contains(index) || range.end > base.map().len() {
-                continue;
-            }
-            let want = &self.filler.manifest.chunk_hashes[index as usize];
-            let copied = base.map().read(range.clone(), |from| {
-                self.filler.memory.map.write(range.clone(), |to| {
-                    to.copy_from_slice(from);
-                    blake3::hash(to).as_bytes() == want
-                })
-            });
-            if copied {
-                self.filler.verified(index).map_err(|e| self.staging.io(e))?;
-                carried += range.end - range.start;
-            }
-        }
-        Ok(carried)
-    }
-
-    /// Names the complete image for the engine: a new directory, by an atomic rename.
-    pub(crate) fn publish(self, version: Version) -> Result<StagedSlot, StageError> {
-        debug_assert!(self.filler.ledger.is_full());
-        let header = expected_header(&self.filler.manifest)?;
-        let same = self.filler.memory.map.read(0..header.len() as u64, |have| have == header);
-        if !same {
-            return Err(crate::layout::LayoutError::Header.into());
-        }
-        let staging = self.staging.clone();
-        let io = |error| staging.io(error);
-        let nth = staging.shared.published.fetch_add(1, Ordering::Relaxed);
-        let Version { epoch, number, root } = version;
-        let name = format!("v{number}-e{epoch}-{root}-{nth}-s{}", self.slot);
-        let (root, slot) = (&staging.shared.root, self.slot);
-        let (temporary, dir) = (root.join(format!(".{name}")), root.join(&name));
-        fs::create_dir(&temporary).map_err(io)?;
-        let readable =
-            |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode));
-        readable(&temporary, 0o755).map_err(io)?;
-        readable(&staging.slot_path(slot), 0o644).map_err(io)?;
-        fs::hard_link(staging.slot_path(slot), temporary.join(MODEL_FILE)).map_err(io)?;
-        fs::rename(&temporary, &dir).map_err(io)?;
-        let (memory, manifest) =
-            (Arc::clone(&self.filler.memory), Arc::clone(&self.filler.manifest));
-        let staged = SlotState::Staged { root: version.root, manifest: Arc::clone(&manifest) };
-        staging.lock()[slot].state = staged;
-        Ok(StagedSlot { staging: staging.clone(), slot, dir, memory, manifest })
-    }
-}
-
-impl Drop for Filling {
-    fn drop(&mut self) {
-        let mut slots = self.staging.lock();
-        if matches!(slots[self.slot].state, SlotState::Filling) {
-            slots[self.slot].state = SlotState::Idle;
-        }
-    }
-}
-
-// === impl Filler ===
-
-impl Filler {
-    pub(crate) fn map(&self) -> &SharedMap {
-        &self.memory.map
-    }
-
-    /// The chunk at `index` is in place and its hash is right.
-    pub(crate) fn verified(&self, index: u32) -> io::Result<()> {
-        self.memory.record.set(index, &self.manifest.chunk_hashes[index as usize])?;
-        self.ledger.insert(index);
-        Ok(())
-    }
-
-    pub(crate) fn manifest(&self) -> &Manifest {
-        &self.manifest
-    }
-
-    pub(crate) fn missing_bytes(&self) -> u64 {
-        let len = |ix| {
-            let range = self.manifest.chunk_range(ix);
-            range.end - range.start
-        };
-        self.manifest.image_bytes - self.ledger.snapshot().iter().map(len).sum::<u64>()
-    }
-
-    /// Writes `bytes` at `at`, but for what lies in chunks of `kept`: those are verified, and peers may
-    /// be reading them.
-    pub(crate) fn write_unverified(&self, at: u64, bytes: &[u8], kept: &ChunkSet) {
-        let chunk_bytes = u64::from(self.manifest.chunk_bytes);
-        let end = at + bytes.len() as u64;
-        let mut from = at;
-        while from < end {
-            let index = from / chunk_bytes;
-            let to = end.min((index + 1) * chunk_bytes);
-            if !kept.contains(index as u32) {
-                let part = &bytes[(from - at) as usize..(to - at) as usize];
-                self.memory.map.write(from..to, |out| out.copy_from_slice(part));
-            }
-            from = to;
-        }
-    }
-
-    /// Counts the chunk as verified if what lies there has its hash.
-    pub(crate) fn verify(&self, index: u32) {
-        let want = &self.manifest.chunk_hashes[index as usize];
-        let range = self.manifest.chunk_range(index);
-        if self.memory.map.read(range, |bytes| blake3::hash(bytes).as_bytes() == want) {
-            self.verified(index).ok();
-        }
-    }
-}
-
-// === impl Base ===
-
-impl Base {
-    pub(crate) fn map(&self) -> &SharedMap {
-        &self.memory.map
-    }
+fn ignore_absent(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
 }
 
 // === impl SlotState ===
@@ -459,31 +316,6 @@ impl SlotState {
             SlotState::Filling => Some("is being filled"),
             SlotState::Staged { .. } => Some("holds a version that is loaded or being loaded"),
         }
-    }
-}
-
-// === impl StagedSlot ===
-
-impl StagedSlot {
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    pub(crate) fn manifest(&self) -> &Arc<Manifest> {
-        &self.manifest
-    }
-
-    /// Reads a part of the image.
-    pub(crate) fn map(&self) -> &SharedMap {
-        &self.memory.map
-    }
-}
-
-impl Drop for StagedSlot {
-    fn drop(&mut self) {
-        // The name goes; mappings of the file and readers in peers stay valid until the slot is reused.
-        fs::remove_dir_all(&self.dir).ok();
-        self.staging.lock()[self.slot].state = SlotState::Idle;
     }
 }
 

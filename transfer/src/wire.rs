@@ -10,6 +10,7 @@
 //!                      Fail{code, text}
 //! over rdma also       Place{at, key, address} after the first Welcome and after each Chunk, and
 //!                      from the receiver Taken{index} once it has read the chunk
+//! within one host      WantFile{blob} -> File{blob, len}: the descriptor, beside the stream's bytes
 //! ```
 //! A stream carries one `Hi` per version and may be used for the next version with another `Hi`.
 //! `Want`s may be sent ahead of answers, which come in the same order.
@@ -88,6 +89,15 @@ pub enum Message {
         index: u32,
         len: u32,
     },
+    /// The memory of the whole blob, from a process of the same host.
+    WantFile {
+        blob: BlobId,
+    },
+    /// The descriptor comes with the header.
+    File {
+        blob: BlobId,
+        len: u64,
+    },
     Fail {
         code: FailCode,
         text: String,
@@ -151,6 +161,8 @@ enum Kind {
     Offer = 10,
     Place = 11,
     Taken = 12,
+    WantFile = 13,
+    File = 14,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -217,6 +229,15 @@ impl Message {
             Message::Chunk { blob: b, index, len } => {
                 (blob, first, count) = (*b, *index, *len);
                 Kind::Chunk
+            }
+            Message::WantFile { blob: b } => {
+                blob = *b;
+                Kind::WantFile
+            }
+            Message::File { blob: b, len } => {
+                blob = *b;
+                out.extend_from_slice(&len.to_le_bytes());
+                Kind::File
             }
             Message::Fail { code: c, text } => {
                 code = *c as u16;
@@ -313,6 +334,11 @@ impl Header {
             Kind::Want => return Err(malformed()),
             Kind::WatchHave => Message::WatchHave { blob },
             Kind::Have => Message::Have { ranges: ranges(body).ok_or_else(malformed)? },
+            Kind::WantFile => Message::WantFile { blob },
+            Kind::File => {
+                let len = u64::from_le_bytes(body.try_into().map_err(|_| malformed())?);
+                Message::File { blob, len }
+            }
             Kind::Chunk => Message::Chunk { blob, index: self.first, len: self.count },
             Kind::Fail => {
                 let code = FailCode::from_code(self.code)?;
@@ -365,6 +391,8 @@ impl Kind {
             Offer,
             Place,
             Taken,
+            WantFile,
+            File,
         ];
         let unknown = WireError::Code { what: "message", code: code.into() };
         known.into_iter().find(|k| *k as u8 == code).ok_or(unknown)
@@ -374,12 +402,13 @@ impl Kind {
         match self {
             Kind::Hi => 32 + MAX_GRANT_BYTES,
             Kind::Offer => MAX_GRANT_BYTES,
-            Kind::Welcome => 8,
+            Kind::Welcome | Kind::File => 8,
             Kind::Manifest => MAX_MANIFEST_BYTES,
             Kind::Have => MAX_HAVE_RANGES * 8,
             Kind::Fail => MAX_TEXT_BYTES,
             Kind::Place => 16 + MAX_PLACE_ADDRESS_BYTES,
-            Kind::WantManifest | Kind::Want | Kind::WatchHave | Kind::Chunk | Kind::Taken => 0,
+            Kind::WantManifest | Kind::Want | Kind::WatchHave | Kind::Chunk => 0,
+            Kind::Taken | Kind::WantFile => 0,
         }
     }
 
@@ -397,6 +426,8 @@ impl Kind {
             Kind::Offer => "Offer",
             Kind::Place => "Place",
             Kind::Taken => "Taken",
+            Kind::WantFile => "WantFile",
+            Kind::File => "File",
         }
     }
 }
@@ -439,6 +470,8 @@ mod tests {
             Message::WatchHave { blob },
             Message::Have { ranges: vec![0..1, 5..9] },
             Message::Chunk { blob, index: 12, len: 1 << 20 },
+            Message::WantFile { blob },
+            Message::File { blob, len: 1 << 50 },
             Message::Fail { code: FailCode::Revoked, text: "v7 went".into() },
             Message::Place { at: 1 << 46, key: u64::MAX, address: vec![2; 33] },
             Message::Taken { index: 12 },
@@ -462,7 +495,7 @@ mod tests {
         fn decoding_never_panics(mut head: [u8; HEADER_BYTES], body: Vec<u8>, ours: bool) {
             if ours {
                 head[..4].copy_from_slice(&MAGIC);
-                head[4] %= 14;
+                head[4] %= 16;
                 head[5] %= 3;
             }
             if let Ok(header) = Header::decode(&head) {

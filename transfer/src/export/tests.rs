@@ -7,7 +7,7 @@ use anabranch_proto::manifest::{Kind, Manifest};
 
 use super::*;
 use crate::chunks::{ChunkSet, Ledger};
-use crate::holder::Stamp;
+use crate::holder::{Backing, Stamp};
 use crate::link::Link;
 use crate::link::file::FileLink;
 use crate::wire::{FailCode, Message, PROTO};
@@ -26,7 +26,7 @@ fn held(number: u64, generation: &Arc<AtomicU64>) -> (Held, SharedMap) {
     let encoded: Arc<[u8]> = manifest.encode().into();
     let version = Version { epoch: 1, number, root: Root::of(&encoded) };
     let ledger = Arc::new(Ledger::new(ChunkSet::full(manifest.chunk_count())));
-    let (file, stamp) = (Arc::clone(map.backing()), Stamp::of(generation));
+    let (file, stamp) = (Backing::Own(Arc::clone(map.backing())), Stamp::of(generation));
     let blob = Blob { file, manifest: Arc::new(manifest), encoded, ledger, stamp };
     (Held::new(version, blob), map)
 }

@@ -12,7 +12,7 @@ use super::pull::{self, Job, Sink};
 use super::{FetchError, FetchReport, FetchRequest, Shared, StreamError};
 use crate::chunks::{ChunkSet, Ledger};
 use crate::delta::{Delta, Workspace};
-use crate::holder::{Blob, Held, Stamp};
+use crate::holder::{Backing, Blob, Held, Stamp};
 use crate::shm::SharedMap;
 use crate::staging::{Base, Filler, Filling};
 use crate::wire::{BlobId, Message};
@@ -54,7 +54,7 @@ pub(super) fn try_delta(
         }
     }
     report.delta_bytes = report.received_bytes - before;
-    let file = Arc::clone(memory.backing());
+    let file = Backing::Own(Arc::clone(memory.backing()));
     let blob =
         Blob { file, manifest: Arc::clone(&manifest), encoded, ledger, stamp: Stamp::forever() };
     if apply(&memory, &manifest, &base, filling.filler()) {

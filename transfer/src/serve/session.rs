@@ -6,6 +6,7 @@
 //!            any ── refusal, broken protocol, silence ──► closed (a Fail says why)
 //! ```
 
+use std::fs::File;
 use std::time::{Duration, Instant};
 
 use anabranch_proto::version::{Root, Version};
@@ -14,6 +15,7 @@ use super::Shared;
 use crate::chunks::ChunkSet;
 use crate::holder::{Blob, Lease};
 use crate::link::{Link, LinkError};
+use crate::shm::descriptor_path;
 use crate::wire::{BlobId, FailCode, MAX_WANTED, Message, PROTO};
 
 /// How a stream ended that was not refused.
@@ -73,6 +75,7 @@ pub(super) fn converse(
                 send_chunks(shared, link, bound, blob, first, count)?;
             }
             (Message::WatchHave { blob }, Some(bound)) => send_haves(shared, link, bound, blob)?,
+            (Message::WantFile { blob }, Some(bound)) => send_file(shared, link, bound, blob)?,
             (message, _) => {
                 let text = format!("{message:?} is not a request, or no Hi came before it");
                 return Err(StreamEnd::Refused { code: FailCode::Protocol, text: clip(text) });
@@ -145,6 +148,31 @@ fn send_chunks(
         bound.lease.held().count_sent(len);
     }
     Ok(())
+}
+
+/// Passes the memory itself to a process of this host, to read only.
+fn send_file(
+    shared: &Shared,
+    link: &mut dyn Link,
+    bound: &Bound,
+    id: BlobId,
+) -> Result<(), StreamEnd> {
+    if !shared.holder.passes_memory() {
+        let text = "no memory is passed on: older versions are still used on this host".to_owned();
+        return Err(StreamEnd::Refused { code: FailCode::NotHeld, text });
+    }
+    let blob = bound.blob(id)?;
+    if !blob.ledger.is_full() {
+        let text = format!("{} has not come here as a whole yet", bound.version());
+        return Err(StreamEnd::Refused { code: FailCode::NotHeld, text });
+    }
+    let own = blob.file.get().ok_or_else(|| bound.revoked())?;
+    let opened = File::open(descriptor_path(&own)).map_err(LinkError::Broken)?;
+    // In this order: memory that is still this version's once it is open stays it, since nobody writes
+    // to what others have open.
+    bound.check(&blob)?;
+    let len = blob.manifest.image_bytes;
+    Ok(link.send_file(&Message::File { blob: id, len }, &opened)?)
 }
 
 /// Returns once the chunk may be sent.
@@ -222,7 +250,11 @@ impl Bound {
         if blob.stamp.is_valid() {
             return Ok(());
         }
+        Err(self.revoked())
+    }
+
+    fn revoked(&self) -> StreamEnd {
         let text = format!("the memory of {} was given to a newer version", self.version());
-        Err(StreamEnd::Refused { code: FailCode::Revoked, text })
+        StreamEnd::Refused { code: FailCode::Revoked, text }
     }
 }

@@ -161,7 +161,8 @@ impl Shared {
     }
 
     fn lend(&self, blob: &Blob, offset: u64) -> Result<Remote, LinkError> {
-        let meta = blob.file.metadata().map_err(LinkError::Broken)?;
+        let file = blob.file.get().ok_or(LinkError::Closed)?;
+        let meta = file.metadata().map_err(LinkError::Broken)?;
         let (at, len) = ((meta.dev(), meta.ino()), blob.manifest.image_bytes);
         let mut files = self.lock();
         let known = files.get(&at).filter(|m| m.len == len);
@@ -171,13 +172,13 @@ impl Shared {
         }
         let map = match known {
             Some(mapped) => Arc::clone(&mapped.map),
-            None => Arc::new(ReadMap::of(&blob.file, len).map_err(LinkError::Broken)?),
+            None => Arc::new(ReadMap::of(&file, len).map_err(LinkError::Broken)?),
         };
         // The key of the version before ends here, if the sweep has not found it yet.
         sweep(&mut files);
         let lent = self.lender.lend(&map)?;
         let remote = lent.remote(offset);
-        let (file, stamp) = (Arc::downgrade(&blob.file), blob.stamp.clone());
+        let (file, stamp) = (Arc::downgrade(&file), blob.stamp.clone());
         files.insert(at, Mapped { file, len, stamp, lent: Some(lent), map });
         Ok(remote)
     }

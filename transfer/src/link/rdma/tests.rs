@@ -7,7 +7,7 @@ use anabranch_proto::manifest::{Kind, Manifest};
 
 use super::*;
 use crate::chunks::{ChunkSet, Ledger};
-use crate::holder::Stamp;
+use crate::holder::{Backing, Stamp};
 use crate::wire::BlobId;
 
 const CHUNK_BYTES: u32 = 1 << 20;
@@ -52,7 +52,7 @@ fn blob(map: &SharedMap, owner: &Arc<AtomicU64>) -> Blob {
     let manifest = Arc::new(Manifest { kind, chunk_bytes, image_bytes, tensors, chunk_hashes });
     let encoded = manifest.encode().into();
     let ledger = Arc::new(Ledger::new(ChunkSet::full(CHUNKS)));
-    let file = Arc::clone(map.backing());
+    let file = Backing::Own(Arc::clone(map.backing()));
     Blob { file, manifest, encoded, ledger, stamp: Stamp::of(owner) }
 }
 
