@@ -32,6 +32,7 @@ mod microbatch;
 mod sample;
 
 // weights
+pub mod plan;
 mod rollforward;
 pub mod versions;
 

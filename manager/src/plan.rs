@@ -1,0 +1,355 @@
+//! Who fetches a version from whom. Pure: given who has it, who is getting it and who wants it, each that
+//! wants it gets a parent for each stripe and an order of fallbacks. The receivers re-parent themselves.
+//!
+//! Chunk `i` belongs to stripe `i % stripes`. Within a stripe, nodes stand in chains, and each passes on what
+//! it has verified; the stripes' chains run in different orders, so that a death costs a child one stripe.
+//!
+//! ```text
+//!   stripe 0:  trainer ─► a ─► b ─► c ─► d          whoever comes later:  at the end of the chains,
+//!   stripe 1:  trainer ─► d ─► c ─► b ─► a          or at those who have it all; never at the trainer
+//! ```
+//!
+//! So everybody's egress is at most one copy, and the last one is done (chain length - 1) x stripes chunks
+//! after the first. Slow and preemptible nodes stand at the ends, where they hold up nobody.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anabranch_proto::SessionId;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Holder {
+    Peer(SessionId),
+    Trainer,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Image {
+    pub bytes: u64,
+    pub chunk_bytes: u64,
+    /// The trainer still serves it.
+    pub at_trainer: bool,
+}
+
+/// A host that may receive or give: an engine's agent, or a relay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    pub id: SessionId,
+    /// Measured, bytes/s; `None`: not yet, taken for the median.
+    pub ingress: Option<u64>,
+    pub egress: Option<u64>,
+    pub preemptible: bool,
+    /// Others can fetch from it.
+    pub serves: bool,
+    pub at: Place,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    Complete,
+    /// Its order is out: a parent for each stripe.
+    Receiving {
+        parents: Vec<Holder>,
+    },
+    /// It gets its order now.
+    Wants,
+}
+
+/// What one receiver is told.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Feed {
+    /// By stripe: as many as there are stripes.
+    pub parents: Vec<Holder>,
+    /// Parents first, then fallbacks, the trainer last.
+    pub sources: Vec<Source>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    pub holder: Holder,
+    /// It is the planned parent for these; none: a fallback.
+    pub stripes: Vec<u32>,
+}
+
+/// A feed for each peer that wants the version; none for anybody if nobody has it.
+pub fn plan(image: Image, peers: &[Peer]) -> BTreeMap<SessionId, Feed> {
+    let mut forest = Forest::new(peers);
+    let (chained, mute): (Vec<SessionId>, Vec<SessionId>) = forest.wanting();
+    let heads = forest.heads(image, chained.len() + mute.len());
+    let stripes = heads.len();
+    let mut parents: BTreeMap<SessionId, Vec<Holder>> = BTreeMap::new();
+    for (stripe, heads) in heads.iter().enumerate() {
+        let order = forest.order(&chained, stripe, stripes);
+        let placed = hang(&order, &mute, heads);
+        for (id, parent) in placed {
+            parents.entry(id).or_default().push(parent);
+        }
+    }
+    forest.parents.extend(parents.clone());
+    let sources = |id: SessionId| forest.sources(id, image.at_trainer);
+    parents.into_iter().map(|(id, parents)| (id, Feed { parents, sources: sources(id) })).collect()
+}
+
+/// More would make the chains' fill longer and hurt no less: a death costs a child 1/4 of its inflow.
+pub const MOST_STRIPES: usize = 4;
+/// Sources of a receiver besides the trainer.
+pub const MOST_PEERS: usize = 8;
+/// The time that chains take to fill, as a share of the transfer's, if there is more than one stripe.
+const FILL_PERCENT: u64 = 6;
+/// A node's egress is counted in twelfths of a copy: exact for 1 to 4 stripes.
+const COPY: u32 = 12;
+
+/// Smaller is better: nearer to the head of a chain.
+type Rank = (i64, bool);
+
+/// Who is there, and who fetches from whom already.
+struct Forest<'a> {
+    peers: BTreeMap<SessionId, &'a Peer>,
+    ranks: BTreeMap<SessionId, Rank>,
+    parents: BTreeMap<SessionId, Vec<Holder>>,
+}
+
+/// Chains below `heads` in the order given, dealt one by one; those who give nothing on hang at the ends.
+fn hang(order: &[SessionId], mute: &[SessionId], heads: &[Holder]) -> Vec<(SessionId, Holder)> {
+    let mut tips = heads.to_vec();
+    let mut placed = Vec::new();
+    for (index, &id) in order.iter().enumerate() {
+        let at = index % tips.len();
+        placed.push((id, std::mem::replace(&mut tips[at], Holder::Peer(id))));
+    }
+    // The ends first, then whoever stands before them: each has one child more than the rest.
+    let ends = tips.iter().copied();
+    let others = order.iter().rev().map(|&id| Holder::Peer(id)).filter(|at| !tips.contains(at));
+    let givers: Vec<Holder> = ends.chain(others).collect();
+    placed.extend(mute.iter().zip(givers.iter().cycle()).map(|(&id, &giver)| (id, giver)));
+    placed
+}
+
+// === impl Forest ===
+
+impl<'a> Forest<'a> {
+    fn new(peers: &'a [Peer]) -> Self {
+        let parents = peers.iter().filter_map(|peer| match &peer.at {
+            Place::Receiving { parents } if !parents.is_empty() => Some((peer.id, parents.clone())),
+            _ => None,
+        });
+        Self {
+            peers: peers.iter().map(|peer| (peer.id, peer)).collect(),
+            ranks: ranks(peers),
+            parents: parents.collect(),
+        }
+    }
+
+    /// Those that pass on what they get, best first, and those that do not.
+    fn wanting(&self) -> (Vec<SessionId>, Vec<SessionId>) {
+        let wants = self.ranked(|peer| peer.at == Place::Wants);
+        wants.into_iter().partition(|id| self.peers[id].serves)
+    }
+
+    fn ranked(&self, which: impl Fn(&Peer) -> bool) -> Vec<SessionId> {
+        let mut ids: Vec<SessionId> =
+            self.peers.values().filter(|peer| which(peer)).map(|peer| peer.id).collect();
+        ids.sort_by_key(|id| (self.ranks[id], *id));
+        ids
+    }
+
+    /// For each stripe, where this wave's chains begin.
+    fn heads(&self, image: Image, wanting: usize) -> Vec<Vec<Holder>> {
+        let somebody_has_it =
+            image.at_trainer || self.peers.values().any(|peer| peer.at == Place::Complete);
+        if wanting == 0 || !somebody_has_it {
+            return Vec::new();
+        }
+        let trainer = image.at_trainer.then_some(Holder::Trainer);
+        self.seeds(image, wanting)
+            .or_else(|| self.tails(trainer))
+            .or_else(|| trainer.map(|at| vec![vec![at]; stripes(image, wanting, wanting)]))
+            .or_else(|| self.least_busy().map(|at| vec![vec![at]]))
+            .unwrap_or_default()
+    }
+
+    /// Those that have it all and whose egress has room: many short chains.
+    fn seeds(&self, image: Image, wanting: usize) -> Option<Vec<Vec<Holder>>> {
+        let seeds = self.ranked(|peer| peer.at == Place::Complete && peer.serves);
+        let laid_out = (1..=MOST_STRIPES).rev().find_map(|count| {
+            let unit = COPY / count as u32;
+            let slots = self.slots(&seeds, unit);
+            let chains = wanting.min(slots.len() / count);
+            let depth = wanting.checked_div(chains)? + usize::from(wanting % chains > 0);
+            let useful =
+                count <= seeds.len().max(depth) && (count == 1 || fits(image, count, depth));
+            useful.then_some((count, slots, chains))
+        });
+        let (count, slots, chains) = laid_out?;
+        let head = |stripe: usize| (0..chains).map(|chain| slots[chain * count + stripe]).collect();
+        Some((0..count).map(head).collect())
+    }
+
+    /// Each seed once for each `unit` of its egress that is free, dealt in rounds, the least busy first.
+    fn slots(&self, seeds: &[SessionId], unit: u32) -> Vec<Holder> {
+        let mut free: Vec<(SessionId, u32)> = seeds
+            .iter()
+            .map(|&id| (id, COPY.saturating_sub(self.given(id)) / unit))
+            .filter(|(_, free)| *free > 0)
+            .collect();
+        free.sort_by_key(|(id, free)| (self.ranks[id], std::cmp::Reverse(*free), *id));
+        let rounds = free.iter().map(|(_, free)| *free).max().unwrap_or(0);
+        let round = |round: u32| free.iter().filter(move |(_, free)| *free > round);
+        (0..rounds).flat_map(round).map(|(id, _)| Holder::Peer(*id)).collect()
+    }
+
+    /// The ends of the chains that stand: one for each stripe.
+    fn tails(&self, trainer: Option<Holder>) -> Option<Vec<Vec<Holder>>> {
+        let mut by_count: BTreeMap<usize, usize> = BTreeMap::new();
+        for (id, parents) in &self.parents {
+            *by_count.entry(parents.len()).or_default() += usize::from(self.peers[id].serves);
+        }
+        let (&count, _) = by_count.iter().filter(|(_, n)| **n > 0).max_by_key(|(_, n)| **n)?;
+        let tail = |stripe: usize| {
+            let free = |id: &&SessionId| {
+                self.peers[*id].serves
+                    && self.parents[*id].len() == count
+                    && !self.has_child(**id, stripe, count)
+                    && !self.is_below_a_newcomer(**id, stripe, count)
+            };
+            let best = self.parents.keys().filter(free);
+            let best = best.min_by_key(|id| (self.ranks[*id], self.depth(**id, stripe), **id));
+            best.map(|id| Holder::Peer(*id)).or(trainer).or_else(|| self.least_busy())
+        };
+        let tails: Vec<Vec<Holder>> =
+            (0..count).filter_map(|stripe| Some(vec![tail(stripe)?])).collect();
+        (tails.len() == count && tails.iter().flatten().any(|at| *at != Holder::Trainer))
+            .then_some(tails)
+    }
+
+    fn least_busy(&self) -> Option<Holder> {
+        let seeds = self.ranked(|peer| peer.at == Place::Complete && peer.serves);
+        seeds.into_iter().min_by_key(|id| self.given(*id)).map(Holder::Peer)
+    }
+
+    /// What it gives to those that are receiving, in twelfths of a copy.
+    fn given(&self, id: SessionId) -> u32 {
+        let from_it = |parents: &Vec<Holder>| {
+            let stripes = parents.iter().filter(|at| **at == Holder::Peer(id)).count();
+            stripes as u32 * COPY / parents.len() as u32
+        };
+        self.parents.values().map(from_it).sum()
+    }
+
+    fn has_child(&self, id: SessionId, stripe: usize, of: usize) -> bool {
+        self.parents
+            .values()
+            .any(|parents| parents.len() == of && parents[stripe] == Holder::Peer(id))
+    }
+
+    /// Whether this stripe comes to it through one that wants the version (again): a circle.
+    fn is_below_a_newcomer(&self, id: SessionId, stripe: usize, of: usize) -> bool {
+        let mut seen = BTreeSet::new();
+        let mut look = vec![id];
+        while let Some(at) = look.pop() {
+            if self.peers.get(&at).is_some_and(|peer| peer.at == Place::Wants) {
+                return true;
+            }
+            let Some(parents) = self.parents.get(&at).filter(|_| seen.insert(at)) else { continue };
+            // Chunks of this stripe lie in any stripe of another cut.
+            let above = if parents.len() == of { &parents[stripe..=stripe] } else { &parents[..] };
+            look.extend(above.iter().filter_map(|at| at.peer()));
+        }
+        false
+    }
+
+    fn above(&self, id: SessionId, stripe: usize) -> Option<Holder> {
+        let parents = self.parents.get(&id)?;
+        Some(parents[stripe % parents.len()])
+    }
+
+    fn ancestors(&self, id: SessionId, stripe: usize) -> impl Iterator<Item = Holder> {
+        let up = move |at: &Holder| at.peer().and_then(|peer| self.above(peer, stripe));
+        // Bounded, should reports ever make a circle.
+        std::iter::successors(self.above(id, stripe), up).take(self.peers.len())
+    }
+
+    fn depth(&self, id: SessionId, stripe: usize) -> usize {
+        self.ancestors(id, stripe).count()
+    }
+
+    /// Best first; within a rank, in an order of this stripe's own.
+    fn order(&self, ranked: &[SessionId], stripe: usize, of: usize) -> Vec<SessionId> {
+        let same = |a: &SessionId, b: &SessionId| self.ranks[a] == self.ranks[b];
+        ranked.chunk_by(same).flat_map(|class| stride(class, stripe, of)).collect()
+    }
+
+    /// Parents, then their parents stripe by stripe, then others that have it all, the trainer last.
+    fn sources(&self, id: SessionId, at_trainer: bool) -> Vec<Source> {
+        let parents = &self.parents[&id];
+        let count = parents.len();
+        let stripes_of = |holder: Holder| -> Vec<u32> {
+            (0..count as u32).filter(|stripe| parents[*stripe as usize] == holder).collect()
+        };
+        let chains: Vec<Vec<Holder>> =
+            (0..count).map(|stripe| self.ancestors(id, stripe).collect()).collect();
+        let deepest = chains.iter().map(Vec::len).max().unwrap_or(0);
+        let upwards = (0..deepest).flat_map(|up| chains.iter().filter_map(move |c| c.get(up)));
+        let complete = self.ranked(|peer| peer.at == Place::Complete && peer.serves);
+        let mut named = BTreeSet::from([Holder::Peer(id), Holder::Trainer]);
+        let peers = upwards.copied().chain(complete.into_iter().map(Holder::Peer));
+        let peers = peers.filter(|at| at.peer().is_some_and(|peer| self.peers.contains_key(&peer)));
+        let peers = peers.filter(move |at| named.insert(*at)).take(MOST_PEERS);
+        let trainer = at_trainer.then_some(Holder::Trainer);
+        peers.chain(trainer).map(|holder| Source { holder, stripes: stripes_of(holder) }).collect()
+    }
+}
+
+/// Stripes for `wanting` in one chain, of which `orders` differ.
+fn stripes(image: Image, orders: usize, wanting: usize) -> usize {
+    let most = MOST_STRIPES.min(orders.max(1));
+    (2..=most).rev().find(|&count| fits(image, count, wanting)).unwrap_or(1)
+}
+
+/// Whether chains of this length fill quickly: each hop delays by a chunk of each stripe.
+fn fits(image: Image, stripes: usize, length: usize) -> bool {
+    let delay = (stripes as u64) * (length.saturating_sub(1) as u64) * image.chunk_bytes;
+    delay.saturating_mul(100) <= image.bytes.saturating_mul(FILL_PERCENT)
+}
+
+/// A walk over all of `class` with a stride and a start of this stripe's own: nobody has the same neighbour
+/// in two stripes, as far as the number of strides allows.
+fn stride(class: &[SessionId], stripe: usize, of: usize) -> Vec<SessionId> {
+    let n = class.len();
+    let coprime: Vec<usize> = (1..=n / 2).filter(|&step| gcd(step, n) == 1).collect();
+    let step = coprime.get(stripe / 2 % coprime.len().max(1)).copied().unwrap_or(1);
+    let step = if stripe % 2 == 0 { step } else { n - step };
+    let start = stripe * n / of;
+    (0..n).map(|i| class[(start + i * step) % n]).collect()
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Octaves of rate below the median, then whether it may be taken away.
+fn ranks(peers: &[Peer]) -> BTreeMap<SessionId, Rank> {
+    let rate = |peer: &Peer| [peer.ingress, peer.egress].into_iter().flatten().min();
+    let mut known: Vec<u64> = peers.iter().filter_map(rate).collect();
+    known.sort_unstable();
+    let median = known.get(known.len() / 2).copied().unwrap_or(1).max(1);
+    let octaves = |peer: &Peer| {
+        // The median's own octave reaches from 2/3 to 4/3 of it: noise does not part equals.
+        let scaled = u128::from(rate(peer).unwrap_or(median).max(1)) << 32;
+        -i64::from((scaled * 3 / 2 / u128::from(median)).max(1).ilog2())
+    };
+    peers.iter().map(|peer| (peer.id, (octaves(peer), peer.preemptible))).collect()
+}
+
+// === impl Holder ===
+
+impl Holder {
+    pub fn peer(self) -> Option<SessionId> {
+        match self {
+            Holder::Peer(id) => Some(id),
+            Holder::Trainer => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,280 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const MIB: u64 = 1 << 20;
+const IMAGE: Image = Image { bytes: 256 * MIB, chunk_bytes: MIB, at_trainer: true };
+
+fn peer(id: u64, at: Place) -> Peer {
+    Peer { id: SessionId(id), ingress: None, egress: None, preemptible: false, serves: true, at }
+}
+
+fn fleet(wanting: u64) -> Vec<Peer> {
+    (0..wanting).map(|id| peer(id, Place::Wants)).collect()
+}
+
+/// Who stands in a stripe's chain below the trainer, in order.
+fn chain(feeds: &BTreeMap<SessionId, Feed>, stripe: usize) -> Vec<u64> {
+    let child = |of: Holder| feeds.iter().find(|(_, feed)| feed.parents[stripe] == of);
+    let mut chain = Vec::new();
+    let mut at = Holder::Trainer;
+    while let Some((id, _)) = child(at) {
+        chain.push(id.0);
+        at = Holder::Peer(*id);
+    }
+    chain
+}
+
+fn holders(feed: &Feed) -> Vec<Holder> {
+    feed.sources.iter().map(|source| source.holder).collect()
+}
+
+fn at(id: u64) -> Holder {
+    Holder::Peer(SessionId(id))
+}
+
+/// The orders of a wave as the next wave finds them.
+fn receiving(peers: &mut [Peer], feeds: &BTreeMap<SessionId, Feed>) {
+    for peer in peers {
+        if let Some(feed) = feeds.get(&peer.id) {
+            peer.at = Place::Receiving { parents: feed.parents.clone() };
+        }
+    }
+}
+
+#[test]
+fn eight_receivers_stand_in_two_chains_of_which_the_trainer_feeds_the_heads() {
+    let feeds = plan(IMAGE, &fleet(8));
+    assert_eq!(chain(&feeds, 0), [0, 1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(chain(&feeds, 1), [4, 3, 2, 1, 0, 7, 6, 5]);
+    let third = &feeds[&SessionId(2)];
+    assert_eq!(third.parents, [at(1), at(3)]);
+    // Parents, their parents, and so on up; the trainer at the end.
+    assert_eq!(holders(third), [at(1), at(3), at(0), at(4), Holder::Trainer]);
+    assert_eq!(third.sources[0].stripes, [0]);
+    assert_eq!(third.sources[1].stripes, [1]);
+    assert!(third.sources[2..].iter().all(|source| source.stripes.is_empty()));
+}
+
+#[test]
+fn there_are_as_many_stripes_as_the_fill_of_the_chains_allows() {
+    let stripes = |receivers| plan(IMAGE, &fleet(receivers))[&SessionId(0)].parents.len();
+    assert_eq!([1, 2, 4, 8, 16, 32].map(stripes), [1, 2, 4, 2, 1, 1]);
+}
+
+#[test]
+fn no_child_loses_two_parents_with_one_death() {
+    let feeds = plan(Image { bytes: 1 << 40, ..IMAGE }, &fleet(8));
+    for feed in feeds.values() {
+        assert_eq!(feed.parents.len(), 4);
+        let peers: Vec<_> = feed.parents.iter().filter(|at| **at != Holder::Trainer).collect();
+        let distinct: BTreeSet<_> = peers.iter().collect();
+        assert_eq!(peers.len(), distinct.len(), "{feeds:?}");
+    }
+}
+
+#[test]
+fn slow_and_preemptible_nodes_stand_at_the_ends_of_every_chain() {
+    let mut peers = fleet(6);
+    for peer in &mut peers {
+        peer.ingress = Some(100);
+    }
+    peers[0].ingress = Some(10);
+    peers[1].preemptible = true;
+    peers[2].ingress = Some(1_000);
+    peers[3].ingress = None;
+    let feeds = plan(IMAGE, &peers);
+    for stripe in 0..feeds[&SessionId(0)].parents.len() {
+        let chain = chain(&feeds, stripe);
+        assert_eq!((chain[0], &chain[4..]), (2, &[1, 0][..]), "the fast one first: {chain:?}");
+    }
+}
+
+#[test]
+fn rates_that_differ_by_noise_do_not_order_the_chains() {
+    let mut peers = fleet(8);
+    for (peer, rate) in peers.iter_mut().zip([80, 90, 100, 110, 120, 95, 105, 101]) {
+        peer.ingress = Some(rate);
+    }
+    assert_eq!(plan(IMAGE, &peers), plan(IMAGE, &fleet(8)));
+}
+
+#[test]
+fn a_late_joiner_takes_each_stripe_from_another_peer_and_the_trainer_is_its_last_resort() {
+    let mut peers: Vec<Peer> = (0..10).map(|id| peer(id, Place::Complete)).collect();
+    peers.push(peer(99, Place::Wants));
+    let feeds = plan(IMAGE, &peers);
+    let feed = &feeds[&SessionId(99)];
+    assert_eq!(feed.parents, [at(0), at(1), at(2), at(3)]);
+    assert_eq!(holders(feed).len(), MOST_PEERS + 1);
+    assert_eq!(holders(feed).last(), Some(&Holder::Trainer));
+    assert_eq!(feed.sources.last().map(|trainer| trainer.stripes.len()), Some(0));
+}
+
+#[test]
+fn many_late_joiners_spread_over_all_that_have_it() {
+    let mut peers: Vec<Peer> = (0..4).map(|id| peer(id, Place::Complete)).collect();
+    peers.extend((10..18).map(|id| peer(id, Place::Wants)));
+    let feeds = plan(IMAGE, &peers);
+    assert_eq!(feeds.len(), 8);
+    for seed in 0..4 {
+        let fed: u32 = feeds.values().map(|feed| share(feed, at(seed))).sum();
+        assert_eq!(fed, COPY, "each gives exactly one copy");
+    }
+    // And the next one alone, while all that is going on, stands at the ends of the chains.
+    receiving(&mut peers, &feeds);
+    peers.push(peer(20, Place::Wants));
+    let feed = &plan(IMAGE, &peers)[&SessionId(20)];
+    assert!(feed.parents.iter().all(|at| at.peer().is_some_and(|id| id.0 >= 10)), "{feed:?}");
+}
+
+fn share(feed: &Feed, of: Holder) -> u32 {
+    let stripes = feed.parents.iter().filter(|parent| **parent == of).count();
+    stripes as u32 * COPY / feed.parents.len() as u32
+}
+
+#[test]
+fn a_second_wave_attaches_to_the_tail_ends_while_nobody_is_complete() {
+    let mut peers = fleet(8);
+    let feeds = plan(IMAGE, &peers);
+    receiving(&mut peers, &feeds);
+    peers.push(peer(8, Place::Wants));
+    let second = plan(IMAGE, &peers);
+    assert_eq!(second.len(), 1, "those that have their orders keep them");
+    assert_eq!(second[&SessionId(8)].parents, [at(7), at(5)]);
+}
+
+#[test]
+fn one_that_comes_back_is_not_hung_below_its_own_children() {
+    let mut peers = fleet(3);
+    let feeds = plan(Image { chunk_bytes: 100 * MIB, ..IMAGE }, &peers);
+    assert_eq!(chain(&feeds, 0), [0, 1, 2]);
+    receiving(&mut peers, &feeds);
+    peers[1].at = Place::Wants;
+    assert_eq!(plan(IMAGE, &peers)[&SessionId(1)].parents, [at(0)], "where it stood");
+    peers.remove(0);
+    assert_eq!(plan(IMAGE, &peers)[&SessionId(1)].parents, [Holder::Trainer; 1]);
+}
+
+#[test]
+fn a_dead_parent_is_not_named_again() {
+    let mut peers = fleet(4);
+    let feeds = plan(IMAGE, &peers);
+    receiving(&mut peers, &feeds);
+    let dead = peers.remove(3).id;
+    peers.push(peer(9, Place::Wants));
+    let feed = &plan(IMAGE, &peers)[&SessionId(9)];
+    assert!(!holders(feed).contains(&Holder::Peer(dead)), "{feed:?}");
+}
+
+#[test]
+fn those_who_cannot_serve_hang_below_those_who_can() {
+    let mut peers = fleet(4);
+    peers[0].serves = false;
+    peers[1].serves = false;
+    let feeds = plan(IMAGE, &peers);
+    for feed in feeds.values() {
+        assert!(feed.parents.iter().all(|parent| ![at(0), at(1)].contains(parent)), "{feeds:?}");
+    }
+    assert!(!feeds[&SessionId(0)].parents.contains(&Holder::Trainer));
+    let alone = plan(IMAGE, &peers[..2]);
+    assert!(alone.values().all(|feed| feed.parents.iter().all(|at| *at == Holder::Trainer)));
+}
+
+#[test]
+fn nobody_is_fed_what_nobody_has() {
+    let image = Image { at_trainer: false, ..IMAGE };
+    assert!(plan(image, &fleet(3)).is_empty());
+    let mut peers = fleet(3);
+    peers[0].at = Place::Complete;
+    let feeds = plan(image, &peers);
+    let feed = &feeds[&SessionId(1)];
+    assert_eq!((feed.parents.as_slice(), holders(feed)), (&[at(0), at(2)][..], vec![at(0), at(2)]));
+}
+
+/// A fleet built in waves, some of which end, die or come back between.
+fn history() -> impl Strategy<Value = (u64, Vec<Vec<(u8, bool, bool, u64)>>)> {
+    let node = (any::<u8>(), any::<bool>(), any::<bool>(), 1u64..1000);
+    (1u64..2000, prop::collection::vec(prop::collection::vec(node, 1..12), 1..5))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn plans_are_acyclic_feed_everybody_and_cost_each_one_copy(
+        (mib, waves) in history(),
+        mute in any::<bool>(),
+    ) {
+        let image = Image { bytes: mib * MIB, ..IMAGE };
+        let mut peers: Vec<Peer> = Vec::new();
+        let mut next = 0;
+        for wave in waves {
+            for (fate, preemptible, measured, rate) in wave {
+                let many = peers.len().max(1);
+                match fate % 8 {
+                    0 if !peers.is_empty() => { peers.remove(fate as usize % many); }
+                    1 if !peers.is_empty() => peers[fate as usize % many].at = Place::Complete,
+                    2 if !peers.is_empty() => peers[fate as usize % many].at = Place::Wants,
+                    _ => {
+                        let ingress = measured.then_some(rate);
+                        let serves = !(mute && fate % 5 == 0);
+                        peers.push(Peer { ingress, preemptible, serves, ..peer(next, Place::Wants) });
+                        next += 1;
+                    }
+                }
+            }
+            let wanted: Vec<SessionId> =
+                peers.iter().filter(|p| p.at == Place::Wants).map(|p| p.id).collect();
+            let fresh = wanted.len() == peers.len() && !peers.is_empty();
+            let feeds = plan(image, &peers);
+            prop_assert_eq!(feeds.keys().copied().collect::<Vec<_>>(), wanted);
+            receiving(&mut peers, &feeds);
+            check(image, &peers, &feeds, fresh && !mute)?;
+        }
+    }
+}
+
+fn check(
+    image: Image,
+    peers: &[Peer],
+    feeds: &BTreeMap<SessionId, Feed>,
+    fresh: bool,
+) -> Result<(), TestCaseError> {
+    let forest = Forest::new(peers);
+    for (id, feed) in feeds {
+        let count = feed.parents.len();
+        prop_assert!((1..=MOST_STRIPES).contains(&count));
+        // Every stripe has its parent, and only that one.
+        let mut stripes: Vec<u32> =
+            feed.sources.iter().flat_map(|source| source.stripes.clone()).collect();
+        stripes.sort_unstable();
+        prop_assert_eq!(stripes, (0..count as u32).collect::<Vec<_>>());
+        let named: BTreeSet<Holder> = holders(feed).into_iter().collect();
+        prop_assert_eq!(named.len(), feed.sources.len());
+        prop_assert!(!named.contains(&Holder::Peer(*id)) && named.len() <= MOST_PEERS + 1);
+        prop_assert_eq!(feed.sources.last().map(|s| s.holder), Some(Holder::Trainer));
+        for source in &feed.sources {
+            let serves = |id| peers.iter().any(|p: &Peer| p.id == id && p.serves);
+            prop_assert!(source.holder.peer().is_none_or(serves));
+        }
+        for stripe in 0..count {
+            let top = forest.ancestors(*id, stripe).take(peers.len()).last();
+            let ends = top.is_some_and(|top| match top {
+                Holder::Trainer => true,
+                Holder::Peer(id) => forest.above(id, stripe).is_none(),
+            });
+            prop_assert!(ends, "{id:?} hangs in a circle in stripe {stripe}: {peers:?}");
+        }
+    }
+    if fresh {
+        for holder in peers.iter().map(|peer| Holder::Peer(peer.id)).chain([Holder::Trainer]) {
+            let given: u32 = feeds.values().map(|feed| share(feed, holder)).sum();
+            prop_assert!(given <= COPY, "{holder:?} gives {given}/12");
+            if holder == Holder::Trainer && image.at_trainer {
+                prop_assert_eq!(given, COPY, "the trainer sends it once");
+            }
+        }
+    }
+    Ok(())
+}
