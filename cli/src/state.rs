@@ -53,6 +53,8 @@ pub struct Engine {
     pub tokens: u64,
     pub heard_ms: u64,
     pub load: Option<Load>,
+    /// Why the last load failed, until one succeeds.
+    pub load_error: String,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -84,6 +86,10 @@ pub struct OnEngine {
     pub bytes: u64,
     pub since_sealed_ms: u64,
     pub error: String,
+    /// Planned, by stripe.
+    pub parents: Vec<String>,
+    /// Holder -> bytes, once all is here.
+    pub fetched_from: BTreeMap<String, u64>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

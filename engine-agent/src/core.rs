@@ -35,7 +35,7 @@ mod runs;
 mod timer;
 
 pub use action::{Action, Exit, FetchOrder};
-pub use event::{Call, Event, LinkId, ProbeResult, RunEnd, Staged};
+pub use event::{Call, Event, LinkId, Moved, ProbeResult, RunEnd, Staged};
 pub use link::DIAL_PATIENCE;
 pub use outbox::WINDOW_TICKS;
 pub use runs::Verdict;
@@ -145,7 +145,7 @@ impl Core {
             Event::DataCame { link, kind } => self.data_came(now, link, kind),
             Event::Bound { link } => self.bound(link),
             Event::LinkLost { link, why, fatal } => self.link_lost(now, link, &why, fatal),
-            Event::FetchProgressed { order, bytes } => self.fetch_progressed(order, bytes),
+            Event::FetchProgressed { order, so_far } => self.fetch_progressed(now, order, so_far),
             Event::Fetched { order, result } => self.fetched(now, order, result),
             Event::Called { call, result } => self.called(now, call, result),
             Event::Probed { result } => self.probed(now, result),

@@ -181,8 +181,8 @@ impl<E: Engine> Driver<E> {
         self.drain.spawn("fetch", async move {
             let id = order.order;
             let heard = shared.clone();
-            let progress = Arc::new(move |bytes| {
-                heard.handle(Event::FetchProgressed { order: id, bytes });
+            let progress = Arc::new(move |so_far| {
+                heard.handle(Event::FetchProgressed { order: id, so_far });
             });
             let result = weights.fetch(&order, progress, cancel).await;
             shared.handle(Event::Fetched { order: id, result });

@@ -15,10 +15,10 @@ use anabranch_transfer::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::core::{FetchOrder, Staged};
+use crate::core::{FetchOrder, Moved, Staged};
 
-/// Called with verified bytes, about ten times a second.
-pub type Progress = Arc<dyn Fn(u64) + Send + Sync>;
+/// Called about ten times a second.
+pub type Progress = Arc<dyn Fn(Moved) + Send + Sync>;
 
 pub struct Weights {
     staging: Staging,
@@ -60,6 +60,8 @@ pub enum WeightsError {
 
 /// Streams of one fetch; more only help where one TCP stream does not fill the path.
 const STREAMS: usize = 4;
+/// Each is a thread here and one at the source.
+const MOST_STREAMS: usize = 64;
 
 impl Weights {
     /// `name` must be the agent's own on this host: a second one is refused.
@@ -164,25 +166,29 @@ impl Weights {
         progress: Progress,
         cancel: CancellationToken,
     ) -> Result<Staged, String> {
-        let (fetcher, baseline) = {
+        let (fetcher, holder, baseline) = {
             let inner = &mut *self.lock();
             // What an earlier order brought here and the engine did not take.
             inner.kept.retain(|directory, _| Some(directory) == inner.serving.as_ref());
-            let Link::Open { fetcher, .. } = &inner.link else {
+            let Link::Open { fetcher, holder, .. } = &inner.link else {
                 return Err("not attached to a manager yet".to_owned());
             };
-            (fetcher.clone(), inner.baseline.clone())
+            (fetcher.clone(), holder.clone(), inner.baseline.clone())
         };
+        let version = order.version;
         let request = FetchRequest {
-            version: order.version,
+            version,
             sources: sources(&order.sources),
-            streams: STREAMS,
-            stripe_count: 0,
+            streams: match order.streams as usize {
+                0 => STREAMS,
+                planned => planned.min(MOST_STREAMS),
+            },
+            stripe_count: order.stripe_count,
             baseline: baseline.map(|table| {
                 let tensors = table.into_iter().map(|(name, (dtype, shape))| (name, dtype, shape));
                 Arc::new(Baseline::from_tensors(tensors))
             }),
-            progress: Some(Arc::new(move |at: FetchProgress| progress(at.bytes))),
+            progress: Some(Arc::new(move |at| progress(moved(at, &holder, version)))),
             cancel,
         };
         let staged = fetcher.fetch(request).await.map_err(|error| error.to_string())?;
@@ -249,6 +255,11 @@ impl Weights {
     }
 }
 
+fn moved(at: FetchProgress, holder: &Holder, version: Version) -> Moved {
+    let served_bytes = holder.held(version).map_or(0, |held| held.sent_bytes());
+    Moved { bytes: at.bytes, received_bytes: at.received_bytes, served_bytes }
+}
+
 /// One per holder, with all its addresses. A source that must dial us is of no use yet: it would need a
 /// listener of its own kind.
 fn sources(orders: &[pb::Source]) -> Vec<SourceRef> {
@@ -266,7 +277,8 @@ fn sources(orders: &[pb::Source]) -> Vec<SourceRef> {
                 holder: order.holder.clone(),
                 addrs: vec![order.addr.clone()],
                 grant: order.grant.to_vec(),
-                stripes: Vec::new(),
+                stripes: order.stripes.clone(),
+                fallback_for: order.fallback_for.clone(),
             });
         }
     }

@@ -49,7 +49,13 @@ fn source(holder: &str, addr: &str, version: Version, receiver: &str) -> pb::Sou
         ttl_ms: 60_000,
         nonce: NONCE.fetch_add(1, Ordering::Relaxed),
     };
-    pb::Source { addr: addr.into(), dial: 1, grant: grant.mint(&KEY), holder: holder.into() }
+    pb::Source {
+        addr: addr.into(),
+        dial: 1,
+        grant: grant.mint(&KEY),
+        holder: holder.into(),
+        ..Default::default()
+    }
 }
 
 fn load(order: u64, version: Version, sources: Vec<pb::Source>) -> to_agent::Kind {

@@ -12,6 +12,7 @@ pub mod timer;
 mod check;
 mod deliver;
 mod engines;
+mod feeding;
 mod leases;
 mod loads;
 mod modes;

@@ -22,6 +22,8 @@ use anabranch_runtime::clock::Now;
 
 use crate::core::event::{EngineHello, LinkId, LoadStage, ProbeResult};
 use crate::ledger::Maker;
+use crate::plan;
+use crate::rates::Rates;
 
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case", tag = "state")]
@@ -69,6 +71,8 @@ pub(crate) struct Engine {
     pub committed_tokens: u64,
     pub load: Option<Load>,
     pub failed_loads: u32,
+    /// Why the last load failed or could not be ordered; empty once one succeeded.
+    pub load_error: String,
     /// Versions it can serve to peers.
     pub holds: BTreeSet<Version>,
     pub probe: Option<(Version, ProbeResult)>,
@@ -111,13 +115,23 @@ pub(crate) struct Load {
     pub ordered: Now,
     pub error: String,
     pub fetched_from: BTreeMap<String, u64>,
+    /// By stripe, as planned.
+    pub parents: Vec<plan::Holder>,
+    /// The most in any quarter of a second, bytes/s.
+    pub ingress: u64,
+    /// Of this version, to peers.
+    pub served: u64,
 }
 
-/// What outlives an engine's sessions: how often it died lately.
+/// What outlives an engine's sessions: how often it died lately, how fast its host is.
 #[derive(Default)]
 pub(crate) struct Record {
     pub deaths: VecDeque<Now>,
     pub incarnation: u64,
+    /// Of this incarnation.
+    pub rates: Rates,
+    /// Its machine was taken away once, with notice: that may happen again.
+    pub noticed: bool,
 }
 
 impl Engine {
@@ -140,6 +154,12 @@ impl Engine {
 
     pub fn is_colocated(&self) -> bool {
         self.hello.labels.get("colocated").is_some_and(|value| value == "true")
+    }
+
+    /// Its owner says that it may be taken away.
+    pub fn is_labelled_preemptible(&self) -> bool {
+        let set = |label| self.hello.labels.get(label).is_some_and(|value| value == "true");
+        set("preemptible") || set("spot")
     }
 
     /// Whose weights it has, as far as anybody proved.

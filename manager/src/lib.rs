@@ -33,6 +33,7 @@ mod sample;
 
 // weights
 pub mod plan;
+mod rates;
 mod rollforward;
 pub mod versions;
 

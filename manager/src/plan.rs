@@ -38,6 +38,8 @@ pub struct Peer {
     pub ingress: Option<u64>,
     pub egress: Option<u64>,
     pub preemptible: bool,
+    /// It is there only to serve: at the heads of the chains.
+    pub relay: bool,
     /// Others can fetch from it.
     pub serves: bool,
     pub at: Place,
@@ -61,13 +63,17 @@ pub struct Feed {
     pub parents: Vec<Holder>,
     /// Parents first, then fallbacks, the trainer last.
     pub sources: Vec<Source>,
+    /// Chunks that may be on their way to it at once: as many more as there are delay each hop so much longer.
+    pub streams: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
     pub holder: Holder,
-    /// It is the planned parent for these; none: a fallback.
+    /// It is the planned parent for these.
     pub stripes: Vec<u32>,
+    /// It stands above the receiver in these, or has everything.
+    pub fallback_for: Vec<u32>,
 }
 
 /// A feed for each peer that wants the version; none for anybody if nobody has it.
@@ -85,12 +91,19 @@ pub fn plan(image: Image, peers: &[Peer]) -> BTreeMap<SessionId, Feed> {
         }
     }
     forest.parents.extend(parents.clone());
-    let sources = |id: SessionId| forest.sources(id, image.at_trainer);
-    parents.into_iter().map(|(id, parents)| (id, Feed { parents, sources: sources(id) })).collect()
+    let longest = parents.keys().map(|id| forest.depth(*id, 0)).max().unwrap_or(0);
+    let streams = streams(image, stripes, longest);
+    let feed = |(id, parents)| {
+        let sources = forest.sources(id, image.at_trainer);
+        (id, Feed { parents, sources, streams })
+    };
+    parents.into_iter().map(feed).collect()
 }
 
 /// More would make the chains' fill longer and hurt no less: a death costs a child 1/4 of its inflow.
 pub const MOST_STRIPES: usize = 4;
+/// What one TCP stream cannot fill, these can; and a parent's death repeats a chunk of each.
+const MOST_STREAMS: usize = 4;
 /// Sources of a receiver besides the trainer.
 pub const MOST_PEERS: usize = 8;
 /// The time that chains take to fill, as a share of the transfer's, if there is more than one stripe.
@@ -99,7 +112,7 @@ const FILL_PERCENT: u64 = 6;
 const COPY: u32 = 12;
 
 /// Smaller is better: nearer to the head of a chain.
-type Rank = (i64, bool);
+type Rank = (bool, i64, bool);
 
 /// Who is there, and who fetches from whom already.
 struct Forest<'a> {
@@ -282,11 +295,16 @@ impl<'a> Forest<'a> {
     fn sources(&self, id: SessionId, at_trainer: bool) -> Vec<Source> {
         let parents = &self.parents[&id];
         let count = parents.len();
-        let stripes_of = |holder: Holder| -> Vec<u32> {
-            (0..count as u32).filter(|stripe| parents[*stripe as usize] == holder).collect()
-        };
         let chains: Vec<Vec<Holder>> =
             (0..count).map(|stripe| self.ancestors(id, stripe).collect()).collect();
+        let source = |holder: Holder| {
+            let has_all = holder.peer().is_none_or(|id| self.peers[&id].at == Place::Complete);
+            let (stripes, others): (Vec<u32>, Vec<u32>) =
+                (0..count as u32).partition(|stripe| parents[*stripe as usize] == holder);
+            let above = |stripe: &u32| has_all || chains[*stripe as usize].contains(&holder);
+            let fallback_for = others.into_iter().filter(above).collect();
+            Source { holder, stripes, fallback_for }
+        };
         let deepest = chains.iter().map(Vec::len).max().unwrap_or(0);
         let upwards = (0..deepest).flat_map(|up| chains.iter().filter_map(move |c| c.get(up)));
         let complete = self.ranked(|peer| peer.at == Place::Complete && peer.serves);
@@ -295,7 +313,7 @@ impl<'a> Forest<'a> {
         let peers = peers.filter(|at| at.peer().is_some_and(|peer| self.peers.contains_key(&peer)));
         let peers = peers.filter(move |at| named.insert(*at)).take(MOST_PEERS);
         let trainer = at_trainer.then_some(Holder::Trainer);
-        peers.chain(trainer).map(|holder| Source { holder, stripes: stripes_of(holder) }).collect()
+        peers.chain(trainer).map(source).collect()
     }
 }
 
@@ -305,9 +323,15 @@ fn stripes(image: Image, orders: usize, wanting: usize) -> usize {
     (2..=most).rev().find(|&count| fits(image, count, wanting)).unwrap_or(1)
 }
 
+/// At least one for each stripe.
+fn streams(image: Image, stripes: usize, length: usize) -> u32 {
+    let more = (stripes..=MOST_STREAMS).rev().find(|&count| fits(image, count, length));
+    more.unwrap_or(stripes) as u32
+}
+
 /// Whether chains of this length fill quickly: each hop delays by a chunk of each stripe.
-fn fits(image: Image, stripes: usize, length: usize) -> bool {
-    let delay = (stripes as u64) * (length.saturating_sub(1) as u64) * image.chunk_bytes;
+fn fits(image: Image, at_once: usize, length: usize) -> bool {
+    let delay = (at_once as u64) * (length.saturating_sub(1) as u64) * image.chunk_bytes;
     delay.saturating_mul(100) <= image.bytes.saturating_mul(FILL_PERCENT)
 }
 
@@ -326,7 +350,7 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Octaves of rate below the median, then whether it may be taken away.
+/// Relays, then octaves of rate below the median, then whether it may be taken away.
 fn ranks(peers: &[Peer]) -> BTreeMap<SessionId, Rank> {
     let rate = |peer: &Peer| [peer.ingress, peer.egress].into_iter().flatten().min();
     let mut known: Vec<u64> = peers.iter().filter_map(rate).collect();
@@ -337,7 +361,7 @@ fn ranks(peers: &[Peer]) -> BTreeMap<SessionId, Rank> {
         let scaled = u128::from(rate(peer).unwrap_or(median).max(1)) << 32;
         -i64::from((scaled * 3 / 2 / u128::from(median)).max(1).ilog2())
     };
-    peers.iter().map(|peer| (peer.id, (octaves(peer), peer.preemptible))).collect()
+    peers.iter().map(|peer| (peer.id, (!peer.relay, octaves(peer), peer.preemptible))).collect()
 }
 
 // === impl Holder ===

@@ -87,7 +87,13 @@ pub struct EngineView {
     pub joined_ms: u64,
     pub heard_ms: u64,
     pub load: Option<LoadView>,
+    /// Why the last load failed, until one succeeds.
+    pub load_error: String,
     pub holds: Vec<Version>,
+    pub preemptible: bool,
+    /// Bytes/s, as its fetches showed.
+    pub ingress: Option<u64>,
+    pub egress: Option<u64>,
     pub reserved: bool,
 }
 
@@ -98,6 +104,8 @@ pub struct LoadView {
     pub bytes: u64,
     pub total: u64,
     pub ms: u64,
+    /// Planned parents, by stripe.
+    pub parents: Vec<String>,
     pub fetched_from: BTreeMap<String, u64>,
     pub error: String,
 }
@@ -118,6 +126,11 @@ pub struct ProgressView {
     pub bytes: u64,
     pub since_sealed_ms: u64,
     pub error: String,
+    /// Planned, by stripe.
+    pub parents: Vec<String>,
+    pub fetched_from: BTreeMap<String, u64>,
+    /// Bytes to peers, until its own load was done.
+    pub served: u64,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -172,7 +185,7 @@ impl Core {
             current: self.current,
             pending: self.versions.pending(),
             training: self.training,
-            engines: self.engines.values().map(|engine| engine_view(engine, now)).collect(),
+            engines: self.engines.values().map(|engine| self.engine_view(engine, now)).collect(),
             versions: self.versions.iter().map(version_view).collect(),
             steps: self.step_views(),
             samples: self.samples_view(),
@@ -205,6 +218,44 @@ impl Core {
             paused: job.paused,
             trainer_heard_ms: now.since(job.last_heard).as_millis() as u64,
         })
+    }
+
+    fn engine_view(&self, engine: &Engine, now: Now) -> EngineView {
+        let rates = self.records.get(&engine.id).map(|record| record.rates).unwrap_or_default();
+        EngineView {
+            id: engine.id.to_string(),
+            incarnation: engine.hello.incarnation.0,
+            session: engine.session.0,
+            state: engine.state.clone(),
+            version: engine.version(),
+            connected: engine.link.is_some(),
+            kind: engine.hello.kind.clone(),
+            gpus: engine.hello.gpus,
+            colocated: engine.is_colocated(),
+            running: engine.running.len(),
+            committed_tokens: engine.committed_tokens,
+            kv_tokens: engine.hello.kv_tokens,
+            kv_used: engine.kv_used,
+            tokens: engine.tokens,
+            joined_ms: now.since(engine.joined).as_millis() as u64,
+            heard_ms: now.since(engine.heard).as_millis() as u64,
+            load: engine.load.as_ref().map(|load| LoadView {
+                version: load.version,
+                stage: load.stage,
+                bytes: load.bytes,
+                total: load.total,
+                ms: now.since(load.ordered).as_millis() as u64,
+                parents: self.parent_names(&load.parents),
+                fetched_from: load.fetched_from.clone(),
+                error: load.error.clone(),
+            }),
+            load_error: engine.load_error.clone(),
+            holds: engine.holds.iter().copied().collect(),
+            preemptible: self.is_preemptible(engine),
+            ingress: rates.ingress(),
+            egress: rates.egress(),
+            reserved: engine.reserved.is_some(),
+        }
     }
 
     fn step_views(&self) -> Vec<StepView> {
@@ -260,44 +311,15 @@ impl Core {
     }
 }
 
-fn engine_view(engine: &Engine, now: Now) -> EngineView {
-    EngineView {
-        id: engine.id.to_string(),
-        incarnation: engine.hello.incarnation.0,
-        session: engine.session.0,
-        state: engine.state.clone(),
-        version: engine.version(),
-        connected: engine.link.is_some(),
-        kind: engine.hello.kind.clone(),
-        gpus: engine.hello.gpus,
-        colocated: engine.is_colocated(),
-        running: engine.running.len(),
-        committed_tokens: engine.committed_tokens,
-        kv_tokens: engine.hello.kv_tokens,
-        kv_used: engine.kv_used,
-        tokens: engine.tokens,
-        joined_ms: now.since(engine.joined).as_millis() as u64,
-        heard_ms: now.since(engine.heard).as_millis() as u64,
-        load: engine.load.as_ref().map(|load| LoadView {
-            version: load.version,
-            stage: load.stage,
-            bytes: load.bytes,
-            total: load.total,
-            ms: now.since(load.ordered).as_millis() as u64,
-            fetched_from: load.fetched_from.clone(),
-            error: load.error.clone(),
-        }),
-        holds: engine.holds.iter().copied().collect(),
-        reserved: engine.reserved.is_some(),
-    }
-}
-
 fn version_view(record: &crate::versions::VersionRecord) -> VersionView {
     let progress = |p: &crate::versions::Progress| ProgressView {
         stage: p.stage,
         bytes: p.bytes,
         since_sealed_ms: p.since_sealed.as_millis() as u64,
         error: p.error.clone(),
+        parents: p.parents.clone(),
+        fetched_from: p.fetched_from.clone(),
+        served: p.served,
     };
     VersionView {
         version: record.version,

@@ -57,6 +57,36 @@ pub(crate) struct Progress {
     pub bytes: u64,
     pub since_sealed: Duration,
     pub error: String,
+    /// Planned, by stripe.
+    pub parents: Vec<String>,
+    pub fetched_from: BTreeMap<String, u64>,
+    /// Bytes to peers.
+    pub served: u64,
+}
+
+impl Progress {
+    pub fn at(stage: LoadStage) -> Self {
+        Self {
+            stage,
+            bytes: 0,
+            since_sealed: Duration::ZERO,
+            error: String::new(),
+            parents: Vec::new(),
+            fetched_from: BTreeMap::new(),
+            served: 0,
+        }
+    }
+
+    /// Without what the order alone knows.
+    pub fn of(load: &crate::fleet::Load) -> Self {
+        Self {
+            bytes: load.bytes,
+            error: load.error.clone(),
+            fetched_from: load.fetched_from.clone(),
+            served: load.served,
+            ..Self::at(load.stage)
+        }
+    }
 }
 
 #[derive(Default)]

@@ -72,6 +72,8 @@ pub struct SourceRef {
     pub grant: Vec<u8>,
     /// Stripes whose planned parent it is.
     pub stripes: Vec<u32>,
+    /// Stripes whose parent it may stand in for; for others only when nobody else is left.
+    pub fallback_for: Vec<u32>,
 }
 
 #[derive(Clone)]
@@ -94,6 +96,8 @@ pub struct FetchRequest {
 pub struct FetchProgress {
     /// Verified, in place.
     pub bytes: u64,
+    /// Over the links until now, of a delta too; wrong and repeated chunks included.
+    pub received_bytes: u64,
     pub total_bytes: u64,
 }
 
@@ -349,7 +353,8 @@ impl Default for FetchRules {
 }
 
 impl FetchRules {
-    fn queue(&self) -> QueueRules {
+    /// What the receiver decides by.
+    pub fn queue(&self) -> QueueRules {
         let rest = Duration::from_millis(100);
         QueueRules {
             strikes: self.strikes,

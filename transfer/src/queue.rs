@@ -42,6 +42,8 @@ pub struct StripePlan {
     pub stripe_count: u32,
     /// By source: the stripes that it is the planned parent of.
     pub stripes: Vec<Vec<u32>>,
+    /// By source: the stripes that it may stand in for; it gets others only when nobody else is left.
+    pub fallbacks: Vec<Vec<u32>>,
 }
 
 #[derive(Debug)]
@@ -86,7 +88,8 @@ struct Source {
 
 #[derive(Debug)]
 struct Stripe {
-    planned: Option<SourceId>,
+    /// The planned parent, those that may stand in for it, all others.
+    order: Vec<SourceId>,
     charge: Option<SourceId>,
     /// Chunks of it that are not verified.
     left: u32,
@@ -136,6 +139,22 @@ impl QueueStats {
     }
 }
 
+// === impl StripePlan ===
+
+impl StripePlan {
+    fn order(&self, stripe: u32, sources: usize) -> Vec<SourceId> {
+        let named =
+            |list: &[Vec<u32>], ix: usize| list.get(ix).is_some_and(|s| s.contains(&stripe));
+        let tier = |ix: &usize| match named(&self.stripes, *ix) {
+            true => 0,
+            false => 2 - u8::from(named(&self.fallbacks, *ix)),
+        };
+        let mut order: Vec<SourceId> = (0..sources).collect();
+        order.sort_by_key(tier);
+        order
+    }
+}
+
 // === impl ChunkQueue ===
 
 impl ChunkQueue {
@@ -155,9 +174,10 @@ impl ChunkQueue {
             || Source { has: ChunkSet::empty(held.len()), state: SourceState::Live, strikes: 0 };
         let mut stripes: Vec<Stripe> = (0..plan.stripe_count.min(held.len()))
             .map(|stripe| {
-                let has = |s: &Vec<u32>| s.contains(&stripe);
-                let planned = plan.stripes.iter().take(sources).position(has);
-                Stripe { planned, charge: planned, left: 0, moved: now, stuck: BTreeMap::new() }
+                let order = plan.order(stripe, sources);
+                let planned = plan.stripes.iter().take(sources).any(|s| s.contains(&stripe));
+                let charge = order.first().copied().filter(|_| planned);
+                Stripe { order, charge, left: 0, moved: now, stuck: BTreeMap::new() }
             })
             .collect();
         if let count @ 1.. = stripes.len() {
@@ -235,7 +255,7 @@ impl ChunkQueue {
                 stripe.stuck.insert(source, now + 2 * rules.stuck_after);
             }
             let live = |ix: &SourceId| sources[*ix].state == SourceState::Live;
-            let in_order = || stripe.planned.into_iter().chain(0..sources.len()).filter(live);
+            let in_order = || stripe.order.iter().copied().filter(live);
             let well = in_order().find(|ix| !stripe.stuck.contains_key(ix));
             // Where all are stuck, the one that was so longest ago.
             let charge = well.or_else(|| in_order().min_by_key(|ix| stripe.stuck.get(ix)));

@@ -183,6 +183,7 @@ impl Node {
                 addrs: vec![s.addr.clone()],
                 grant,
                 stripes: s.stripes.clone(),
+                fallback_for: Vec::new(),
             })
         };
         let request = FetchRequest {

@@ -1,5 +1,6 @@
 //! `anabranch rollout status`: which engine is at which version, and how far the newest one has spread.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anabranch_runtime::Exit;
@@ -59,6 +60,9 @@ struct Row {
     bytes_per_s: u64,
     left_ms: Option<u64>,
     took_ms: Option<u64>,
+    /// Planned, by stripe.
+    parents: Vec<String>,
+    fetched_from: BTreeMap<String, u64>,
     error: String,
 }
 
@@ -105,7 +109,7 @@ fn show(report: &Report, as_json: bool, again: bool) {
             report.current
         ),
     }
-    let head = cells(["ENGINE", "SERVES", "NEWEST", "BYTES", "RATE", "LEFT", ""]);
+    let head = cells(["ENGINE", "SERVES", "NEWEST", "BYTES", "RATE", "LEFT", "FROM", ""]);
     let rows: Vec<_> = std::iter::once(head).chain(report.engines.iter().map(Row::cells)).collect();
     print!("{}", table(&rows));
     if again {
@@ -131,7 +135,12 @@ impl Report {
                 bytes_per_s: 0,
                 left_ms: None,
                 took_ms: on.filter(|on| on.stage == "active").map(|on| on.since_sealed_ms),
-                error: on.map_or_else(String::new, |on| on.error.clone()),
+                parents: on.map(|on| on.parents.clone()).unwrap_or_default(),
+                fetched_from: on.map(|on| on.fetched_from.clone()).unwrap_or_default(),
+                error: on
+                    .map(|on| on.error.clone())
+                    .filter(|error| !error.is_empty())
+                    .unwrap_or_else(|| engine.load_error.clone()),
             };
             let moved = line.bytes.saturating_sub(old.map_or(0, |old| old.bytes));
             line.bytes_per_s = (moved as f64 / between.as_secs_f64().max(0.01)) as u64;
@@ -174,8 +183,23 @@ impl Row {
             bytes(self.bytes),
             rate,
             self.left_ms.map_or_else(|| "-".to_owned(), seconds),
+            self.from(),
             note,
         ]
+    }
+
+    /// Who gave how much; until that is known, who is to.
+    fn from(&self) -> String {
+        let gave = self.fetched_from.iter().filter(|(_, n)| **n > 0);
+        let mut gave: Vec<(&String, &u64)> = gave.collect();
+        gave.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
+        if gave.is_empty() {
+            let mut parents = self.parents.clone();
+            parents.dedup();
+            return if parents.is_empty() { "-".to_owned() } else { parents.join(", ") };
+        }
+        let one = |(holder, n): (&String, &u64)| format!("{holder} {}", bytes(*n));
+        gave.into_iter().map(one).collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -204,6 +228,21 @@ mod tests {
         assert_eq!((row.bytes_per_s, row.left_ms, row.took_ms), (400, Some(1000), None));
         assert_eq!(row.serves, "v2");
         assert_eq!(report.newest.map(|newest| newest.version), Some("v3".into()));
+    }
+
+    #[test]
+    fn a_row_says_whom_it_is_planned_to_fetch_from_and_then_from_whom_it_did() {
+        let mut state = state(600, "fetching");
+        let on = state.versions[1].engines.get_mut("e1").expect("it loads");
+        on.parents = vec!["e7".into(), "e7".into(), "e2".into()];
+        let from = |state: &State| {
+            Report::new(state, state, Duration::from_secs(1)).engines[0].cells()[6].clone()
+        };
+        assert_eq!(from(&state), "e7, e2");
+        let on = state.versions[1].engines.get_mut("e1").expect("it loads");
+        on.fetched_from =
+            BTreeMap::from([("e2".into(), 512), ("e7".into(), 2048), ("trainer".into(), 0)]);
+        assert_eq!(from(&state), "e7 2.0 KiB, e2 512 B");
     }
 
     #[test]

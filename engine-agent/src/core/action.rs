@@ -71,6 +71,10 @@ pub struct FetchOrder {
     pub order: u64,
     pub version: Version,
     pub sources: Vec<pb::Source>,
+    /// 0: no plan.
+    pub stripe_count: u32,
+    /// 0: as many as we like.
+    pub streams: u32,
     /// Instead of sources.
     pub directory: Option<PathBuf>,
     pub bytes: u64,

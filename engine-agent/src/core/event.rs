@@ -54,7 +54,7 @@ pub enum Event {
     // Weights
     FetchProgressed {
         order: u64,
-        bytes: u64,
+        so_far: Moved,
     },
     Fetched {
         order: u64,
@@ -94,6 +94,17 @@ pub enum Call {
 pub enum RunEnd {
     Finished { finish: Finish, prompt_tokens: u32, cached_tokens: u32 },
     Failed(StreamError),
+}
+
+/// What a fetch has moved until now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// Verified, in place.
+    pub bytes: u64,
+    /// Over the links.
+    pub received_bytes: u64,
+    /// Of the same version, to peers.
+    pub served_bytes: u64,
 }
 
 /// A version on this host, whole and checked against the baseline.

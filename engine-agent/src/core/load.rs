@@ -23,12 +23,13 @@ use anabranch_proto::pb::{self, OnRunning, from_agent};
 use anabranch_runtime::Now;
 
 use super::action::{Action, Exit, FetchOrder};
-use super::event::{Call, ProbeResult, Staged};
+use super::event::{Call, Moved, ProbeResult, Staged};
 use super::timer::Timer;
 use super::{AgentState, Core, Memory};
 
 mod job;
 mod loader;
+mod traffic;
 
 use job::{Job, verdict, wire};
 pub(super) use loader::Loader;
@@ -93,16 +94,20 @@ impl Core {
             order: job.order,
             version: job.to,
             sources: job.sources.clone(),
+            stripe_count: job.stripe_count,
+            streams: job.streams,
             directory: job.directory.clone(),
             bytes: job.bytes,
         })));
         self.loader.state = LoadState::Fetching(job);
     }
 
-    pub(super) fn fetch_progressed(&mut self, order: u64, bytes: u64) {
-        let LoadState::Fetching(job) = &self.loader.state else { return };
+    pub(super) fn fetch_progressed(&mut self, now: Now, order: u64, so_far: Moved) {
+        let LoadState::Fetching(job) = &mut self.loader.state else { return };
         if job.order == order {
-            self.report(pb::LoadState { bytes, ..job.report(Stage::Fetching) });
+            job.traffic.moved(now, so_far);
+            let report = pb::LoadState { bytes: so_far.bytes, ..job.report(Stage::Fetching) };
+            self.report(report);
         }
     }
 

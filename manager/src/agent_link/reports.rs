@@ -31,6 +31,9 @@ pub(super) fn load(state: pb::LoadState) -> Result<LoadReport, Invalid> {
         probe: state.probe.map(probe).transpose()?,
         fetched_from: state.fetched_from.into_iter().collect(),
         holds: state.holds,
+        ingress: state.ingress_bytes_per_s,
+        egress: state.egress_bytes_per_s,
+        served: state.served_bytes,
     })
 }
 

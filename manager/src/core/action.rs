@@ -132,7 +132,11 @@ pub struct LoadOrder {
     pub session: SessionId,
     pub order: OrderId,
     pub version: Version,
+    /// Planned parents first, then fallbacks.
     pub sources: Vec<Holder>,
+    /// 0: no plan, any source alike.
+    pub stripe_count: u32,
+    pub streams: u32,
     pub directory: Option<String>,
     pub bytes: u64,
     pub on_running: OnRunning,
@@ -149,6 +153,9 @@ pub struct Holder {
     pub name: String,
     pub addresses: Vec<String>,
     pub serve_key: [u8; 32],
+    /// It is the planned parent for these.
+    pub stripes: Vec<u32>,
+    pub fallback_for: Vec<u32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]

@@ -13,6 +13,7 @@ use super::event::{EngineHello, Held, LinkId, ReplyTo};
 use super::timer::Timer;
 use crate::fleet::{Engine, EngineState};
 use crate::ledger::Maker;
+use crate::rates::Rates;
 
 impl Core {
     pub(super) fn attach_engine(&mut self, now: Now, link: LinkId, hello: EngineHello) {
@@ -84,7 +85,10 @@ impl Core {
             colocated: hello.labels.get("colocated").is_some_and(|v| v == "true"),
         });
         let record = self.records.entry(id.clone()).or_default();
-        record.incarnation = hello.incarnation.0;
+        if record.incarnation != hello.incarnation.0 {
+            record.incarnation = hello.incarnation.0;
+            record.rates = Rates::default();
+        }
         let drop = hello.held.clone();
         let engine = Engine {
             id: id.clone(),
@@ -96,6 +100,7 @@ impl Core {
             committed_tokens: 0,
             load: None,
             failed_loads: 0,
+            load_error: String::new(),
             holds: BTreeSet::new(),
             probe: None,
             serve_key,
@@ -401,6 +406,9 @@ impl Core {
         within: Duration,
         why: String,
     ) {
+        if let Some(engine) = self.engines.get(&session) {
+            self.records.entry(engine.id.clone()).or_default().noticed = true;
+        }
         // Leave a fifth of the notice for the last ticks to arrive.
         self.drain(now, session, within * 4 / 5, &why);
     }

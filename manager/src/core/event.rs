@@ -339,6 +339,11 @@ pub struct LoadReport {
     pub probe: Option<ProbeResult>,
     pub fetched_from: BTreeMap<String, u64>,
     pub holds: bool,
+    /// Peaks of this fetch, bytes/s; 0: not measured.
+    pub ingress: u64,
+    pub egress: u64,
+    /// Of this version, to peers, until now.
+    pub served: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]

@@ -7,10 +7,11 @@ use anabranch_proto::{EngineId, SampleId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Action, Holder, LoadOrder, Notice};
+use super::action::{Action, LoadOrder, Notice};
 use super::event::{LoadReport, LoadStage, ProbeResult, Verdict};
 use super::timer::Timer;
 use crate::fleet::{EngineState, Load};
+use crate::plan::Feed;
 use crate::rollforward::{self, Pins, Standing, Standpoint};
 use crate::versions::Progress;
 
@@ -29,9 +30,7 @@ impl Core {
         }
         let standings = self.standings(target, &pins);
         let wave = rollforward::wave(target, &standings, &pins, keep_serving);
-        for session in wave {
-            self.order_load(now, session, target);
-        }
+        self.order_wave(now, &wave, target);
     }
 
     fn standings(&mut self, target: Version, pins: &Pins) -> Vec<Standing> {
@@ -78,16 +77,11 @@ impl Core {
 
     /// Groups are pinned to a version that no engine has: one engine fetches it, or the groups are given up.
     fn order_pinned(&mut self, now: Now, session: Option<SessionId>, pin: Version) {
-        let somewhere = |core: &Self| {
-            core.versions.find(pin).is_some_and(|record| {
-                let holders = session.map(|session| core.sources(session, pin));
-                record.directory.is_some() || holders.is_some_and(|holders| !holders.is_empty())
-            })
-        };
-        match session {
-            None => {}
-            Some(session) if somewhere(self) => self.order_load(now, session, pin),
-            Some(_) => {
+        let Some(session) = session else { return };
+        let in_directory = self.versions.find(pin).is_some_and(|record| record.directory.is_some());
+        match in_directory || !self.feeds(pin, &[session]).is_empty() {
+            true => self.order_wave(now, &[session], pin),
+            false => {
                 let stranded: Vec<_> = self
                     .groups
                     .iter()
@@ -119,14 +113,49 @@ impl Core {
         pins
     }
 
-    fn order_load(&mut self, now: Now, session: SessionId, version: Version) {
-        let Some(record) = self.versions.find(version) else { return };
-        let (bytes, directory) = (record.bytes, record.directory.clone());
-        let sources = self.sources(session, version);
-        if sources.is_empty() && directory.is_none() {
+    /// Planned together, so that they feed each other.
+    fn order_wave(&mut self, now: Now, wave: &[SessionId], version: Version) {
+        let Some(record) = self.versions.find(version).filter(|_| !wave.is_empty()) else { return };
+        let in_directory = record.directory.is_some();
+        let mut feeds = self.feeds(version, wave);
+        for &session in wave {
+            match feeds.remove(&session) {
+                Some(feed) => self.order_load(now, session, version, feed),
+                None if in_directory => self.order_load(now, session, version, Feed::default()),
+                None => self.no_path(session, version),
+            }
+        }
+    }
+
+    /// Told once: it is found again at every event until somebody has the version.
+    fn no_path(&mut self, session: SessionId, version: Version) {
+        let Some(engine) = self.engines.get_mut(&session) else { return };
+        let error = format!(
+            "no path to any holder of {version}: the trainer does not serve it any more, and no attached engine has it"
+        );
+        if engine.load_error == error {
             return;
         }
+        engine.load_error.clone_from(&error);
+        let id = engine.id.clone();
+        self.tell(Notice::LoadStage {
+            engine: id,
+            version,
+            stage: LoadStage::Failed,
+            bytes: 0,
+            ms: 0,
+            error,
+            fetched_from: BTreeMap::new(),
+        });
+    }
+
+    fn order_load(&mut self, now: Now, session: SessionId, version: Version, feed: Feed) {
+        let Some(record) = self.versions.find(version) else { return };
+        let (bytes, directory) = (record.bytes, record.directory.clone());
+        let sources = self.holders(&feed, version);
         let names: Vec<String> = sources.iter().map(|source| source.name.clone()).collect();
+        let stripe_count = feed.parents.len() as u32;
+        let parents = self.parent_names(&feed.parents);
         let order = self.fresh_order();
         let deadline = Duration::from_millis(self.config.load_deadline_ms);
         let reference = self.reference_probe(session, version);
@@ -143,18 +172,24 @@ impl Core {
             ordered: now,
             error: String::new(),
             fetched_from: BTreeMap::new(),
+            parents: feed.parents,
+            ingress: 0,
+            served: 0,
         });
         if matches!(engine.state, EngineState::Joining | EngineState::Syncing { .. }) {
             engine.state = EngineState::Syncing { to: version };
         }
         self.timers.set(Timer::Load(session), now + deadline);
-        self.note_progress(now, &receiver, version, LoadStage::Ordered, 0, "");
+        let ordered = Progress { parents, ..Progress::at(LoadStage::Ordered) };
+        self.note_progress(now, &receiver, version, ordered);
         self.tell(Notice::LoadOrdered { engine: receiver.clone(), version, sources: names });
         self.act(Action::OrderLoad(Box::new(LoadOrder {
             session,
             order,
             version,
             sources,
+            stripe_count,
+            streams: feed.streams,
             directory,
             bytes,
             on_running,
@@ -163,34 +198,6 @@ impl Core {
             receiver,
             job: job_name,
         })));
-    }
-
-    /// Peers first, so that the trainer sends a version as few times as can be; then the trainer.
-    pub(super) fn sources(&self, receiver: SessionId, version: Version) -> Vec<Holder> {
-        let peers = self.engines.values().filter(|engine| {
-            engine.session != receiver
-                && engine.link.is_some()
-                && engine.holds.contains(&version)
-                && !engine.hello.addresses.is_empty()
-        });
-        let mut holders: Vec<Holder> = peers
-            .map(|engine| Holder {
-                name: engine.id.to_string(),
-                addresses: engine.hello.addresses.clone(),
-                serve_key: engine.serve_key,
-            })
-            .collect();
-        if let Some(record) = self.versions.find(version)
-            && record.publisher.is_some()
-            && !record.addresses.is_empty()
-        {
-            holders.push(Holder {
-                name: "trainer".into(),
-                addresses: record.addresses.clone(),
-                serve_key: record.serve_key,
-            });
-        }
-        holders
     }
 
     /// What another engine's probe at this version gave, if one of the same kind has it.
@@ -214,7 +221,10 @@ impl Core {
         load.stage = report.stage;
         load.bytes = report.bytes.max(load.bytes);
         load.error.clone_from(&report.error);
-        load.fetched_from.clone_from(&report.fetched_from);
+        load.fetched_from.extend(report.fetched_from.clone());
+        load.ingress = load.ingress.max(report.ingress);
+        load.served = load.served.max(report.served);
+        let load = load.clone();
         let (version, bytes, ms) =
             (load.version, load.bytes, now.since(load.ordered).as_millis() as u64);
         if report.holds {
@@ -224,7 +234,10 @@ impl Core {
             }
         }
         let id = engine.id.clone();
-        self.note_progress(now, &id, version, report.stage, bytes, &report.error);
+        self.note_progress(now, &id, version, Progress::of(&load));
+        if changed && matches!(report.stage, LoadStage::Staged | LoadStage::Failed) {
+            self.note_rates(session, &load, &report);
+        }
         if changed {
             self.tell(Notice::LoadStage {
                 engine: id,
@@ -239,7 +252,7 @@ impl Core {
         match report.stage {
             LoadStage::Quiescing => self.begin_update(now, session, version),
             LoadStage::Active => self.load_done(now, session, version, report),
-            LoadStage::Failed => self.load_failed(now, session),
+            LoadStage::Failed => self.load_failed(now, session, &report.error),
             _ => {}
         }
     }
@@ -265,11 +278,12 @@ impl Core {
         if report.version != version {
             let what = format!("was ordered {version}, reports {} active", report.version);
             let engine = engine.id.clone();
-            self.tell(Notice::PeerMisbehaved { engine, what });
-            return self.load_failed(now, session);
+            self.tell(Notice::PeerMisbehaved { engine, what: what.clone() });
+            return self.load_failed(now, session, &what);
         }
         engine.load = None;
         engine.failed_loads = 0;
+        engine.load_error.clear();
         engine.hello.loaded = version;
         let verdict = report.probe.as_ref().map(|probe| probe.verdict);
         engine.probe = report.probe.map(|probe| (version, probe));
@@ -302,11 +316,12 @@ impl Core {
     }
 
     /// The old version keeps serving, and the load is ordered again after a while.
-    fn load_failed(&mut self, now: Now, session: SessionId) {
+    fn load_failed(&mut self, now: Now, session: SessionId, why: &str) {
         let base = self.config.load_retry_ms;
         let Some(engine) = self.engines.get_mut(&session) else { return };
         engine.load = None;
         engine.failed_loads += 1;
+        engine.load_error = why.to_owned();
         if let EngineState::Updating { from, .. } = engine.state {
             engine.state = EngineState::Serving { at: from };
         }
@@ -322,22 +337,19 @@ impl Core {
         let id = engine.id.clone();
         self.act(Action::CancelLoad { session, order: load.order });
         let error = format!("not done within {} ms", self.config.load_deadline_ms);
-        self.note_progress(now, &id, load.version, LoadStage::Failed, load.bytes, &error);
-        self.load_failed(now, session);
+        let failed = Load { stage: LoadStage::Failed, error: error.clone(), ..load };
+        self.note_progress(now, &id, failed.version, Progress::of(&failed));
+        self.load_failed(now, session, &error);
     }
 
-    fn note_progress(
-        &mut self,
-        now: Now,
-        engine: &EngineId,
-        version: Version,
-        stage: LoadStage,
-        bytes: u64,
-        error: &str,
-    ) {
+    fn note_progress(&mut self, now: Now, engine: &EngineId, version: Version, news: Progress) {
         let Some(record) = self.versions.get_mut(version.number) else { return };
         let since_sealed = record.sealed.map_or(Duration::ZERO, |sealed| now.since(sealed));
-        let progress = Progress { stage, bytes, since_sealed, error: error.to_owned() };
+        let parents = match record.engines.get(engine) {
+            Some(before) if news.stage != LoadStage::Ordered => before.parents.clone(),
+            _ => news.parents.clone(),
+        };
+        let progress = Progress { since_sealed, parents, ..news };
         record.engines.insert(engine.clone(), progress);
         self.tell_publisher(version);
     }

@@ -11,6 +11,8 @@ use super::config::CoreConfig;
 use super::event::*;
 use crate::ledger::{Fact, Finished};
 
+mod feeding;
+
 /// A core with one job, whose actions are collected.
 struct Bench {
     core: Core,
@@ -53,8 +55,12 @@ impl Bench {
     }
 
     fn attach(&mut self, id: &str) -> Vec<Action> {
+        self.attach_with(id, |_| {})
+    }
+
+    fn attach_with(&mut self, id: &str, change: impl FnOnce(&mut EngineHello)) -> Vec<Action> {
         self.next += 1;
-        let hello = EngineHello {
+        let mut hello = EngineHello {
             id: EngineId::new(id),
             incarnation: Incarnation(self.next),
             model: ModelFacts {
@@ -80,6 +86,7 @@ impl Bench {
             kind: "test".into(),
             proto: 1,
         };
+        change(&mut hello);
         self.tell(Event::EngineAttached { link: LinkId(self.next), hello: Box::new(hello) })
     }
 

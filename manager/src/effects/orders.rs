@@ -144,6 +144,8 @@ pub(super) fn load(order: LoadOrder) -> pb::Load {
         directory: order.directory.unwrap_or_default(),
         reference: order.reference.map(probe),
         cancel: false,
+        stripe_count: order.stripe_count,
+        streams: order.streams,
     }
 }
 
@@ -164,6 +166,8 @@ fn sources(order: &LoadOrder) -> Vec<pb::Source> {
             dial: pb::source::Dial::Receiver.into(),
             grant: grant.clone(),
             holder: holder.name.clone(),
+            stripes: holder.stripes.clone(),
+            fallback_for: holder.fallback_for.clone(),
         };
         holder.addresses.iter().map(source).collect::<Vec<_>>()
     };

@@ -6,7 +6,8 @@ const MIB: u64 = 1 << 20;
 const IMAGE: Image = Image { bytes: 256 * MIB, chunk_bytes: MIB, at_trainer: true };
 
 fn peer(id: u64, at: Place) -> Peer {
-    Peer { id: SessionId(id), ingress: None, egress: None, preemptible: false, serves: true, at }
+    let (preemptible, relay, serves) = (false, false, true);
+    Peer { id: SessionId(id), ingress: None, egress: None, preemptible, relay, serves, at }
 }
 
 fn fleet(wanting: u64) -> Vec<Peer> {
@@ -53,6 +54,9 @@ fn eight_receivers_stand_in_two_chains_of_which_the_trainer_feeds_the_heads() {
     assert_eq!(holders(third), [at(1), at(3), at(0), at(4), Holder::Trainer]);
     assert_eq!(third.sources[0].stripes, [0]);
     assert_eq!(third.sources[1].stripes, [1]);
+    // Who stands above it in one stripe may stand below it in the other.
+    let spare: Vec<&[u32]> = third.sources.iter().map(|source| &source.fallback_for[..]).collect();
+    assert_eq!(spare, [&[][..], &[], &[0], &[1], &[0, 1]]);
     assert!(third.sources[2..].iter().all(|source| source.stripes.is_empty()));
 }
 
@@ -60,6 +64,8 @@ fn eight_receivers_stand_in_two_chains_of_which_the_trainer_feeds_the_heads() {
 fn there_are_as_many_stripes_as_the_fill_of_the_chains_allows() {
     let stripes = |receivers| plan(IMAGE, &fleet(receivers))[&SessionId(0)].parents.len();
     assert_eq!([1, 2, 4, 8, 16, 32].map(stripes), [1, 2, 4, 2, 1, 1]);
+    let streams = |receivers| plan(IMAGE, &fleet(receivers))[&SessionId(0)].streams;
+    assert_eq!([1, 2, 4, 8, 16, 32].map(streams), [4, 4, 4, 2, 1, 1]);
 }
 
 #[test]
@@ -87,6 +93,16 @@ fn slow_and_preemptible_nodes_stand_at_the_ends_of_every_chain() {
     for stripe in 0..feeds[&SessionId(0)].parents.len() {
         let chain = chain(&feeds, stripe);
         assert_eq!((chain[0], &chain[4..]), (2, &[1, 0][..]), "the fast one first: {chain:?}");
+    }
+}
+
+#[test]
+fn a_relay_stands_between_the_trainer_and_everybody_else() {
+    let mut peers = fleet(5);
+    peers[3].relay = true;
+    let feeds = plan(IMAGE, &peers);
+    for stripe in 0..feeds[&SessionId(0)].parents.len() {
+        assert_eq!(chain(&feeds, stripe)[0], 3);
     }
 }
 
@@ -258,7 +274,15 @@ fn check(
             let serves = |id| peers.iter().any(|p: &Peer| p.id == id && p.serves);
             prop_assert!(source.holder.peer().is_none_or(serves));
         }
-        for stripe in 0..count {
+        for (stripe, parent) in feed.parents.iter().enumerate() {
+            let lives = |at: &Holder| at.peer().is_none_or(|id| forest.peers.contains_key(&id));
+            let mut above = forest.ancestors(*id, stripe).skip(1).take(1).filter(lives);
+            let spare = |at: &Holder| {
+                feed.sources.iter().any(|source| {
+                    source.holder == *at && source.fallback_for.contains(&(stripe as u32))
+                })
+            };
+            prop_assert!(above.all(|at| at == *parent || spare(&at)));
             let top = forest.ancestors(*id, stripe).take(peers.len()).last();
             let ends = top.is_some_and(|top| match top {
                 Holder::Trainer => true,

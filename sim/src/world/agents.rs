@@ -253,6 +253,9 @@ impl World {
             probe: None,
             fetched_from: BTreeMap::new(),
             holds: stage == LoadStage::Active && self.scenario.seed.is_multiple_of(2),
+            ingress: 0,
+            egress: 0,
+            served: 0,
         };
         self.control(engine, Event::LoadReported { session, report: Box::new(report) });
     }

@@ -213,7 +213,8 @@ impl Check<'_> {
     fn tell(&self) {
         if let Some(progress) = &self.request.progress {
             let bytes = self.verified_bytes.load(Ordering::Relaxed);
-            progress(FetchProgress { bytes, total_bytes: self.manifest.image_bytes });
+            let total_bytes = self.manifest.image_bytes;
+            progress(FetchProgress { bytes, received_bytes: 0, total_bytes });
         }
     }
 }

@@ -43,6 +43,8 @@ struct Pull {
     job: Job,
     state: Mutex<State>,
     changed: Condvar,
+    /// In this fetch, by an earlier pull (of a delta).
+    received_before: u64,
     received_bytes: AtomicU64,
 }
 
@@ -91,6 +93,7 @@ pub(super) fn pull(
     let plan = StripePlan {
         stripe_count: request.stripe_count,
         stripes: request.sources.iter().map(|s| s.stripes.clone()).collect(),
+        fallbacks: request.sources.iter().map(|s| s.fallback_for.clone()).collect(),
     };
     let (rules, sources) = (shared.rules.queue(), request.sources.len());
     let queue = ChunkQueue::new(rules, &held, sources, &plan, Instant::now());
@@ -114,6 +117,7 @@ pub(super) fn pull(
         job,
         state: Mutex::new(state),
         changed: Condvar::new(),
+        received_before: report.received_bytes,
         received_bytes: AtomicU64::new(0),
     });
     pull.start();
@@ -178,7 +182,9 @@ impl Pull {
 
     fn tell(&self, bytes: u64) {
         if let Some(progress) = &self.request.progress {
-            progress(FetchProgress { bytes, total_bytes: self.job.manifest.image_bytes });
+            let received_bytes = self.received_before + self.received_bytes.load(Ordering::Relaxed);
+            let total_bytes = self.job.manifest.image_bytes;
+            progress(FetchProgress { bytes, received_bytes, total_bytes });
         }
     }
 

@@ -104,7 +104,11 @@ fn a_source_that_is_still_receiving_is_asked_only_for_what_it_has() {
 
 /// Sources 0 and 1 are the planned parents of two stripes, source 2 is the last resort.
 fn planned(chunks: u32, now: Instant) -> ChunkQueue {
-    let plan = StripePlan { stripe_count: 2, stripes: vec![vec![0], vec![1], vec![]] };
+    let plan = StripePlan {
+        stripe_count: 2,
+        stripes: vec![vec![0], vec![1], vec![]],
+        ..Default::default()
+    };
     let mut queue = ChunkQueue::new(rules(), &ChunkSet::empty(chunks), 3, &plan, now);
     (0..3).for_each(|source| queue.learned_all(source));
     queue
@@ -121,6 +125,22 @@ fn each_planned_parent_gives_its_stripe_and_the_last_resort_nothing() {
     assert_eq!(taken(1), [Take::Chunk(1), Take::Chunk(3)]);
     assert_eq!(taken(2), [Take::Chunk(4), Take::Chunk(6)]);
     assert_eq!(taken(3), [Take::Chunk(5), Take::Chunk(7)]);
+}
+
+#[test]
+fn a_dead_parents_stripe_goes_first_to_those_that_may_stand_in_for_it() {
+    let now = Instant::now();
+    let plan = StripePlan {
+        stripe_count: 2,
+        stripes: vec![vec![0], vec![1], vec![], vec![]],
+        fallbacks: vec![vec![], vec![], vec![0], vec![0, 1]],
+    };
+    let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(8), 4, &plan, now);
+    assert_eq!([q.assign(0, now), q.assign(1, now)], [Assign::To(0), Assign::To(1)]);
+    q.lost(1, now, "gone", true);
+    assert_eq!(q.assign(1, now), Assign::To(3), "not to one that may stand below us");
+    q.lost(1, now, "gone", true);
+    assert_eq!(q.assign(1, now), Assign::To(0), "nobody else is left for its stripe");
 }
 
 #[test]
@@ -142,7 +162,7 @@ fn a_dead_parents_stripe_goes_to_the_next_source_and_back_when_it_lives() {
 #[test]
 fn a_living_parent_that_gives_nothing_loses_its_stripe_after_a_while() {
     let t0 = Instant::now();
-    let plan = StripePlan { stripe_count: 1, stripes: vec![vec![0], vec![]] };
+    let plan = StripePlan { stripe_count: 1, stripes: vec![vec![0], vec![]], ..Default::default() };
     let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(4), 2, &plan, t0);
     q.learned_all(1);
     assert_eq!(q.assign(0, t0), Assign::To(0));

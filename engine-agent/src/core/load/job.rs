@@ -9,6 +9,7 @@ use anabranch_proto::pb::probe::Verdict;
 use anabranch_proto::pb::{self, OnRunning};
 use anabranch_runtime::Now;
 
+use super::traffic::Traffic;
 use crate::core::event::{ProbeResult, Staged};
 
 #[derive(Clone, Debug)]
@@ -20,8 +21,11 @@ pub struct Job {
     pub deadline_ms: u32,
     pub bytes: u64,
     pub sources: Vec<pb::Source>,
+    pub stripe_count: u32,
+    pub streams: u32,
     pub directory: Option<PathBuf>,
     pub reference: Option<pb::Probe>,
+    pub traffic: Traffic,
 }
 
 /// Probes agree within this.
@@ -57,8 +61,11 @@ impl Job {
             deadline_ms: load.deadline_ms,
             bytes: load.bytes,
             sources: load.sources,
+            stripe_count: load.stripe_count,
+            streams: load.streams,
             directory: Some(load.directory).filter(|path| !path.is_empty()).map(PathBuf::from),
             reference: load.reference.filter(|probe| !probe.ids.is_empty()),
+            traffic: Traffic::default(),
         })
     }
 
@@ -67,6 +74,9 @@ impl Job {
             order: self.order,
             version: Some(self.to.into()),
             stage: stage.into(),
+            ingress_bytes_per_s: self.traffic.ingress(),
+            egress_bytes_per_s: self.traffic.egress(),
+            served_bytes: self.traffic.served_bytes,
             ..Default::default()
         }
     }
