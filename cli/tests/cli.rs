@@ -129,6 +129,19 @@ fn wrong_use_is_64_with_a_sentence_that_helps() {
         (&["agent"], "--engine"),
         (&["agent", "--engine", "sglang=x"], "http://HOST:PORT"),
         (&["agent", "--engine", "vllm=http://h:1"], "SGLang"),
+        (
+            &["agent", "--engine", "sglang=h:1", "--listen", "h:0", "--weights-link", "udp"],
+            "invalid socket address",
+        ),
+        (
+            &["agent", "--engine", "sglang=h:1", "--listen", "0.0.0.0:0", "--weights-link", "tls"],
+            "name one with --advertise HOST",
+        ),
+        (
+            &["agent", "--engine", "sglang=h:1", "--listen", "[::1]:0", "--weights-link", "udp"],
+            "known: tcp, tls, quic",
+        ),
+        (&["publish", "/tmp", "--weights-link", "udp"], "known: tcp, tls, quic"),
         (&["agent", "--engine", "sglang=http://h:1", "--label", "x"], "KEY=VALUE"),
         (&["engine", "--model", "gpt"], "hf:DIR"),
         (

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anabranch_proto::pb;
+use anabranch_transfer::Listen;
 
 #[derive(Clone, Debug)]
 pub struct AgentConfig {
@@ -20,10 +21,8 @@ pub struct AgentConfig {
     pub id: Option<String>,
     pub labels: BTreeMap<String, String>,
     pub gpus: u32,
-    /// Where peers fetch weights from this agent; `None`: it serves none.
-    pub listen: Option<SocketAddr>,
-    /// What peers are told to dial, most reachable first; empty: the listener's own address.
-    pub addresses: Vec<String>,
+    /// Where and how peers fetch weights from this agent; `None`: it serves none.
+    pub listen: Option<Listen>,
     /// Where weights are staged for the engine to read.
     pub staging: PathBuf,
     /// How long running samples may go on after SIGTERM.
@@ -86,6 +85,10 @@ pub enum BadConfig {
         "cannot tell which port `{0}` will listen on: add --port PORT (or --listen ADDR for `anabranch engine`)"
     )]
     NoPort(String),
+    #[error(
+        "--listen {0} is no address that receivers can dial: name one with --advertise HOST or HOST:PORT"
+    )]
+    NoAddress(SocketAddr),
     #[error("engine id {0:?}: use 1 to {max} printable characters without spaces", max = anabranch_proto::limits::MAX_ID_BYTES)]
     Id(String),
     #[error("log-probability convention {0:?}: write raw, tempered or processed")]
@@ -104,7 +107,6 @@ impl AgentConfig {
             labels: BTreeMap::new(),
             gpus: 0,
             listen: None,
-            addresses: Vec::new(),
             staging: PathBuf::from("/dev/shm"),
             drain_deadline: Duration::from_secs(30),
             logprob_convention: None,

@@ -25,6 +25,7 @@ mod shared;
 mod watch;
 mod weights;
 
+pub use anabranch_transfer::{LinkKind, Listen};
 pub use config::{AgentConfig, BadConfig, Convention, EngineSpec, EngineUrl};
 pub use error::AgentError;
 
@@ -48,6 +49,9 @@ use crate::weights::Weights;
 /// Runs one agent until it is told to leave. `shutdown` begins a drain with the configured deadline.
 pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(), AgentError> {
     raise_file_limit();
+    if let Some(listen) = config.listen.as_ref().filter(|listen| !listen.is_dialable()) {
+        return Err(BadConfig::NoAddress(listen.at).into());
+    }
     let (url, launch) = match &config.engine {
         EngineSpec::Relay => {
             let id = config.id.clone().unwrap_or_else(|| format!("relay-{}", host_name()));
@@ -148,18 +152,13 @@ fn token(config: &AgentConfig) -> Result<Option<JoinToken>, AgentError> {
 }
 
 fn core(config: &AgentConfig, id: &str, weights: &Weights) -> Core {
-    let own = weights.address().map(|addr| addr.to_string());
-    let addresses = match config.addresses.is_empty() {
-        true => own.into_iter().collect(),
-        false => config.addresses.clone(),
-    };
     Core::new(CoreConfig {
         id: id.to_owned(),
         incarnation: unix_millis(),
         token: config.token.clone().unwrap_or_default(),
         labels: config.labels.clone(),
         gpus: config.gpus,
-        addresses,
+        addresses: weights.addresses(),
         weights_by_trainer: config.weights_by_trainer,
         buffer_bytes: config.buffer_bytes,
     })
@@ -191,7 +190,7 @@ fn open_weights(config: &AgentConfig, id: &str) -> Result<Arc<Weights>, AgentErr
     let allowed = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' };
     let name = format!("anabranch-{}", id.chars().map(allowed).collect::<String>());
     warn_if_small(&config.staging);
-    match Weights::open(&config.staging, &name, config.listen) {
+    match Weights::open(&config.staging, &name, config.listen.as_ref()) {
         Ok(weights) => Ok(Arc::new(weights)),
         Err(weights::WeightsError::Stage(error)) => Err(AgentError::Staging(error.to_string())),
         Err(error) => Err(AgentError::Listen(error.to_string())),

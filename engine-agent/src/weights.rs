@@ -2,7 +2,6 @@
 //! started with, keeps what the engine may still read, and lends it to peers. Knows no engine calls.
 
 use std::collections::BTreeMap;
-use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -10,8 +9,8 @@ use anabranch_proto::manifest::{DType, Manifest};
 use anabranch_proto::{Version, pb};
 use anabranch_transfer::checkpoint::{Baseline, Checkpoint, LayoutDiff, Mismatch};
 use anabranch_transfer::{
-    FetchProgress, FetchRequest, FetchRules, Fetcher, Holder, ServeLimits, Server, SourceRef,
-    StageError, Staging,
+    FetchProgress, FetchRequest, FetchRules, Fetcher, Holder, Listen, Listener, ServeError,
+    ServeLimits, Server, SourceRef, StageError, Staging,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -36,9 +35,9 @@ struct Inner {
 }
 
 enum Link {
-    /// The listener only keeps the port that Hello announces.
+    /// The listener only keeps the addresses that Hello announces.
     Reserved {
-        listener: Option<TcpListener>,
+        listener: Option<Listener>,
     },
     Open {
         job: String,
@@ -54,8 +53,8 @@ type Table = BTreeMap<String, (DType, Vec<u64>)>;
 pub enum WeightsError {
     #[error(transparent)]
     Stage(#[from] StageError),
-    #[error("cannot listen on {addr}: {source}; choose another address or port")]
-    Listen { addr: SocketAddr, source: std::io::Error },
+    #[error(transparent)]
+    Listen(#[from] ServeError),
 }
 
 /// Streams of one fetch; more only help where one TCP stream does not fill the path.
@@ -65,17 +64,10 @@ const MOST_STREAMS: usize = 64;
 
 impl Weights {
     /// `name` must be the agent's own on this host: a second one is refused.
-    pub fn open(
-        shm: &Path,
-        name: &str,
-        listen: Option<SocketAddr>,
-    ) -> Result<Weights, WeightsError> {
+    pub fn open(shm: &Path, name: &str, listen: Option<&Listen>) -> Result<Weights, WeightsError> {
         let staging = Staging::open(shm, name)?;
-        let listener = listen.map(|addr| {
-            TcpListener::bind(addr).map_err(|source| WeightsError::Listen { addr, source })
-        });
         let inner = Inner {
-            link: Link::Reserved { listener: listener.transpose()? },
+            link: Link::Reserved { listener: listen.map(Listener::bind).transpose()? },
             baseline: None,
             kept: BTreeMap::new(),
             serving: None,
@@ -83,12 +75,13 @@ impl Weights {
         Ok(Weights { staging, inner: Mutex::new(inner) })
     }
 
-    /// Where peers will find what this agent holds.
-    pub fn address(&self) -> Option<SocketAddr> {
+    /// Where peers will find what this agent holds, best first; none: it lends nothing.
+    pub fn addresses(&self) -> Vec<String> {
         match &self.lock().link {
-            Link::Reserved { listener } => listener.as_ref()?.local_addr().ok(),
-            Link::Open { server, .. } => server.as_ref().map(Server::addr),
+            Link::Reserved { listener } => listener.as_ref().map(Listener::addresses),
+            Link::Open { server, .. } => server.as_ref().map(Server::addresses),
         }
+        .unwrap_or_default()
     }
 
     /// The manager named the job and the key that its grants are made with.
@@ -113,13 +106,10 @@ impl Weights {
         }
     }
 
-    fn open_link(&self, job: &str, listener: Option<TcpListener>) -> Link {
+    fn open_link(&self, job: &str, listener: Option<Listener>) -> Link {
         let holder = Holder::new(job);
-        let addr = listener.as_ref().and_then(|listener| listener.local_addr().ok());
-        // The port was ours until here; the server takes it over.
-        drop(listener);
-        let server = addr.and_then(|addr| {
-            Server::start(addr, holder.clone(), ServeLimits::default())
+        let server = listener.and_then(|listener| {
+            Server::serve(listener, holder.clone(), ServeLimits::default())
                 .inspect_err(|error| tracing::error!(%error, "peers cannot fetch from this agent"))
                 .ok()
         });
@@ -206,7 +196,7 @@ impl Weights {
             directory: staged.dir().to_owned(),
             bytes: report.bytes,
             from: report.bytes_by_holder.iter().cloned().collect(),
-            holds: self.address().is_some(),
+            holds: !self.addresses().is_empty(),
         };
         self.lock().kept.insert(told.directory.clone(), staged);
         Ok(told)

@@ -45,6 +45,7 @@ pub use anabranch_proto::Version;
 pub use anabranch_proto::manifest::DType;
 pub use anabranch_proto::pb::Model;
 
+pub use anabranch_transfer::LinkKind;
 pub use client::{Client, Trainer};
 pub use config::{Convention, JobConfig, OnExceed, OnRunning, Resume, Roll, Staleness};
 pub use consume::{Advice, Batch, Consumer, Delivery, Pack, Shard, Short, StepDone, Window};

@@ -15,7 +15,9 @@ use std::time::Duration;
 
 use anabranch_proto::Version;
 use anabranch_proto::manifest::DType;
-use anabranch_transfer::{PublishError, Publisher, PublisherConfig, Publishing, TensorRef};
+use anabranch_transfer::{
+    LinkKind, PublishError, Publisher, PublisherConfig, Publishing, TensorRef,
+};
 use bytes::Bytes;
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
@@ -42,6 +44,8 @@ pub struct WeightServer {
     pub listen: Option<SocketAddr>,
     /// HOST or HOST:PORT that receivers shall dial, where it is not the one listened on.
     pub advertise: Vec<String>,
+    /// How, best first. Empty: tcp (in the clear) on loopback, tls anywhere else.
+    pub links: Vec<LinkKind>,
     /// Threads that hash a version. Default 1.
     pub hash_threads: usize,
 }
@@ -147,7 +151,7 @@ impl State {
 
 fn publisher_config(job: &Job) -> Result<PublisherConfig, Error> {
     let config = job.config();
-    let WeightServer { listen, advertise, hash_threads } = config.weights.clone();
+    let WeightServer { listen, advertise, links, hash_threads } = config.weights.clone();
     let listen = match listen {
         Some(listen) => listen,
         None => SocketAddr::new(job.client().facing_address()?, 0),
@@ -159,7 +163,7 @@ fn publisher_config(job: &Job) -> Result<PublisherConfig, Error> {
     }
     let hash_threads = hash_threads.max(1);
     let base = PublisherConfig::loopback(&config.job, config.epoch);
-    Ok(PublisherConfig { listen, advertise, hash_threads, ..base })
+    Ok(PublisherConfig { listen, advertise, links, hash_threads, ..base })
 }
 
 // === impl Weights ===
@@ -185,7 +189,7 @@ impl NamedTensor {
 
 impl Default for WeightServer {
     fn default() -> Self {
-        Self { listen: None, advertise: Vec::new(), hash_threads: 1 }
+        Self { listen: None, advertise: Vec::new(), links: Vec::new(), hash_threads: 1 }
     }
 }
 

@@ -26,6 +26,7 @@ mod fetch;
 mod holder;
 mod inbound;
 mod link;
+mod listen;
 mod lock;
 mod maps;
 mod publish;
@@ -41,7 +42,8 @@ pub use fetch::{
     Tried,
 };
 pub use holder::{Held, Holder, Lease, Refusal};
-pub use link::LinkError;
+pub use link::{LinkError, PinMismatch};
+pub use listen::{LinkKind, Listen, Listener, UnknownLink};
 pub use lock::LockError;
 pub use maps::Mapper;
 pub use publish::{PublishError, Published, Publisher, PublisherConfig, Publishing, TensorRef};

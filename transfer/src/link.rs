@@ -24,12 +24,19 @@ use crate::wire::{Message, WireError};
 
 pub(crate) mod file;
 pub(crate) mod frame;
+pub(crate) mod identity;
+pub(crate) mod quic;
 #[cfg(feature = "rdma")]
 pub(crate) mod rdma;
 pub(crate) mod shm;
+mod stream;
 pub(crate) mod tcp;
+pub(crate) mod tls;
+
+pub use identity::PinMismatch;
 
 use file::FileLink;
+use identity::PinnedAddr;
 use shm::ShmLink;
 use tcp::TcpLink;
 
@@ -99,6 +106,10 @@ pub enum LinkError {
     Address { addr: String, why: String },
     #[error("`{holder}` did not dial this receiver within {within:?}")]
     NotDialled { holder: String, within: Duration },
+    #[error("{addr} is not the listener that was asked for: {mismatch}")]
+    Pin { addr: String, mismatch: PinMismatch },
+    #[error("no secure stream to {addr}: {why}")]
+    Handshake { addr: String, why: String },
     #[error("no byte moved for {0:?}")]
     Stalled(Duration),
     #[error("the peer closed the stream")]
@@ -120,10 +131,8 @@ pub(crate) fn dial(addr: &str, within: Duration) -> Result<Box<dyn Link>, LinkEr
         Some(("file", dir)) => Ok(Box::new(FileLink::open(addr, dir)?)),
         Some(("shm", path)) => Ok(Box::new(ShmLink::connect(addr, path, within)?)),
         Some(("rdma", at)) => dial_rdma(addr, at.strip_prefix("//").unwrap_or(at), within),
-        Some((scheme @ ("tls" | "quic"), _)) => {
-            let why = format!("this build has no link `{scheme}`");
-            Err(LinkError::Address { addr: addr.to_owned(), why })
-        }
+        Some(("tls", rest)) => tls::connect(&pinned(addr, rest)?, within),
+        Some(("quic", rest)) => quic::connect(&pinned(addr, rest)?, within),
         _ => Ok(Box::new(TcpLink::connect(addr, within)?)),
     }
 }
@@ -137,6 +146,10 @@ fn dial_rdma(_: &str, at: &str, within: Duration) -> Result<Box<dyn Link>, LinkE
 fn dial_rdma(addr: &str, _: &str, _: Duration) -> Result<Box<dyn Link>, LinkError> {
     let why = "this build has no rdma (build it with the feature `rdma`)".to_owned();
     Err(LinkError::Address { addr: addr.to_owned(), why })
+}
+
+fn pinned(addr: &str, rest: &str) -> Result<PinnedAddr, LinkError> {
+    PinnedAddr::parse(addr, rest.strip_prefix("//").unwrap_or(rest))
 }
 
 // === impl LinkError ===

@@ -19,6 +19,7 @@ use crate::delta;
 use crate::export::{Export, ExportError};
 use crate::holder::{Backing, Blob, Held, Holder, Stamp};
 use crate::layout::{Layout, LayoutError, TensorSpec};
+use crate::listen::{LinkKind, Listen, Listener};
 use crate::serve::{ServeError, ServeLimits, Server};
 use crate::shm::SharedMap;
 
@@ -30,6 +31,8 @@ pub struct PublisherConfig {
     pub listen: SocketAddr,
     /// Addresses that receivers should dial, if not the one listened on (host or host:port).
     pub advertise: Vec<String>,
+    /// How the weights go out, best first; empty: tcp on loopback, tls anywhere else.
+    pub links: Vec<LinkKind>,
     pub chunk_bytes: u32,
     /// Threads that hash a published version and code its delta.
     pub hash_threads: usize,
@@ -135,6 +138,7 @@ impl PublisherConfig {
             epoch,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             advertise: Vec::new(),
+            links: Vec::new(),
             chunk_bytes: DEFAULT_CHUNK_BYTES,
             hash_threads: 1,
             delta: true,
@@ -157,7 +161,9 @@ impl Publisher {
         let export = config.export.as_deref();
         let export = export.map(|dir| Export::open(dir, config.export_keep, &config.job));
         let export = export.transpose()?.map(Arc::new);
-        let mut server = Server::start(config.listen, holder, config.limits.clone())?;
+        let (links, advertise) = (config.links.clone(), config.advertise.clone());
+        let listener = Listener::bind(&Listen { at: config.listen, links, advertise })?;
+        let mut server = Server::serve(listener, holder, config.limits.clone())?;
         socket.map_or(Ok(()), |socket| server.listen_locally(&socket))?;
         let (publishing, last) = (Mutex::default(), Arc::default());
         Ok(Publisher { server, config, arena, export, publishing, last })
@@ -171,20 +177,8 @@ impl Publisher {
     /// Where receivers find the versions, best first.
     pub fn addresses(&self) -> Vec<String> {
         let exported = self.export.iter().map(|export| export.address());
-        self.server.local_address().into_iter().chain(self.listening()).chain(exported).collect()
-    }
-
-    fn listening(&self) -> Vec<String> {
-        let addr = self.server.addr();
-        let with_port = |host: &String| match host.rsplit_once(':') {
-            Some((_, port)) if port.parse::<u16>().is_ok() => host.clone(),
-            _ => format!("{host}:{}", addr.port()),
-        };
-        if self.config.advertise.is_empty() {
-            vec![addr.to_string()]
-        } else {
-            self.config.advertise.iter().map(with_port).collect()
-        }
+        let local = self.server.local_address().into_iter();
+        local.chain(self.server.addresses()).chain(exported).collect()
     }
 
     pub fn server(&self) -> &Server {

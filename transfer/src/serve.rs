@@ -2,6 +2,7 @@
 //! may be read is decided by `holder`, what is said on a stream stands in `session`.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,14 +11,17 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::holder::Holder;
-use crate::link::tcp::TcpLink;
+use crate::link::quic::QuicListener;
 use crate::link::{Closer, Link, LinkError};
-use crate::wire::{FailCode, Message};
+use crate::listen::{Door, Listen, Listener};
+use crate::wire::Message;
 
+mod arrive;
 mod feed;
 mod local;
 mod session;
 
+use arrive::Arrived;
 pub use feed::FeedOrder;
 use local::LocalDoor;
 use session::{Ended, StreamEnd};
@@ -40,9 +44,11 @@ pub struct ServeLimits {
 /// A listening holder.
 pub struct Server {
     addr: SocketAddr,
+    addresses: Vec<String>,
     shared: Arc<Shared>,
     accept: Option<JoinHandle<()>>,
     local: Option<LocalDoor>,
+    quic: Option<QuicListener>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +59,8 @@ pub enum ServeError {
     Listen { addr: SocketAddr, error: std::io::Error },
     #[error("cannot listen at {path} for weight transfers within this host: {error}")]
     Local { path: PathBuf, error: std::io::Error },
+    #[error("cannot make a certificate for the data plane: {0}")]
+    Certificate(String),
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
 }
@@ -60,6 +68,7 @@ pub enum ServeError {
 struct Shared {
     holder: Holder,
     limits: ServeLimits,
+    door: Door,
     closing: AtomicBool,
     streams: Mutex<Streams>,
 }
@@ -76,27 +85,44 @@ struct Streams {
 // === impl Server ===
 
 impl Server {
+    /// With the links that are safe at `listen`.
     pub fn start(
         listen: SocketAddr,
         holder: Holder,
         limits: ServeLimits,
     ) -> Result<Server, ServeError> {
-        let failed = |error| ServeError::Listen { addr: listen, error };
-        let listener = TcpListener::bind(listen).map_err(failed)?;
-        let addr = listener.local_addr().map_err(failed)?;
-        let streams = Mutex::default();
-        let shared = Arc::new(Shared { holder, limits, closing: AtomicBool::new(false), streams });
-        let accepting = Arc::clone(&shared);
-        let accept = std::thread::Builder::new()
-            .name("transfer-accept".into())
-            .spawn(move || accept_loop(&accepting, &listener))
-            .map_err(ServeError::Thread)?;
-        Ok(Server { addr, shared, accept: Some(accept), local: None })
+        Server::serve(Listener::bind(&Listen::at(listen))?, holder, limits)
+    }
+
+    pub fn serve(
+        mut listener: Listener,
+        holder: Holder,
+        limits: ServeLimits,
+    ) -> Result<Server, ServeError> {
+        let (addr, addresses) = (listener.addr(), listener.addresses());
+        let (closing, streams) = (AtomicBool::new(false), Mutex::default());
+        let door = listener.door();
+        let shared = Arc::new(Shared { holder, limits, door, closing, streams });
+        let accept = listener.tcp.take().map(|tcp| {
+            let accepting = Arc::clone(&shared);
+            let builder = std::thread::Builder::new().name("transfer-accept".into());
+            builder.spawn(move || accept_loop(&accepting, &tcp)).map_err(ServeError::Thread)
+        });
+        let mut server = Server { addr, addresses, shared, accept: None, local: None, quic: None };
+        server.accept = accept.transpose()?;
+        server.quic = start_quic(listener, &server.shared)
+            .map_err(|error| ServeError::Listen { addr, error })?;
+        Ok(server)
     }
 
     /// Where it listens: with port 0, the port that was chosen.
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// What receivers dial, best first.
+    pub fn addresses(&self) -> Vec<String> {
+        self.addresses.clone()
     }
 
     pub fn holder(&self) -> &Holder {
@@ -111,16 +137,18 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.shared.closing.store(true, Ordering::Release);
-        // A connection of our own wakes `accept`; should it fail, the thread ends with the process.
-        let mut own = self.addr;
-        if own.ip().is_unspecified() {
-            own.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
-        }
-        let woken = TcpStream::connect_timeout(&own, Duration::from_secs(1)).is_ok();
-        if let Some(accept) = self.accept.take().filter(|_| woken) {
-            accept.join().ok();
+        if let Some(accept) = self.accept.take() {
+            // A connection of our own wakes `accept`; should it fail, the thread ends with the process.
+            let mut own = self.addr;
+            if own.ip().is_unspecified() {
+                own.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
+            }
+            if TcpStream::connect_timeout(&own, Duration::from_secs(1)).is_ok() {
+                accept.join().ok();
+            }
         }
         self.local = None;
+        self.quic = None;
         let (open, threads) = {
             let mut streams = self.shared.lock();
             (std::mem::take(&mut streams.open), std::mem::take(&mut streams.threads))
@@ -158,13 +186,23 @@ impl Shared {
     }
 }
 
+fn start_quic(listener: Listener, shared: &Arc<Shared>) -> io::Result<Option<QuicListener>> {
+    let (Some(socket), Some(identity)) = (listener.udp, listener.identity) else {
+        return Ok(None);
+    };
+    let serving = Arc::clone(shared);
+    let accepted = Arc::new(move |link| serve_stream(&serving, Arrived::Link(link)));
+    let limits = &shared.limits;
+    QuicListener::start(socket, &identity, limits.streams, limits.progress, accepted).map(Some)
+}
+
 fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
     for stream in listener.incoming() {
         if shared.closing() {
             return;
         }
-        match stream.and_then(TcpLink::over) {
-            Ok(link) => serve_link(shared, Box::new(link)),
+        match stream {
+            Ok(socket) => serve_stream(shared, Arrived::Socket(socket)),
             // Out of descriptors, or gone again before it was accepted: others must still be served.
             Err(error) => tracing::warn!(%error, "could not accept a data stream"),
         }
@@ -172,16 +210,16 @@ fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
 }
 
 /// Serves a stream that was accepted, on a thread of its own.
-fn serve_link(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
+fn serve_stream(shared: &Arc<Shared>, arrived: Arrived) {
     let mut streams = shared.lock();
+    if shared.closing() {
+        return;
+    }
     streams.threads.retain(|t| !t.is_finished());
     let open = streams.open.len();
-    let Some(handle) = link.closer().ok().filter(|_| open < shared.limits.streams) else {
+    let Some(handle) = arrived.closer().filter(|_| open < shared.limits.streams) else {
         drop(streams);
-        let text = format!("{open} streams are open here already");
-        link.set_patience(Duration::from_secs(1)).ok();
-        link.send(&Message::Fail { code: FailCode::Busy, text }).ok();
-        return;
+        return arrived.refuse(&shared.door, open);
     };
     let id = streams.next;
     streams.next += 1;
@@ -189,7 +227,7 @@ fn serve_link(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
     let serving = Arc::clone(shared);
     let spawned = std::thread::Builder::new()
         .name(format!("transfer-send-{id}"))
-        .spawn(move || stream_task(&serving, id, link));
+        .spawn(move || stream_task(&serving, id, arrived));
     match spawned {
         Ok(thread) => streams.threads.push(thread),
         Err(error) => {
@@ -199,13 +237,19 @@ fn serve_link(shared: &Arc<Shared>, mut link: Box<dyn Link>) {
     }
 }
 
-fn stream_task(shared: &Shared, id: u64, mut link: Box<dyn Link>) {
+fn stream_task(shared: &Shared, id: u64, arrived: Arrived) {
+    let kept = arrived.open(shared).and_then(|link| serve_link(shared, link));
+    shared.lock().open.remove(&id);
+    if let Some((source, link)) = kept {
+        shared.holder.inbound().put(&source, link);
+    }
+}
+
+/// Until the stream ends, or its dialler offers it as a source: then it is returned.
+fn serve_link(shared: &Shared, mut link: Box<dyn Link>) -> Option<(String, Box<dyn Link>)> {
     let peer = link.peer();
     match session::converse(shared, &mut *link, false) {
-        Ok(Ended::Offered { source }) => {
-            shared.lock().open.remove(&id);
-            return shared.holder.inbound().put(&source, link);
-        }
+        Ok(Ended::Offered { source }) => return Some((source, link)),
         Ok(Ended::Closed) | Err(StreamEnd::Link(LinkError::Closed)) => {}
         Err(StreamEnd::Refused { code, text }) => {
             tracing::warn!(%peer, ?code, text, "refused a data stream");
@@ -213,5 +257,5 @@ fn stream_task(shared: &Shared, id: u64, mut link: Box<dyn Link>) {
         }
         Err(StreamEnd::Link(error)) => tracing::info!(%peer, %error, "data stream ended"),
     }
-    shared.lock().open.remove(&id);
+    None
 }

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use anabranch_transfer::{
-    FetchRequest, FetchRules, Fetcher, Holder, Published, Publisher, PublisherConfig, ServeLimits,
-    Server, SourceRef, Staged, Staging,
+    FetchRequest, FetchRules, Fetcher, Holder, LinkKind, Listen, Listener, Published, Publisher,
+    PublisherConfig, ServeLimits, Server, SourceRef, Staged, Staging,
 };
 use anyhow::Context;
 use serde_json::{Value, json};
@@ -114,10 +114,13 @@ impl Node {
         let holder = Holder::new(&order.job);
         holder.set_key(key(&order.key)?);
         let listen = SocketAddr::new(order.ip.parse().context("the node's address")?, 0);
-        let server = Server::start(listen, holder.clone(), ServeLimits::default())?;
+        // As the transfers that the figures compare with.
+        let listen = Listen { links: vec![LinkKind::Tcp], ..Listen::at(listen) };
+        let server =
+            Server::serve(Listener::bind(&listen)?, holder.clone(), ServeLimits::default())?;
         let progress = std::time::Duration::from_millis(order.progress_ms);
         let rules = FetchRules { progress, ..FetchRules::default() };
-        let addrs = vec![server.addr().to_string()];
+        let addrs = server.addresses();
         *lock(&self.receiver) = Some(Receiver {
             fetcher: Fetcher::new(staging, holder, rules),
             server: Arc::new(server),
@@ -130,6 +133,7 @@ impl Node {
     fn train(&self, order: Train) -> anyhow::Result<Listening> {
         let mut config = PublisherConfig::loopback(&order.job, order.epoch);
         config.listen = SocketAddr::new(order.ip.parse().context("the node's address")?, 0);
+        config.links = vec![LinkKind::Tcp];
         config.hash_threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
         config.delta = order.delta;
         let publisher = Publisher::start(config)?;

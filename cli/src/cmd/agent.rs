@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anabranch_agent::config::{AgentConfig, BadConfig, Convention, EngineSpec};
+use anabranch_agent::{LinkKind, Listen};
 use anabranch_runtime::Exit;
 use anabranch_runtime::signal::ShutdownSignals;
 use tokio_util::sync::CancellationToken;
@@ -32,10 +33,13 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     gpus: u32,
     /// Where peers fetch weights from this agent; port 0 takes a free one [default: it serves none]
-    #[arg(long)]
+    #[arg(long, visible_alias = "weights-listen")]
     listen: Option<SocketAddr>,
+    /// tcp (in the clear), tls or quic; may be given more than once, best first [default: tcp on loopback, else tls]
+    #[arg(long, requires = "listen", value_name = "LINK")]
+    weights_link: Vec<LinkKind>,
     /// What peers shall dial, where it is not the listener's own address; may be given more than once
-    #[arg(long)]
+    #[arg(long, requires = "listen")]
     advertise: Vec<String>,
     /// Where weights are staged for the engine to read
     #[arg(long, default_value = "/dev/shm")]
@@ -103,14 +107,15 @@ impl Args {
             Some(engine) => EngineSpec::parse(engine)?,
             None => EngineSpec::command(self.command)?,
         };
+        let (links, advertise) = (self.weights_link, self.advertise);
+        let listen = self.listen.map(|at| Listen { at, links, advertise });
         let base = AgentConfig::new(self.manager.manager, engine);
         Ok(AgentConfig {
             token: self.manager.token,
             id: self.id,
             labels: self.label.into_iter().collect(),
             gpus: self.gpus,
-            listen: self.listen.or(base.listen),
-            addresses: self.advertise,
+            listen,
             staging: self.staging,
             drain_deadline: Duration::from_secs(self.drain_deadline),
             logprob_convention: self.logprob_convention,

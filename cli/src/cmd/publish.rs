@@ -1,11 +1,12 @@
 //! `anabranch publish`: a safetensors directory as a new version, served from here until every engine has it.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anabranch_runtime::Exit;
 use anabranch_runtime::signal::ShutdownSignals;
-use anabranch_trainer::{JobConfig, Published, VersionState, VersionStatus};
+use anabranch_trainer::{JobConfig, LinkKind, Published, VersionState, VersionStatus};
 use serde_json::json;
 
 use crate::failure::{Failure, OrExit, Outcome};
@@ -29,6 +30,12 @@ pub struct Args {
     /// Addresses (HOST or HOST:PORT) that engines shall fetch it from, where they cannot reach the default
     #[arg(long)]
     advertise: Vec<String>,
+    /// Where it is served [default: a free port on the address that faces the manager]
+    #[arg(long)]
+    weights_listen: Option<SocketAddr>,
+    /// tcp (in the clear), tls or quic; may be given more than once, best first [default: tcp on loopback, else tls]
+    #[arg(long, value_name = "LINK")]
+    weights_link: Vec<LinkKind>,
     /// Give up after so many seconds
     #[arg(long, default_value_t = 3600)]
     timeout: u64,
@@ -44,6 +51,8 @@ pub async fn run(args: Args) -> Outcome {
     let mut signals = ShutdownSignals::install().or_exit(Exit::Io)?;
     let mut config = JobConfig { epoch: args.epoch, ..JobConfig::new(&args.job) };
     config.weights.advertise = args.advertise.clone();
+    config.weights.listen = args.weights_listen;
+    config.weights.links = args.weights_link.clone();
     let job = args.manager.trainer().await?.open(config).await?;
     let number = match args.number {
         Some(number) => number,

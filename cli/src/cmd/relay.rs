@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anabranch_agent::config::{AgentConfig, EngineSpec};
-use anabranch_runtime::Exit;
+use anabranch_agent::{LinkKind, Listen};
 
-use crate::failure::{Failure, Outcome};
+use crate::failure::Outcome;
 use crate::link::ManagerArgs;
 
 #[derive(Debug, clap::Args)]
@@ -20,8 +20,11 @@ pub struct Args {
     #[arg(long)]
     id: Option<String>,
     /// Where receivers fetch from
-    #[arg(long, default_value = "127.0.0.1:5600")]
+    #[arg(long, visible_alias = "weights-listen", default_value = "127.0.0.1:5600")]
     listen: SocketAddr,
+    /// tcp (in the clear), tls or quic; may be given more than once, best first [default: tcp on loopback, else tls]
+    #[arg(long, value_name = "LINK")]
+    weights_link: Vec<LinkKind>,
     /// What receivers shall dial, where it is not the listener's own address; may be given more than once
     #[arg(long)]
     advertise: Vec<String>,
@@ -31,19 +34,12 @@ pub struct Args {
 }
 
 pub async fn run(args: Args) -> Outcome {
-    if args.listen.ip().is_unspecified() && args.advertise.is_empty() {
-        let text = format!(
-            "--listen {} is no address that receivers can dial: name one with --advertise HOST:PORT",
-            args.listen
-        );
-        return Err(Failure::new(Exit::Usage, text));
-    }
+    let (links, advertise) = (args.weights_link, args.advertise);
     let base = AgentConfig::new(args.manager.manager, EngineSpec::Relay);
     super::agent::run_agent(AgentConfig {
         token: args.manager.token,
         id: args.id,
-        listen: Some(args.listen),
-        addresses: args.advertise,
+        listen: Some(Listen { at: args.listen, links, advertise }),
         staging: args.staging,
         ..base
     })

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use super::{ServeError, Server, Shared, serve_link};
+use super::{Arrived, ServeError, Server, Shared, serve_stream};
 use crate::link::shm::ShmLink;
 
 /// Removed with its thread when dropped.
@@ -41,7 +41,7 @@ fn accept_loop(shared: &Arc<Shared>, listener: &UnixListener) {
             return;
         }
         match stream.and_then(ShmLink::over) {
-            Ok(link) => serve_link(shared, Box::new(link)),
+            Ok(link) => serve_stream(shared, Arrived::Link(Box::new(link))),
             Err(error) => tracing::warn!(%error, "could not accept a stream of this host"),
         }
     }

@@ -1,0 +1,269 @@
+//! TLS 1.3 over TCP, on the thread that transfers. A receiver pins the listener's certificate; a listener
+//! tells by the first byte of a connection whether it speaks TLS.
+//!
+//! ```text
+//!   accept ── first byte 0x16 ──► handshake ──► a link
+//!          ── any other ──► a plain link, where plain is offered; else a Fail that says what to dial
+//! ```
+
+use std::io::{self, BufReader, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::ServerName;
+use rustls::{ClientConnection, Connection, ServerConfig, ServerConnection};
+
+use super::identity::{NAME, Pinned, PinnedAddr};
+use super::stream::{ByteStream, StreamLink};
+use super::{Closer, Link, LinkError, frame, tcp};
+use crate::wire::Message;
+
+/// Taken from the socket at once: rustls by itself reads 4 KiB.
+const RECEIVE_BUFFER: usize = 128 << 10;
+/// A source only reads requests.
+const SERVE_BUFFER: usize = 4 << 10;
+
+/// The first byte of a TLS handshake; plain streams start with the wire's magic.
+const HANDSHAKE: u8 = 0x16;
+const ALERT: u8 = 0x15;
+
+pub(crate) struct TlsStream {
+    connection: Connection,
+    socket: BufReader<TcpStream>,
+    peer: SocketAddr,
+}
+
+// === dialling and accepting ===
+
+pub(crate) fn connect(addr: &PinnedAddr, within: Duration) -> Result<Box<dyn Link>, LinkError> {
+    let until = Instant::now() + within;
+    let socket = tcp::connect(&addr.authority, within)?;
+    let verifier = Pinned::new(addr.pin);
+    let failed = |why: String| LinkError::Handshake { addr: addr.authority.clone(), why };
+    let broken = |error: io::Error| failed(said(&error, within));
+    let config = verifier.client_config().map_err(|error| failed(error.to_string()))?;
+    let name = ServerName::try_from(NAME).expect("a valid name");
+    let connection = ClientConnection::new(Arc::new(config), name);
+    let connection = Connection::Client(connection.map_err(|error| failed(error.to_string()))?);
+    let mut stream = TlsStream::over(connection, socket, RECEIVE_BUFFER).map_err(broken)?;
+    stream.flush_tls().map_err(broken)?;
+    let first = first_byte(stream.socket.get_ref(), until).map_err(broken)?;
+    if first != HANDSHAKE && first != ALERT {
+        return Err(failed(in_the_clear(&mut stream.socket)));
+    }
+    match stream.handshake(until) {
+        Ok(()) => Ok(Box::new(StreamLink::over(stream))),
+        Err(error) => Err(match verifier.mismatch() {
+            Some(mismatch) => LinkError::Pin { addr: addr.authority.clone(), mismatch },
+            None => broken(error),
+        }),
+    }
+}
+
+/// The listener's side, after [`speaks_tls`].
+pub(crate) fn accept(
+    socket: TcpStream,
+    config: Arc<ServerConfig>,
+    until: Instant,
+) -> io::Result<Box<dyn Link>> {
+    let connection = ServerConnection::new(config).map_err(io::Error::other)?;
+    let mut stream = TlsStream::over(Connection::Server(connection), socket, SERVE_BUFFER)?;
+    stream.handshake(until)?;
+    Ok(Box::new(StreamLink::over(stream)))
+}
+
+/// Waits for the first byte of an accepted connection, and leaves it there.
+pub(crate) fn speaks_tls(socket: &TcpStream, until: Instant) -> io::Result<bool> {
+    first_byte(socket, until).map(|byte| byte == HANDSHAKE)
+}
+
+/// What a listener says that speaks no TLS.
+fn in_the_clear(socket: &mut impl Read) -> String {
+    let said = match frame::read_message(socket) {
+        Ok(Message::Fail { text, .. }) => format!(", it says: {text}"),
+        _ => String::new(),
+    };
+    format!("it answers in the clear though its address asks for TLS{said}")
+}
+
+fn first_byte(socket: &TcpStream, until: Instant) -> io::Result<u8> {
+    let mut byte = [0];
+    loop {
+        set_timeouts(socket, until)?;
+        match socket.peek(&mut byte) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(_) => return Ok(byte[0]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn set_timeouts(socket: &TcpStream, until: Instant) -> io::Result<()> {
+    let left = until.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(ErrorKind::TimedOut.into());
+    }
+    socket.set_read_timeout(Some(left)).and_then(|()| socket.set_write_timeout(Some(left)))
+}
+
+fn said(error: &io::Error, within: Duration) -> String {
+    match error.kind() {
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => format!("not done within {within:?}"),
+        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset => {
+            "it closed the connection".to_owned()
+        }
+        _ => error.to_string(),
+    }
+}
+
+// === impl TlsStream ===
+
+impl TlsStream {
+    fn over(connection: Connection, socket: TcpStream, buffer: usize) -> io::Result<TlsStream> {
+        socket.set_nodelay(true)?;
+        let peer = socket.peer_addr()?;
+        Ok(TlsStream { connection, socket: BufReader::with_capacity(buffer, socket), peer })
+    }
+
+    /// All of it by `until`, however the peer's bytes drip in.
+    fn handshake(&mut self, until: Instant) -> io::Result<()> {
+        while self.connection.is_handshaking() {
+            set_timeouts(self.socket.get_ref(), until)?;
+            self.flush_tls()?;
+            if self.connection.is_handshaking() {
+                self.fill()?;
+            }
+        }
+        self.flush_tls()
+    }
+
+    /// Takes in what the peer sent: at least a byte, or an error.
+    fn fill(&mut self) -> io::Result<()> {
+        let read = loop {
+            match self.connection.read_tls(&mut self.socket) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                other => break other?,
+            }
+        };
+        if read == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        let processed = self.connection.process_new_packets();
+        // An alert that says why, or the answer to a key update.
+        let flushed = self.flush_tls();
+        processed.map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
+        flushed
+    }
+
+    /// Retries inside: what rustls took must not be given to it again.
+    fn flush_tls(&mut self) -> io::Result<()> {
+        while self.connection.wants_write() {
+            match self.connection.write_tls(self.socket.get_mut()) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Read for TlsStream {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.connection.reader().read(out) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.fill()?,
+                other => return other,
+            }
+        }
+    }
+}
+
+impl Write for TlsStream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let taken = self.connection.writer().write(bytes)?;
+        self.flush_tls()?;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.flush_tls()
+    }
+}
+
+impl ByteStream for TlsStream {
+    fn peer(&self) -> String {
+        format!("tls://{}", self.peer)
+    }
+
+    fn closer(&self) -> io::Result<Closer> {
+        let socket = self.socket.get_ref().try_clone()?;
+        Ok(Box::new(move || {
+            socket.shutdown(Shutdown::Both).ok();
+        }))
+    }
+
+    fn set_patience(&mut self, patience: Duration) -> io::Result<()> {
+        let socket = self.socket.get_ref();
+        socket.set_read_timeout(Some(patience))?;
+        socket.set_write_timeout(Some(patience))
+    }
+
+    fn is_idle(&mut self) -> bool {
+        let state = self.connection.process_new_packets();
+        let unread = !state.is_ok_and(|state| state.plaintext_bytes_to_read() == 0);
+        if unread || !self.socket.buffer().is_empty() {
+            return false;
+        }
+        let socket = self.socket.get_ref();
+        let quiet = socket.set_nonblocking(true).is_ok()
+            && matches!(socket.peek(&mut [0]), Err(e) if e.kind() == ErrorKind::WouldBlock);
+        quiet && socket.set_nonblocking(false).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use rustls::server::{ClientHello, ResolvesServerCert};
+    use rustls::sign::CertifiedKey;
+
+    use super::*;
+    use crate::link::identity::Identity;
+
+    /// Shows a certificate that belongs to another key: it was copied.
+    #[derive(Debug)]
+    struct Copied(Arc<CertifiedKey>);
+
+    impl ResolvesServerCert for Copied {
+        fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+            Some(Arc::clone(&self.0))
+        }
+    }
+
+    #[test]
+    fn a_copied_certificate_is_worth_nothing_without_its_key() {
+        let (owner, thief) =
+            (Identity::generate().expect("made"), Identity::generate().expect("made"));
+        let pin = owner.pin();
+        let config =
+            Arc::new(owner.server_config_with(|cert| Arc::new(Copied(thief.certified(cert)))));
+        let listener = TcpListener::bind("127.0.0.1:0").expect("port");
+        let authority = listener.local_addr().expect("addr").to_string();
+        let within = Duration::from_secs(5);
+        let error = std::thread::scope(|s| {
+            let accepting = s.spawn(|| {
+                let (socket, _) = listener.accept().expect("accepted");
+                accept(socket, config, Instant::now() + within).err()
+            });
+            let error = connect(&PinnedAddr { authority, pin }, within).err().expect("refused");
+            assert!(accepting.join().expect("no panic").is_some(), "no link on either side");
+            error.to_string()
+        });
+        assert!(error.contains("BadSignature") || error.contains("signature"), "{error}");
+    }
+}
