@@ -11,15 +11,21 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use anabranch_proto::manifest::{DType, Manifest};
+use anabranch_proto::version::Root;
+
+pub mod chain;
+pub mod choice;
 
 mod bits;
 mod block;
 mod cpu;
 mod element;
 mod masks;
+pub(crate) mod memory;
 
 use bits::BadBits;
 use block::Scratch;
+use chain::Single;
 
 const MAGIC: [u8; 4] = *b"ABX1";
 /// Large enough that a block's head is small beside the changes of a sparse block, small enough that
@@ -38,6 +44,8 @@ pub enum DeltaError {
     Short,
     #[error("block {0} of the delta is malformed")]
     Block(usize),
+    #[error("a delta from base {from}, and the base held here is {base}")]
+    Base { from: Root, base: Root },
     #[error("the base has {base} bytes, the version {version}")]
     Size { base: usize, version: usize },
 }
@@ -89,69 +97,10 @@ pub fn encode(
     Some(out)
 }
 
-/// A delta that was parsed as far as to apply any block of it.
-pub struct Delta<'a> {
-    blocks: Vec<BlockSpec>,
-    payloads: Vec<&'a [u8]>,
-}
-
 /// Memory that a worker needs over many blocks.
 #[derive(Default)]
 pub struct Workspace {
     scratch: Scratch,
-}
-
-// === impl Delta ===
-
-impl<'a> Delta<'a> {
-    pub fn parse(manifest: &Manifest, blob: &'a [u8]) -> Result<Delta<'a>, DeltaError> {
-        let blocks = blocks(manifest);
-        let (head, rest) = blob.split_at_checked(8).ok_or(DeltaError::Short)?;
-        if head[..4] != MAGIC {
-            return Err(DeltaError::Magic(head[..4].to_vec()));
-        }
-        let have = u32::from_le_bytes(head[4..].try_into().expect("4 bytes")) as usize;
-        if have != blocks.len() {
-            return Err(DeltaError::Blocks { have, want: blocks.len() });
-        }
-        let (lengths, mut rest) = rest.split_at_checked(have * 4).ok_or(DeltaError::Short)?;
-        let mut payloads = Vec::with_capacity(have);
-        for len in lengths.chunks_exact(4) {
-            let len = u32::from_le_bytes(len.try_into().expect("4 bytes")) as usize;
-            let (payload, tail) = rest.split_at_checked(len).ok_or(DeltaError::Short)?;
-            payloads.push(payload);
-            rest = tail;
-        }
-        if rest.is_empty() { Ok(Delta { blocks, payloads }) } else { Err(DeltaError::Short) }
-    }
-
-    pub fn block_count(&self) -> usize {
-        self.blocks.len()
-    }
-
-    /// Where block `at` lies in the image.
-    pub fn range(&self, at: usize) -> Range<u64> {
-        let range = &self.blocks[at].range;
-        range.start as u64..range.end as u64
-    }
-
-    /// `block` gets the version's bytes of block `at`. The base's are `base`, or in `block` already.
-    pub fn apply_block(
-        &self,
-        at: usize,
-        base: Option<&[u8]>,
-        block: &mut [u8],
-        workspace: &mut Workspace,
-    ) -> Result<(), DeltaError> {
-        let spec = &self.blocks[at];
-        let want = spec.range.len();
-        if block.len() != want || base.is_some_and(|base| base.len() != want) {
-            let base = base.map_or(block.len(), <[u8]>::len);
-            return Err(DeltaError::Size { base, version: want });
-        }
-        apply_block(spec.dtype, self.payloads[at], base, block, &mut workspace.scratch)
-            .map_err(|BadBits| DeltaError::Block(at))
-    }
 }
 
 /// Applies a whole delta on one thread.
@@ -161,15 +110,16 @@ pub fn apply(
     base: &[u8],
     out: &mut [u8],
 ) -> Result<(), DeltaError> {
-    let delta = Delta::parse(manifest, blob)?;
+    let blocks = blocks(manifest);
+    let delta = Single::parse(blocks.len(), blob)?;
     let version = manifest.image_bytes as usize;
     if base.len() != version || out.len() != version {
         return Err(DeltaError::Size { base: base.len(), version });
     }
     let mut workspace = Workspace::default();
-    for at in 0..delta.block_count() {
-        let range = delta.blocks[at].range.clone();
-        delta.apply_block(at, Some(&base[range.clone()]), &mut out[range], &mut workspace)?;
+    for (at, spec) in blocks.iter().enumerate() {
+        let (base, out) = (&base[spec.range.clone()], &mut out[spec.range.clone()]);
+        apply_block(at, spec, delta.payload(blob, at), Some(base), out, &mut workspace)?;
     }
     Ok(())
 }
@@ -210,17 +160,26 @@ fn encode_block(dtype: DType, old: &[u8], new: &[u8], scratch: &mut Scratch) -> 
 
 /// `block` gets the new bytes; the old ones are `base`, or in `block`.
 fn apply_block(
-    dtype: DType,
+    at: usize,
+    spec: &BlockSpec,
     payload: &[u8],
     base: Option<&[u8]>,
     block: &mut [u8],
-    scratch: &mut Scratch,
-) -> Result<(), BadBits> {
+    workspace: &mut Workspace,
+) -> Result<(), DeltaError> {
+    let want = spec.range.len();
+    if block.len() != want || base.is_some_and(|base| base.len() != want) {
+        let base = base.map_or(block.len(), <[u8]>::len);
+        return Err(DeltaError::Size { base, version: want });
+    }
     match payload.split_first() {
         None => base.into_iter().for_each(|base| block.copy_from_slice(base)),
-        Some((&RAW, raw)) if raw.len() == block.len() => block.copy_from_slice(raw),
-        Some((&CHANGES, bits)) => return cpu::apply(dtype, bits, base, block, scratch),
-        Some(_) => return Err(BadBits),
+        Some((&RAW, raw)) if raw.len() == want => block.copy_from_slice(raw),
+        Some((&CHANGES, bits)) => {
+            let applied = cpu::apply(spec.dtype, bits, base, block, &mut workspace.scratch);
+            return applied.map_err(|BadBits| DeltaError::Block(at));
+        }
+        Some(_) => return Err(DeltaError::Block(at)),
     }
     Ok(())
 }

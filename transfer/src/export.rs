@@ -10,7 +10,7 @@
 //! A version gets its name when all of it is on disk, so nobody ever sees half of one.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -100,7 +100,7 @@ impl Export {
         if self.is_there(&target, blob) {
             return Ok(target);
         }
-        let delta = held.any_delta();
+        let delta = held.first_delta();
         let bytes = |b: &Blob| b.manifest.image_bytes + b.encoded.len() as u64;
         self.require(version, bytes(blob) + delta.as_ref().map_or(0, bytes))?;
         let part = self.part(&name.to_string());
@@ -141,10 +141,14 @@ impl Export {
         if let Some(delta) = delta {
             let gone = || io(io::ErrorKind::NotFound.into());
             let from = delta.file.get().ok_or_else(gone)?;
-            let mut from = File::open(descriptor_path(&from)).map_err(io)?;
+            let from = File::open(descriptor_path(&from)).map_err(io)?;
+            let mut from = from.take(delta.manifest.image_bytes);
             let mut to = File::create(part.join(DELTA_FILE)).map_err(io)?;
             io::copy(&mut from, &mut to).map_err(io)?;
             to.sync_all().map_err(io)?;
+            if !delta.stamp.is_valid() {
+                return Err(ExportError::Overtaken { dir: self.dir.clone(), version });
+            }
             write_synced(&part.join(DELTA_MANIFEST_FILE), &delta.encoded).map_err(io)?;
         }
         sync_dir(part).map_err(io)

@@ -26,6 +26,7 @@ mod delta;
 mod pool;
 mod pull;
 
+use delta::Deltas;
 use pool::{Pool, Session};
 use pull::{Job, Sink};
 
@@ -39,6 +40,7 @@ struct Shared {
     staging: Staging,
     holder: Holder,
     pool: Pool,
+    deltas: Deltas,
     rules: FetchRules,
 }
 
@@ -172,8 +174,8 @@ pub(crate) enum StreamError {
 impl Fetcher {
     /// `holder` lends what is fetched, from its first verified chunk on.
     pub fn new(staging: Staging, holder: Holder, rules: FetchRules) -> Fetcher {
-        let pool = Pool::default();
-        Fetcher { shared: Arc::new(Shared { staging, holder, pool, rules }) }
+        let (pool, deltas) = Default::default();
+        Fetcher { shared: Arc::new(Shared { staging, holder, pool, deltas, rules }) }
     }
 
     pub fn staging(&self) -> &Staging {
@@ -246,7 +248,10 @@ impl Fetcher {
             manifest: Arc::clone(manifest),
             sink: Sink::Slot(filler.clone()),
         };
-        pull::pull(&self.shared, request, job, report)
+        let (before, started) = (report.received_bytes, Instant::now());
+        let pulled = pull::pull(&self.shared, request, job, report);
+        self.shared.deltas.note_link(report.received_bytes - before, started.elapsed());
+        pulled
     }
 
     /// Waits a while for an engine that still maps the older version.

@@ -1,4 +1,4 @@
-//! What this process lends: versions by (epoch, number), each with its image, perhaps a delta, and the
+//! What this process lends: versions by (epoch, number), each with its image, perhaps deltas, and the
 //! leases of those who read it. Decides who may read; the bytes themselves go through `serve`.
 
 use std::collections::BTreeMap;
@@ -45,8 +45,8 @@ pub struct Stamp {
 pub struct Held {
     version: Version,
     image: Blob,
-    /// Against one base: the version before.
-    delta: Mutex<Option<(Root, Blob)>>,
+    /// By base, the version before first.
+    deltas: Mutex<Vec<(Root, Blob)>>,
     leases: AtomicU32,
     sent_bytes: AtomicU64,
 }
@@ -287,7 +287,7 @@ impl Refusal {
 impl Held {
     pub(crate) fn new(version: Version, image: Blob) -> Held {
         let (leases, sent_bytes) = (AtomicU32::new(0), AtomicU64::new(0));
-        Held { version, image, delta: Mutex::new(None), leases, sent_bytes }
+        Held { version, image, deltas: Mutex::default(), leases, sent_bytes }
     }
 
     pub fn version(&self) -> Version {
@@ -308,26 +308,27 @@ impl Held {
         self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    pub(crate) fn set_delta(&self, base: Root, blob: Blob) {
-        *self.delta.lock().expect("held only to copy") = Some((base, blob));
+    /// The version before first.
+    pub(crate) fn set_deltas(&self, deltas: Vec<(Root, Blob)>) {
+        *self.deltas.lock().expect("held only to copy") = deltas;
     }
 
     pub(crate) fn image(&self) -> &Blob {
         &self.image
     }
 
-    /// The delta, whatever its base.
-    pub(crate) fn any_delta(&self) -> Option<Blob> {
-        let delta = self.delta.lock().expect("held only to copy");
-        delta.as_ref().map(|(_, blob)| blob.clone())
+    /// The delta to the newest base.
+    pub(crate) fn first_delta(&self) -> Option<Blob> {
+        let deltas = self.deltas.lock().expect("held only to copy");
+        deltas.first().map(|(_, blob)| blob.clone())
     }
 
     pub(crate) fn blob(&self, id: BlobId, base: Root) -> Option<Blob> {
         match id {
             BlobId::Image => Some(self.image.clone()),
             BlobId::Delta => {
-                let delta = self.delta.lock().expect("held only to copy");
-                delta.as_ref().filter(|(b, _)| *b == base).map(|(_, blob)| blob.clone())
+                let deltas = self.deltas.lock().expect("held only to copy");
+                deltas.iter().find(|(b, _)| *b == base).map(|(_, blob)| blob.clone())
             }
         }
     }
@@ -369,11 +370,6 @@ impl Stamp {
     /// Of memory as it is now.
     pub(crate) fn of(cell: &Arc<AtomicU64>) -> Stamp {
         Stamp { cell: Arc::clone(cell), seen: cell.load(Ordering::Acquire) }
-    }
-
-    /// Of memory that is never given away.
-    pub(crate) fn forever() -> Stamp {
-        Stamp::of(&Arc::new(AtomicU64::new(0)))
     }
 
     /// Of the same memory at the same time.

@@ -7,21 +7,22 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anabranch_proto::grant::ServeKey;
-use anabranch_proto::manifest::{DEFAULT_CHUNK_BYTES, DType, Kind, Manifest};
-use anabranch_proto::version::{Root, Version};
+use anabranch_proto::manifest::{DEFAULT_CHUNK_BYTES, DType, Manifest};
+use anabranch_proto::version::Version;
 use tokio::sync::oneshot;
 
 use crate::arena::home::{Home, ShmArena};
 use crate::arena::{Arena, ArenaError, Begun, Sealer, SlotWriter};
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::chunks::{ChunkSet, Ledger};
-use crate::delta;
 use crate::export::{Export, ExportError};
-use crate::holder::{Backing, Blob, Held, Holder, Stamp};
+use crate::holder::{Held, Holder};
 use crate::layout::{Layout, LayoutError, TensorSpec};
 use crate::listen::{LinkKind, Listen, Listener};
 use crate::serve::{ServeError, ServeLimits, Server};
-use crate::shm::SharedMap;
+
+mod offer;
+
+use offer::Offers;
 
 #[derive(Clone, Debug)]
 pub struct PublisherConfig {
@@ -36,7 +37,7 @@ pub struct PublisherConfig {
     pub chunk_bytes: u32,
     /// Threads that hash a published version and code its delta.
     pub hash_threads: usize,
-    /// Also offer each version as a delta to the one before.
+    /// Also offer each version as a delta to the one before, and as a chain of deltas to older ones.
     pub delta: bool,
     /// Give the memory names, so that receivers of this host take it over instead of copying it.
     pub shm: Option<ShmArena>,
@@ -65,6 +66,7 @@ pub struct Publisher {
     /// One publish at a time.
     publishing: Mutex<()>,
     last: Arc<Mutex<Last>>,
+    offers: Arc<Offers>,
 }
 
 /// What later versions are compared with.
@@ -165,8 +167,8 @@ impl Publisher {
         let listener = Listener::bind(&Listen { at: config.listen, links, advertise })?;
         let mut server = Server::serve(listener, holder, config.limits.clone())?;
         socket.map_or(Ok(()), |socket| server.listen_locally(&socket))?;
-        let (publishing, last) = (Mutex::default(), Arc::default());
-        Ok(Publisher { server, config, arena, export, publishing, last })
+        let (publishing, last, offers) = (Mutex::default(), Arc::default(), Arc::default());
+        Ok(Publisher { server, config, arena, export, publishing, last, offers })
     }
 
     /// The key that the manager gave: without one, nobody can read.
@@ -269,6 +271,7 @@ impl Publisher {
         let (config, layout, last) =
             (self.config.clone(), Arc::clone(layout), Arc::clone(&self.last));
         let (arena, export) = (self.arena.clone(), self.export.clone());
+        let offers = Arc::clone(&self.offers);
         let seal = move || {
             let threads = config.hash_threads;
             let Some((held, manifest)) = sealer.run(config.epoch, number, &layout, threads) else {
@@ -280,7 +283,7 @@ impl Publisher {
             if let Some((base, base_manifest)) = before.filter(|_| config.delta)
                 && base_manifest.tensors == manifest.tensors
             {
-                delta_bytes = offer_delta(&arena, &config, base, &held, &manifest);
+                delta_bytes = offers.offer(&arena, &config, base, &held, &manifest);
             }
             let export = export.and_then(|export| exported(&export, &arena, &held));
             let sealed_in = started.elapsed();
@@ -326,54 +329,6 @@ fn exported(
         tracing::error!(%version, %error, "not exported; it is served from here all the same");
     }
     Some(written.map_err(Arc::new))
-}
-
-/// Lends the difference to the version before as well, if it is in memory still and worth its bytes.
-fn offer_delta(
-    arena: &Arena,
-    config: &PublisherConfig,
-    base: Version,
-    held: &Held,
-    manifest: &Manifest,
-) -> Option<u64> {
-    let version = held.version();
-    let (old, old_stamp) = arena.sealed(base.root)?;
-    let (new, new_stamp) = arena.sealed(version.root)?;
-    // A newer publish may take either slot meanwhile; what was coded from it is thrown away.
-    let valid = || old_stamp.is_valid() && new_stamp.is_valid();
-    let worth = |raw, coded| valid() && (raw < DELTA_TRIAL_BYTES || coded < raw / 4 * 3);
-    let image = 0..manifest.image_bytes;
-    let coded = old.read(image.clone(), |old| {
-        new.read(image, |new| delta::encode(manifest, old, new, config.hash_threads, &worth))
-    });
-    let coded = coded.filter(|c| valid() && (c.len() as u64) < manifest.image_bytes)?;
-    let bytes = coded.len() as u64;
-    let blob = delta_blob(&coded, config.chunk_bytes, base.root, version.root);
-    match blob {
-        Ok(blob) => held.set_delta(base.root, blob),
-        Err(error) => {
-            tracing::warn!(%version, %error, "no memory for the delta; the version goes out in full");
-            return None;
-        }
-    }
-    Some(bytes)
-}
-
-/// After so many bytes it is clear whether a version is worth a delta.
-const DELTA_TRIAL_BYTES: u64 = 8 << 20;
-
-fn delta_blob(coded: &[u8], chunk_bytes: u32, base: Root, result: Root) -> std::io::Result<Blob> {
-    let image_bytes = coded.len() as u64;
-    let map = SharedMap::anonymous("anabranch-delta", image_bytes)?;
-    map.write(0..image_bytes, |out| out.copy_from_slice(coded));
-    let chunk_hashes =
-        coded.chunks(chunk_bytes as usize).map(|c| *blake3::hash(c).as_bytes()).collect();
-    let kind = Kind::Delta { base, result };
-    let manifest = Manifest { kind, chunk_bytes, image_bytes, tensors: Vec::new(), chunk_hashes };
-    let ledger = Arc::new(Ledger::new(ChunkSet::full(manifest.chunk_count())));
-    let encoded = manifest.encode().into();
-    let (file, stamp) = (Backing::Own(Arc::clone(map.backing())), Stamp::forever());
-    Ok(Blob { file, manifest: Arc::new(manifest), encoded, ledger, stamp })
 }
 
 fn lock(last: &Mutex<Last>) -> MutexGuard<'_, Last> {

@@ -144,6 +144,64 @@ fn pair(m: &Manifest, seed: u64, density: f64, fate: Fate) -> (Vec<u8>, Vec<u8>)
     (old, new)
 }
 
+/// Newest first.
+fn chained(deltas: &[(Root, &Vec<u8>)]) -> Vec<u8> {
+    let link = |(base, blob): &(Root, &Vec<u8>)| {
+        [&chain::head(*base, blob.len() as u64)[..], blob.as_slice()].concat()
+    };
+    deltas.iter().flat_map(link).collect()
+}
+
+fn apply_chain(m: &Manifest, from: Root, bytes: &[u8], base: &[u8]) -> Result<Vec<u8>, DeltaError> {
+    let read = |r: Range<u64>| bytes.get(r.start as usize..r.end as usize).map(<[u8]>::to_vec);
+    let chain = chain::Chain::parse(m, from, bytes.len() as u64, &mut { read })?;
+    let mut out = vec![0x33; base.len()];
+    let mut workspace = Workspace::default();
+    for at in 0..chain.block_count() {
+        let range = chain.range(at).start as usize..chain.range(at).end as usize;
+        let (mut old, block) = (Some(&base[range.clone()]), &mut out[range]);
+        for payload in chain.payloads(at) {
+            let payload = &bytes[payload.start as usize..payload.end as usize];
+            chain.apply_payload(at, payload, old.take(), block, &mut workspace)?;
+        }
+    }
+    Ok(out)
+}
+
+#[test]
+fn a_chain_leads_from_any_of_its_bases_and_from_no_other() {
+    let m = manifest(&[(DType::BF16, 200_000), (DType::U8, 77)]);
+    let root = |n: u8| Root([n; 32]);
+    let (mut versions, mut deltas) = (Vec::new(), Vec::new());
+    let (mut now, _) = pair(&m, 1, 0.0, Fate::Same);
+    for step in 0..4u64 {
+        versions.push(now.clone());
+        let mut random = Random(step + 9);
+        for byte in &mut now {
+            *byte ^= if random.next() % 300 == 0 { 3 } else { 0 };
+        }
+        let base = versions.last().expect("pushed");
+        deltas
+            .insert(0, (root(step as u8), encode(&m, base, &now, 1, &|_, _| true).expect("coded")));
+    }
+    let all: Vec<(Root, &Vec<u8>)> = deltas.iter().map(|(r, d)| (*r, d)).collect();
+    let whole = chained(&all);
+    for behind in 1..=4 {
+        let from = 4 - behind;
+        let part = &whole[..chained(&all[..behind]).len()];
+        let led = apply_chain(&m, root(from as u8), part, &versions[from]).expect("applied");
+        assert!(led == now, "{behind} versions behind");
+        let other = apply_chain(&m, root(99), part, &versions[from]);
+        assert_eq!(other, Err(DeltaError::Base { from: root(from as u8), base: root(99) }));
+        for cut in [0, 1, 39, 41, part.len() / 2, part.len() - 1] {
+            let cut = apply_chain(&m, root(from as u8), &part[..cut], &versions[from]);
+            assert!(cut.is_err(), "cut off");
+        }
+    }
+    let endless = chain::head(root(0), 0).repeat(1000);
+    assert!(apply_chain(&m, root(0), &endless, &now).is_err());
+}
+
 fn images() -> impl Strategy<Value = (Manifest, Vec<u8>, Vec<u8>)> {
     let dtype = proptest::sample::select(DType::ALL.to_vec());
     let tensors = proptest::collection::vec((dtype, 1u64..700), 1..6);
@@ -163,13 +221,8 @@ proptest! {
         let mut out = vec![0x55; new.len()];
         apply(&m, &blob, &old, &mut out).expect("applied");
         prop_assert!(out == new);
-        let delta = Delta::parse(&m, &blob).expect("parsed");
-        let mut in_place = old.clone();
-        for at in 0..delta.block_count() {
-            let range = delta.range(at);
-            let block = &mut in_place[range.start as usize..range.end as usize];
-            delta.apply_block(at, None, block, &mut Workspace::default()).expect("applied");
-        }
+        let chain = chained(&[(Root([1; 32]), &blob)]);
+        let in_place = apply_chain(&m, Root([1; 32]), &chain, &old).expect("applied");
         prop_assert!(in_place == new);
     }
 
@@ -193,13 +246,14 @@ proptest! {
     ) {
         let mut random = Random(seed);
         let old: Vec<u8> = (0..130 * kind.bytes()).map(|_| random.next() as u8).collect();
-        let (mut out, mut scratch) = (old.clone(), Scratch::default());
+        let spec = BlockSpec { range: 0..old.len(), dtype: kind };
+        let (mut out, mut workspace) = (old.clone(), Workspace::default());
         let coded = [&[CHANGES], payload.as_slice()].concat();
-        let applied = apply_block(kind, &coded, Some(&old), &mut out, &mut scratch);
+        let applied = apply_block(7, &spec, &coded, Some(&old), &mut out, &mut workspace);
         if applied.is_ok() {
             let longer = [coded.as_slice(), &[0]].concat();
-            let applied = apply_block(kind, &longer, Some(&old), &mut out, &mut scratch);
-            prop_assert_eq!(applied, Err(BadBits));
+            let applied = apply_block(7, &spec, &longer, Some(&old), &mut out, &mut workspace);
+            prop_assert_eq!(applied, Err(DeltaError::Block(7)));
         }
     }
 

@@ -1,8 +1,9 @@
-//! Getting a version as a delta to the one that is staged. What this leaves undone, for whatever
-//! reason, is fetched in full: every chunk of the result is verified like any other.
+//! Getting a version as a delta to the one that is staged, or as a chain of them. What this leaves undone,
+//! for whatever reason, is fetched in full: every chunk of the result is verified like any other.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use anabranch_proto::manifest::{Kind, Manifest};
 use anabranch_proto::version::Root;
@@ -11,15 +12,31 @@ use super::pool::Session;
 use super::pull::{self, Job, Sink};
 use super::{FetchError, FetchReport, FetchRequest, Shared, StreamError};
 use crate::chunks::{ChunkSet, Ledger};
-use crate::delta::{Delta, Workspace};
-use crate::holder::{Backing, Blob, Held, Stamp};
-use crate::shm::SharedMap;
-use crate::staging::{Base, Filler, Filling};
+use crate::delta::choice::{Rates, Way, choose};
+use crate::delta::memory::DeltaMemory;
+use crate::holder::{Backing, Blob, Held};
+use crate::staging::{Base, Filling};
 use crate::wire::{BlobId, Message};
 
-/// A delta is taken if it costs less than this share of the bytes that are missing.
-const WORTH: f64 = 0.8;
-const APPLY_THREADS: usize = 4;
+mod apply;
+
+use apply::{Applied, Arriving, apply};
+
+/// Rates of less than this are of the beginning of a transfer, not of the link.
+const TELLING_BYTES: u64 = 64 << 20;
+
+/// What a fetcher keeps for its deltas.
+#[derive(Default)]
+pub(super) struct Deltas {
+    memory: DeltaMemory,
+    rates: Mutex<Rates>,
+}
+
+/// A delta's manifest as it came; `None` where it is malformed.
+struct Offered {
+    manifest: Manifest,
+    encoded: Arc<[u8]>,
+}
 
 /// Fills what it can of the slot; tells in the report how many bytes that took.
 pub(super) fn try_delta(
@@ -34,52 +51,90 @@ pub(super) fn try_delta(
     let Some((manifest, encoded)) = find(shared, request, base.root, missing) else {
         return Ok(());
     };
-    let memory = match SharedMap::anonymous("anabranch-delta", manifest.image_bytes) {
-        Ok(memory) => Arc::new(memory),
+    let (map, stamp) = match shared.deltas.memory.take(manifest.image_bytes) {
+        Ok(memory) => memory,
         Err(error) => {
             tracing::warn!(%error, "no memory for a delta; fetching the version in full");
             return Ok(());
         }
     };
     let ledger = Arc::new(Ledger::new(ChunkSet::empty(manifest.chunk_count())));
-    let sink = Sink::Memory { map: Arc::clone(&memory), ledger: Arc::clone(&ledger) };
-    let job = Job { blob: BlobId::Delta, base: base.root, manifest: Arc::clone(&manifest), sink };
-    let before = report.received_bytes;
-    match pull::pull(shared, request, job, report) {
-        Ok(()) => {}
-        Err(FetchError::Cancelled(version)) => return Err(FetchError::Cancelled(version)),
-        Err(error) => {
-            tracing::warn!(%error, "no delta; fetching the version in full");
-            return Ok(());
+    let file = Backing::Own(Arc::clone(map.backing()));
+    let (lent, chunks) = (Arc::clone(&manifest), Arc::clone(&ledger));
+    // Peers with the same base may have it from here while it comes in.
+    let blob = Blob { file, manifest: lent, encoded, ledger: chunks, stamp };
+    held.set_deltas(vec![(base.root, blob)]);
+    let arriving = Arriving { map, manifest, ledger, ended: AtomicBool::new(false) };
+    let applied = pull_and_apply(shared, request, filling, &base, &arriving, report);
+    if !filling.filler().ledger.is_full() {
+        held.set_deltas(Vec::new());
+        if applied.is_ok() {
+            let version = request.version;
+            tracing::warn!(%version, "a delta did not give the version; fetching the rest in full");
         }
     }
+    applied
+}
+
+/// An error only where the fetch was cancelled.
+fn pull_and_apply(
+    shared: &Arc<Shared>,
+    request: &FetchRequest,
+    filling: &Filling,
+    base: &Base,
+    arriving: &Arriving,
+    report: &mut FetchReport,
+) -> Result<(), FetchError> {
+    let cancel = request.cancel.child_token();
+    let cancellable = FetchRequest { cancel: cancel.clone(), ..request.clone() };
+    let sink =
+        Sink::Memory { map: Arc::clone(&arriving.map), ledger: Arc::clone(&arriving.ledger) };
+    let manifest = Arc::clone(&arriving.manifest);
+    let job = Job { blob: BlobId::Delta, base: base.root, manifest, sink };
+    let (before, started) = (report.received_bytes, Instant::now());
+    let (pulled, applied) = std::thread::scope(|scope| {
+        let applier = scope.spawn(|| {
+            let applied = apply(arriving, base, filling.filler());
+            if applied.is_err() {
+                // The rest of it is of no use.
+                cancel.cancel();
+            }
+            applied
+        });
+        let pulled = pull::pull(shared, &cancellable, job, report);
+        arriving.ended.store(true, Ordering::Release);
+        (pulled, applier.join().expect("applying does not panic"))
+    });
     report.delta_bytes = report.received_bytes - before;
-    let file = Backing::Own(Arc::clone(memory.backing()));
-    let blob =
-        Blob { file, manifest: Arc::clone(&manifest), encoded, ledger, stamp: Stamp::forever() };
-    if apply(&memory, &manifest, &base, filling.filler()) {
-        held.set_delta(base.root, blob);
-    } else {
-        tracing::warn!(version = %request.version, "a delta did not give the version; fetching the rest in full");
+    shared.deltas.note_link(report.delta_bytes, started.elapsed());
+    if request.cancel.is_cancelled() {
+        return Err(FetchError::Cancelled(request.version));
+    }
+    match (pulled, applied) {
+        (Ok(()), Ok(applied)) => shared.deltas.note_applied(&applied),
+        (Ok(()) | Err(FetchError::Cancelled(_)), Err(error)) => {
+            tracing::warn!(%error, "a delta that cannot be applied");
+        }
+        (Err(error), _) => tracing::warn!(%error, "no delta; fetching the version in full"),
     }
     Ok(())
 }
 
-/// The manifest of a delta from `base` that is worth its bytes, from the first source that has one.
+/// The manifest of a delta from `base` that is worth it, from the first source that has one.
 fn find(
     shared: &Shared,
     request: &FetchRequest,
     base: Root,
     missing: u64,
 ) -> Option<(Arc<Manifest>, Arc<[u8]>)> {
+    let rates = shared.deltas.rates();
     for source in &request.sources {
         if request.cancel.is_cancelled() {
             return None;
         }
         let asked = Session::open(shared, source, base).and_then(|mut session| {
-            let worth =
-                session.delta_bytes > 0 && (session.delta_bytes as f64) < WORTH * missing as f64;
-            let manifest = if worth { ask(&mut session)? } else { None };
+            let way = choose(session.delta_bytes, missing, rates);
+            let manifest = if way == Way::Delta { ask(&mut session)? } else { None };
             session.keep(shared);
             Ok(manifest)
         });
@@ -98,12 +153,6 @@ fn find(
     None
 }
 
-/// A delta's manifest as it came; `None` where it is malformed.
-struct Offered {
-    manifest: Manifest,
-    encoded: Arc<[u8]>,
-}
-
 fn ask(session: &mut Session) -> Result<Option<Offered>, StreamError> {
     session.link.send(&Message::WantManifest { blob: BlobId::Delta })?;
     match session.link.receive()? {
@@ -116,66 +165,28 @@ fn ask(session: &mut Session) -> Result<Option<Offered>, StreamError> {
     }
 }
 
-/// New = f(base, delta) into the chunks that are not verified yet; true if all are, after.
-fn apply(blob: &SharedMap, manifest: &Manifest, base: &Base, filler: &Filler) -> bool {
-    let kept = filler.ledger.snapshot();
-    let applied = blob.read(0..manifest.image_bytes, |bytes| {
-        let delta = Delta::parse(filler.manifest(), bytes);
-        delta.map(|delta| apply_blocks(&delta, base, filler, &kept))
-    });
-    match applied {
-        Ok(true) => {}
-        Ok(false) => return false,
-        Err(error) => {
-            tracing::warn!(%error, "malformed delta");
-            return false;
+// === impl Deltas ===
+
+impl Deltas {
+    /// That `bytes` came over the link in `took`.
+    pub(super) fn note_link(&self, bytes: u64, took: Duration) {
+        if bytes >= TELLING_BYTES && !took.is_zero() {
+            self.lock().link_bytes_per_s = Some(bytes as f64 / took.as_secs_f64());
         }
     }
-    let next = AtomicUsize::new(0);
-    let count = filler.manifest().chunk_count() as usize;
-    on_threads(|| {
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= count {
-                return;
-            }
-            if !kept.contains(index as u32) {
-                filler.verify(index as u32);
-            }
-        }
-    });
-    filler.ledger.is_full()
-}
 
-fn apply_blocks(delta: &Delta<'_>, base: &Base, filler: &Filler, kept: &ChunkSet) -> bool {
-    let (next, good) = (AtomicUsize::new(0), AtomicBool::new(true));
-    on_threads(|| {
-        let (mut workspace, mut new) = (Workspace::default(), Vec::new());
-        loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            if at >= delta.block_count() || !good.load(Ordering::Relaxed) {
-                return;
-            }
-            let range = delta.range(at);
-            new.resize((range.end - range.start) as usize, 0);
-            let applied = base.map().read(range.clone(), |old| {
-                delta.apply_block(at, Some(old), &mut new, &mut workspace)
-            });
-            match applied {
-                Ok(()) => filler.write_unverified(range.start, &new, kept),
-                Err(_) => good.store(false, Ordering::Relaxed),
-            }
+    fn note_applied(&self, applied: &Applied) {
+        if applied.bytes >= TELLING_BYTES && !applied.busy.is_zero() {
+            let one = applied.bytes as f64 / applied.busy.as_secs_f64();
+            self.lock().apply_bytes_per_s = Some(one * f64::from(applied.speedup));
         }
-    });
-    good.into_inner()
-}
+    }
 
-fn on_threads(work: impl Fn() + Sync) {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        for _ in 1..cores.min(APPLY_THREADS) {
-            scope.spawn(&work);
-        }
-        work();
-    });
+    fn rates(&self) -> Rates {
+        *self.lock()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Rates> {
+        self.rates.lock().expect("held only to note")
+    }
 }
