@@ -178,7 +178,7 @@ fn a_chain_leads_from_any_of_its_bases_and_from_no_other() {
         versions.push(now.clone());
         let mut random = Random(step + 9);
         for byte in &mut now {
-            *byte ^= if random.next() % 300 == 0 { 3 } else { 0 };
+            *byte ^= if random.next().is_multiple_of(300) { 3 } else { 0 };
         }
         let base = versions.last().expect("pushed");
         deltas
