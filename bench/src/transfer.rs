@@ -25,6 +25,7 @@ mod lab;
 mod machine;
 mod netns;
 // figures
+mod deaths;
 mod delta;
 mod fan_out;
 mod line_rate;
@@ -55,7 +56,7 @@ pub struct TransferArgs {
     pub dir: Option<PathBuf>,
 }
 
-const LETTERS: &str = "ABCD";
+const LETTERS: &str = "ABCDF";
 
 /// Runs, prints, writes; true where every figure met its goal.
 #[allow(clippy::print_stdout)]
@@ -103,6 +104,7 @@ async fn figure(letter: char, lab: &Lab, pairs: Option<&Path>) -> anyhow::Result
             let bytes = lab.size(DELTA_BYTES);
             blocking(move || delta::figure_d(bytes)).await
         }
+        'F' => Box::pin(deaths::figures(lab)).await,
         other => bail!("there is no figure {other}"),
     }
 }

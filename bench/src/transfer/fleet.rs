@@ -11,11 +11,12 @@ use super::netns::{Net, Traffic};
 use super::order::*;
 
 pub const RATE: &str = "200mbit";
-const STREAMS: usize = 4;
+const STREAMS: usize = 2;
 
 pub struct Fleet<'a> {
-    pub lab: &'a Lab,
+    lab: &'a Lab,
     pub net: Net,
+    figure: String,
     pub trainer: Server,
     /// Receiver `i` is host `i + 1`.
     pub receivers: Vec<Server>,
@@ -30,20 +31,34 @@ pub struct Arrival {
 impl<'a> Fleet<'a> {
     pub async fn start(lab: &'a Lab, figure: &str, receivers: usize) -> anyhow::Result<Fleet<'a>> {
         let net = Net::up(receivers, RATE).await?;
-        let host = lab.start(&format!("{figure}-trainer"), net.command(0)?)?;
-        let trainer = lab.trainer(host, &Net::ip(0), false).await?;
-        let mut fleet = Fleet { lab, net, trainer, receivers: Vec::new() };
+        let trainer = train(lab, &net, figure).await?;
+        let mut fleet =
+            Fleet { lab, net, figure: figure.to_owned(), trainer, receivers: Vec::new() };
         for at in 0..receivers {
-            let receiver = fleet.receiver(&format!("{figure}-r{at}"), at).await?;
+            let receiver = fleet.receiver(at).await?;
             fleet.receivers.push(receiver);
         }
         Ok(fleet)
     }
 
-    /// The process of receiver `at`: another life of it finds what the one before left.
-    pub async fn receiver(&self, name: &str, at: usize) -> anyhow::Result<Server> {
-        let host = self.lab.start(name, self.net.command(at + 1)?)?;
-        self.lab.receiver(host, &Net::ip(at + 1)).await
+    async fn receiver(&self, at: usize) -> anyhow::Result<Server> {
+        let name = format!("{}-r{at}", self.figure);
+        let host = self.lab.start(&name, self.net.command(at + 1)?)?;
+        self.lab.receiver(host, Net::addr(at + 1)).await
+    }
+
+    /// Another life of a receiver that was killed.
+    pub async fn restart(&mut self, at: usize) -> anyhow::Result<()> {
+        self.receivers[at] = self.receiver(at).await?;
+        Ok(())
+    }
+
+    /// Another life of the trainer: it publishes the same bytes again.
+    pub async fn restart_trainer(&mut self, issued: &Issued, bytes: u64) -> anyhow::Result<()> {
+        self.trainer = train(self.lab, &self.net, &self.figure).await?;
+        let again = self.publish(issued.version.number, bytes).await?;
+        anyhow::ensure!(again.version == issued.version, "the same bytes got another root");
+        Ok(())
     }
 
     pub async fn publish(&self, number: u64, bytes: u64) -> anyhow::Result<Issued> {
@@ -51,7 +66,7 @@ impl<'a> Fleet<'a> {
         self.trainer.host.ask(Order::Publish(order)).await
     }
 
-    /// Lets receiver `at` fetch from these hosts, the trainer being `None`.
+    /// Lets receiver `at` fetch by `feed`.
     pub async fn fetch(
         &self,
         at: usize,
@@ -86,7 +101,7 @@ impl<'a> Fleet<'a> {
     pub async fn fan_out(&self, issued: &Issued) -> anyhow::Result<Vec<Arrival>> {
         let started = Instant::now();
         let mut pending = Vec::new();
-        for (at, feed) in chains(self.receivers.len()).iter().enumerate() {
+        for (at, feed) in chains(self.receivers.len(), 0).iter().enumerate() {
             let order = self.fetch(at, &issued.version, feed).await?;
             pending.push((started.elapsed(), order));
         }
@@ -130,7 +145,7 @@ impl<'a> Fleet<'a> {
 
 impl Arrival {
     /// By the receiver's own clock, from when it was asked.
-    fn of(asked: Duration, fetched: Fetched) -> Arrival {
+    pub fn of(asked: Duration, fetched: Fetched) -> Arrival {
         Arrival { after: asked + Duration::from_secs_f64(fetched.took_ms / 1e3), fetched }
     }
 }
@@ -148,17 +163,29 @@ impl Feed {
     }
 }
 
-/// Two chains through all receivers, one in order, one against it; everybody falls back on those before it.
-fn chains(receivers: usize) -> Vec<Feed> {
-    (0..receivers)
-        .map(|at| {
-            let before = (at > 0).then(|| at - 1);
-            let after = (at + 1 < receivers).then_some(at + 1);
-            let mut sources = vec![(before, vec![0]), (after, vec![1])];
-            if before.is_some() && after.is_some() {
-                sources.push((None, Vec::new()));
-            }
-            Feed { sources, stripe_count: 2 }
-        })
-        .collect()
+/// Two chains through `relays` receivers, one in order, one against it, and leaves at their ends. Everybody falls
+/// back on the trainer, a leaf first on the other receivers.
+pub fn chains(relays: usize, leaves: usize) -> Vec<Feed> {
+    let feed = |sources| Feed { sources, stripe_count: 2 };
+    let relay = |at: usize| {
+        let before = (at > 0).then(|| at - 1);
+        let after = (at + 1 < relays).then_some(at + 1);
+        let mut sources = vec![(before, vec![0]), (after, vec![1])];
+        if before.is_some() && after.is_some() {
+            sources.push((None, Vec::new()));
+        }
+        feed(sources)
+    };
+    let leaf = |_| {
+        let mut sources = vec![(Some(relays - 1), vec![0]), (Some(0), vec![1])];
+        sources.extend((1..relays - 1).map(|at| (Some(at), Vec::new())));
+        sources.push((None, Vec::new()));
+        feed(sources)
+    };
+    (0..relays).map(relay).chain((0..leaves).map(leaf)).collect()
+}
+
+async fn train(lab: &Lab, net: &Net, figure: &str) -> anyhow::Result<Server> {
+    let host = lab.start(&format!("{figure}-trainer"), net.command(0)?)?;
+    lab.trainer(host, Net::addr(0), false).await
 }

@@ -153,11 +153,15 @@ fn lock(waiting: &Mutex<Waiting>) -> std::sync::MutexGuard<'_, Waiting> {
 // === impl Pending ===
 
 impl Pending {
-    pub async fn answer<T: DeserializeOwned>(self) -> anyhow::Result<T> {
-        let outcome = self.done.await.map_err(|_| anyhow!("{} ended", self.host))?;
+    pub async fn answer<T: DeserializeOwned>(mut self) -> anyhow::Result<T> {
+        self.answer_in_place().await
+    }
+
+    /// As [`Pending::answer`], once.
+    pub async fn answer_in_place<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
+        let outcome = (&mut self.done).await.map_err(|_| anyhow!("{} ended", self.host))?;
         let value = outcome.map_err(|why| anyhow!("{}: {why}", self.host))?;
-        serde_json::from_value(value)
-            .with_context(|| format!("{} answered something else", self.host))
+        serde_json::from_value(value).with_context(|| format!("{} answered otherwise", self.host))
     }
 
     /// Returns when so many bytes are verified, or the order is over.

@@ -1,6 +1,7 @@
 //! Where figures are made: hosts on loopback or in network namespaces, one key, one folder of logs, one staging
 //! root. Owns those; what the hosts do is the figure's business.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -25,6 +26,9 @@ pub struct Lab {
     key: [u8; 32],
     nonce: AtomicU64,
 }
+
+/// Loopback, any port.
+pub const LOCAL: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// A host that serves, and where.
 pub struct Server {
@@ -69,16 +73,22 @@ impl Lab {
         Host::start(name, command, &self.work.path().join(format!("{name}.log")))
     }
 
-    pub async fn trainer(&self, host: Host, ip: &str, delta: bool) -> anyhow::Result<Server> {
-        let (key, job, ip) = (hex::encode(self.key), JOB.to_owned(), ip.to_owned());
-        let order = Order::Train(Train { key, job, ip, epoch: 1, delta });
+    pub async fn trainer(
+        &self,
+        host: Host,
+        listen: SocketAddr,
+        delta: bool,
+    ) -> anyhow::Result<Server> {
+        let (key, job) = (hex::encode(self.key), JOB.to_owned());
+        let order = Order::Train(Train { key, job, listen, epoch: 1, delta });
         serving(host, order).await
     }
 
-    pub async fn receiver(&self, host: Host, ip: &str) -> anyhow::Result<Server> {
-        let (key, job, ip) = (hex::encode(self.key), JOB.to_owned(), ip.to_owned());
+    /// Another life of a host finds what the one before left in its staging area.
+    pub async fn receiver(&self, host: Host, listen: SocketAddr) -> anyhow::Result<Server> {
+        let (key, job) = (hex::encode(self.key), JOB.to_owned());
         let (staging, progress_ms) = (self.staging(&host.name), PROGRESS.as_millis() as u64);
-        let order = Order::Receive(Receive { key, job, ip, staging, progress_ms });
+        let order = Order::Receive(Receive { key, job, listen, staging, progress_ms });
         serving(host, order).await
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::process::Command;
 
-use super::lab::{Lab, Server};
+use super::lab::{LOCAL, Lab, Server};
 use super::machine;
 use super::order::*;
 use super::report::{Figure, median};
@@ -37,8 +37,8 @@ pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
             Figure::absent("A.cpu", 1.15, "x", &why),
         ]);
     }
-    let trainer = lab.trainer(lab.local("a-trainer")?, "127.0.0.1", false).await?;
-    let receiver = lab.receiver(lab.local("a-receiver")?, "127.0.0.1").await?;
+    let trainer = lab.trainer(lab.local("a-trainer")?, LOCAL, false).await?;
+    let receiver = lab.receiver(lab.local("a-receiver")?, LOCAL).await?;
     let versions = [publish(&trainer, 1, bytes).await?, publish(&trainer, 2, bytes).await?];
     let Listening { addrs } = trainer.host.ask(Order::RawServe { bytes }).await?;
     let mut rounds = Vec::new();

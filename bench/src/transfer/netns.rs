@@ -1,6 +1,7 @@
 //! Hosts with limited links: network namespaces made by `scripts/bench/netns.sh`, which is part of this program. Owns
 //! the script's process, with whose stdin the namespaces go, however the bench ends.
 
+use std::net::SocketAddr;
 use std::process::Stdio;
 
 use anyhow::{Context, bail};
@@ -8,6 +9,8 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
 
 const SCRIPT: &str = include_str!("../../../scripts/bench/netns.sh");
+
+const PORT: u16 = 7077;
 
 pub struct Net {
     script: Child,
@@ -50,8 +53,9 @@ impl Net {
         Ok(command)
     }
 
-    pub fn ip(n: usize) -> String {
-        format!("10.77.0.{}", n + 1)
+    /// The same over all lives of host `n`.
+    pub fn addr(n: usize) -> SocketAddr {
+        SocketAddr::from(([10, 77, 0, n as u8 + 1], PORT))
     }
 
     /// Down is a pulled cable: nothing is refused, nothing arrives.

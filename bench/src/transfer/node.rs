@@ -2,7 +2,7 @@
 //! stdin. Owns its threads, its staging area and its answers; decides nothing. Ends with its stdin.
 
 use std::io::{BufRead, Write};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -113,9 +113,9 @@ impl Node {
         let staging = Staging::open(shm, name)?;
         let holder = Holder::new(&order.job);
         holder.set_key(key(&order.key)?);
-        let listen = SocketAddr::new(order.ip.parse().context("the node's address")?, 0);
         // As the transfers that the figures compare with.
-        let listen = Listen { links: vec![LinkKind::Tcp], ..Listen::at(listen) };
+        let links = vec![LinkKind::Tcp];
+        let listen = Listen { links, ..Listen::at(order.listen) };
         let server =
             Server::serve(Listener::bind(&listen)?, holder.clone(), ServeLimits::default())?;
         let progress = std::time::Duration::from_millis(order.progress_ms);
@@ -132,7 +132,7 @@ impl Node {
 
     fn train(&self, order: Train) -> anyhow::Result<Listening> {
         let mut config = PublisherConfig::loopback(&order.job, order.epoch);
-        config.listen = SocketAddr::new(order.ip.parse().context("the node's address")?, 0);
+        config.listen = order.listen;
         config.links = vec![LinkKind::Tcp];
         config.hash_threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
         config.delta = order.delta;

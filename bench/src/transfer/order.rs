@@ -2,6 +2,7 @@
 //! the words only.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anabranch_proto::version::{Root, Version};
@@ -43,8 +44,8 @@ pub enum Order {
 pub struct Receive {
     pub key: String,
     pub job: String,
-    /// The address that others reach this host at.
-    pub ip: String,
+    /// The address that others reach this host at; port 0 lets the system choose.
+    pub listen: SocketAddr,
     pub staging: PathBuf,
     /// A stream that moves no byte for so long is given up.
     pub progress_ms: u64,
@@ -54,7 +55,7 @@ pub struct Receive {
 pub struct Train {
     pub key: String,
     pub job: String,
-    pub ip: String,
+    pub listen: SocketAddr,
     pub epoch: u32,
     pub delta: bool,
 }
