@@ -28,8 +28,10 @@ mod netns;
 mod deaths;
 mod delta;
 mod fan_out;
+mod late;
 mod line_rate;
 mod pairs;
+mod stall;
 
 use lab::Lab;
 use report::{Figure, Report};
@@ -56,7 +58,7 @@ pub struct TransferArgs {
     pub dir: Option<PathBuf>,
 }
 
-const LETTERS: &str = "ABCDF";
+const LETTERS: &str = "ABCDFGH";
 
 /// Runs, prints, writes; true where every figure met its goal.
 #[allow(clippy::print_stdout)]
@@ -105,6 +107,8 @@ async fn figure(letter: char, lab: &Lab, pairs: Option<&Path>) -> anyhow::Result
             blocking(move || delta::figure_d(bytes)).await
         }
         'F' => Box::pin(deaths::figures(lab)).await,
+        'G' => Box::pin(late::figures(lab)).await,
+        'H' => Box::pin(stall::figures(lab)).await,
         other => bail!("there is no figure {other}"),
     }
 }

@@ -6,6 +6,7 @@
 #   netns.sh exec PREFIX N CMD...   runs CMD on host N
 #   netns.sh link-down PREFIX N     as a pulled cable
 #   netns.sh link-up PREFIX N
+#   netns.sh rate PREFIX N RATE     another limit for the link of host N, both ways
 #   netns.sh down PREFIX
 #
 # RATE is tc's, 200mbit if not given. PREFIX is unique for each run, so that runs do not meet; the switch is in a
@@ -69,6 +70,14 @@ switch_port() { # PREFIX N up|down
   ip -n "$1-sw" link set "p$2" "$3"
 }
 
+rate() { # PREFIX N RATE
+  local limit="tbf rate $3 burst $BURST latency $LATENCY"
+  # shellcheck disable=SC2086
+  ip netns exec "$1-$2" tc qdisc change dev eth0 root $limit
+  # shellcheck disable=SC2086
+  ip netns exec "$1-sw" tc qdisc change dev "p$2" root $limit
+}
+
 usage() { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 64; }
 
 [ $# -ge 1 ] || usage
@@ -103,6 +112,11 @@ case "$command" in
     [ $# -eq 2 ] || usage
     need_root
     switch_port "$1" "$2" "${command#link-}"
+    ;;
+  rate)
+    [ $# -eq 3 ] || usage
+    need_root
+    rate "$1" "$2" "$3"
     ;;
   down)
     [ $# -eq 1 ] || usage

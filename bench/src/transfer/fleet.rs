@@ -90,8 +90,12 @@ impl<'a> Fleet<'a> {
 
     /// One receiver alone, straight from the trainer: what the link gives.
     pub async fn alone(&self, at: usize, issued: &Issued) -> anyhow::Result<Arrival> {
+        self.one(at, issued, &Feed::from_trainer()).await
+    }
+
+    pub async fn one(&self, at: usize, issued: &Issued, feed: &Feed) -> anyhow::Result<Arrival> {
         let started = Instant::now();
-        let pending = self.fetch(at, &issued.version, &Feed::from_trainer()).await?;
+        let pending = self.fetch(at, &issued.version, feed).await?;
         let arrival = Arrival::of(started.elapsed(), pending.answer().await?);
         self.check(at, issued).await?;
         Ok(arrival)

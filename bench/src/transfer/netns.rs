@@ -61,10 +61,19 @@ impl Net {
     /// Down is a pulled cable: nothing is refused, nothing arrives.
     pub async fn set_link(&self, n: usize, up: bool) -> anyhow::Result<()> {
         let what = if up { "link-up" } else { "link-down" };
-        let output = script(&[what, &self.prefix, &n.to_string()]).output().await?;
+        self.change(&[what, &self.prefix, &n.to_string()]).await
+    }
+
+    /// Of host `n`'s link, both ways.
+    pub async fn set_rate(&self, n: usize, rate: &str) -> anyhow::Result<()> {
+        self.change(&["rate", &self.prefix, &n.to_string(), rate]).await
+    }
+
+    async fn change(&self, args: &[&str]) -> anyhow::Result<()> {
+        let output = script(args).output().await?;
         match output.status.success() {
             true => Ok(()),
-            false => bail!("{what} of host {n}: {}", String::from_utf8_lossy(&output.stderr)),
+            false => bail!("{args:?}: {}", String::from_utf8_lossy(&output.stderr)),
         }
     }
 
