@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anabranch_proto::grant::{Grant, Role};
 use anabranch_transfer::{
-    FetchError, Holder, LinkKind, Listen, Listener, Publisher, ServeLimits, Server,
+    FeedOrder, FetchError, Holder, LinkKind, Listen, Listener, Publisher, ServeLimits, Server,
 };
 use common::udp::{UdpFault, UdpProxy};
 use common::*;
@@ -332,5 +332,30 @@ fn addresses_that_cannot_be_dialled_say_why() {
             receiver.fetcher.fetch_blocking(&request(v, vec![source("t", addr, v)])).err();
         let text = refused.expect("refused").to_string();
         assert!(text.contains(addr) && text.contains(want), "{want}: {text}");
+    }
+}
+
+#[test]
+fn a_source_behind_nat_dials_and_is_asked_over_each_link() {
+    for link in ALL {
+        let (publisher, node) = (publisher(), receiver());
+        let listen = Listen { links: vec![link], ..Listen::at(([127, 0, 0, 1], 0).into()) };
+        let listener = Listener::bind(&listen).expect("bound");
+        let server = Server::serve(listener, node.holder.clone(), ServeLimits::default());
+        let server = server.expect("server");
+        let weights = Weights::new(12, 15);
+        let v = publish(&publisher, 1, &weights).version;
+        let (job, receiver) = (JOB.to_owned(), "trainer".to_owned());
+        let grant = Grant { job, version: v, receiver, role: Role::Feed, ttl_ms: 60_000, nonce: 7 };
+        let order = FeedOrder {
+            addrs: server.addresses(),
+            grant: grant.mint(&KEY).to_vec(),
+            streams: 4,
+            connect: Duration::from_secs(2),
+        };
+        publisher.server().feed(order).expect("feed");
+        let fed = request(v, vec![source("trainer", "feed:trainer", v)]);
+        let staged = node.fetcher.fetch_blocking(&fed);
+        assert_holds(staged.unwrap_or_else(|error| panic!("{link}: {error}")).dir(), &weights);
     }
 }

@@ -6,8 +6,9 @@
 //!          ── any other ──► a plain link, where plain is offered; else a Fail that says what to dial
 //! ```
 
-use std::io::{self, BufReader, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,10 +20,10 @@ use super::stream::{ByteStream, StreamLink};
 use super::{Closer, Link, LinkError, frame, tcp};
 use crate::wire::Message;
 
-/// Taken from the socket at once: rustls by itself reads 4 KiB.
-const RECEIVE_BUFFER: usize = 128 << 10;
-/// A source only reads requests.
-const SERVE_BUFFER: usize = 4 << 10;
+/// What is read from the socket at once: enough for requests at first, more for bulk. rustls by itself
+/// reads 4 KiB.
+const FIRST_READ: usize = 4 << 10;
+const LARGEST_READ: usize = 256 << 10;
 
 /// The first byte of a TLS handshake; plain streams start with the wire's magic.
 const HANDSHAKE: u8 = 0x16;
@@ -30,8 +31,15 @@ const ALERT: u8 = 0x15;
 
 pub(crate) struct TlsStream {
     connection: Connection,
-    socket: BufReader<TcpStream>,
+    socket: Inflow,
     peer: SocketAddr,
+}
+
+/// Reads ahead, in larger steps the more there is to read.
+struct Inflow {
+    socket: TcpStream,
+    buffer: Vec<u8>,
+    unread: Range<usize>,
 }
 
 // === dialling and accepting ===
@@ -46,9 +54,9 @@ pub(crate) fn connect(addr: &PinnedAddr, within: Duration) -> Result<Box<dyn Lin
     let name = ServerName::try_from(NAME).expect("a valid name");
     let connection = ClientConnection::new(Arc::new(config), name);
     let connection = Connection::Client(connection.map_err(|error| failed(error.to_string()))?);
-    let mut stream = TlsStream::over(connection, socket, RECEIVE_BUFFER).map_err(broken)?;
+    let mut stream = TlsStream::over(connection, socket).map_err(broken)?;
     stream.flush_tls().map_err(broken)?;
-    let first = first_byte(stream.socket.get_ref(), until).map_err(broken)?;
+    let first = first_byte(&stream.socket.socket, until).map_err(broken)?;
     if first != HANDSHAKE && first != ALERT {
         return Err(failed(in_the_clear(&mut stream.socket)));
     }
@@ -68,7 +76,7 @@ pub(crate) fn accept(
     until: Instant,
 ) -> io::Result<Box<dyn Link>> {
     let connection = ServerConnection::new(config).map_err(io::Error::other)?;
-    let mut stream = TlsStream::over(Connection::Server(connection), socket, SERVE_BUFFER)?;
+    let mut stream = TlsStream::over(Connection::Server(connection), socket)?;
     stream.handshake(until)?;
     Ok(Box::new(StreamLink::over(stream)))
 }
@@ -121,16 +129,17 @@ fn said(error: &io::Error, within: Duration) -> String {
 // === impl TlsStream ===
 
 impl TlsStream {
-    fn over(connection: Connection, socket: TcpStream, buffer: usize) -> io::Result<TlsStream> {
+    fn over(connection: Connection, socket: TcpStream) -> io::Result<TlsStream> {
         socket.set_nodelay(true)?;
         let peer = socket.peer_addr()?;
-        Ok(TlsStream { connection, socket: BufReader::with_capacity(buffer, socket), peer })
+        let socket = Inflow { socket, buffer: vec![0; FIRST_READ], unread: 0..0 };
+        Ok(TlsStream { connection, socket, peer })
     }
 
     /// All of it by `until`, however the peer's bytes drip in.
     fn handshake(&mut self, until: Instant) -> io::Result<()> {
         while self.connection.is_handshaking() {
-            set_timeouts(self.socket.get_ref(), until)?;
+            set_timeouts(&self.socket.socket, until)?;
             self.flush_tls()?;
             if self.connection.is_handshaking() {
                 self.fill()?;
@@ -160,7 +169,7 @@ impl TlsStream {
     /// Retries inside: what rustls took must not be given to it again.
     fn flush_tls(&mut self) -> io::Result<()> {
         while self.connection.wants_write() {
-            match self.connection.write_tls(self.socket.get_mut()) {
+            match self.connection.write_tls(&mut self.socket.socket) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(_) => {}
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -194,20 +203,44 @@ impl Write for TlsStream {
     }
 }
 
+// === impl Inflow ===
+
+impl Read for Inflow {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if self.unread.is_empty() {
+            let read = self.socket.read(&mut self.buffer)?;
+            self.unread = 0..read;
+        }
+        let bytes = &self.buffer[self.unread.clone()];
+        let taken = bytes.len().min(out.len());
+        out[..taken].copy_from_slice(&bytes[..taken]);
+        self.unread.start += taken;
+        // It was filled: more is waiting.
+        let full = self.unread.end == self.buffer.len();
+        if self.unread.is_empty() && full && self.buffer.len() < LARGEST_READ {
+            self.buffer.resize(self.buffer.len() * 4, 0);
+            self.unread = 0..0;
+        }
+        Ok(taken)
+    }
+}
+
+// === impl ByteStream ===
+
 impl ByteStream for TlsStream {
     fn peer(&self) -> String {
         format!("tls://{}", self.peer)
     }
 
     fn closer(&self) -> io::Result<Closer> {
-        let socket = self.socket.get_ref().try_clone()?;
+        let socket = self.socket.socket.try_clone()?;
         Ok(Box::new(move || {
             socket.shutdown(Shutdown::Both).ok();
         }))
     }
 
     fn set_patience(&mut self, patience: Duration) -> io::Result<()> {
-        let socket = self.socket.get_ref();
+        let socket = &self.socket.socket;
         socket.set_read_timeout(Some(patience))?;
         socket.set_write_timeout(Some(patience))
     }
@@ -215,10 +248,10 @@ impl ByteStream for TlsStream {
     fn is_idle(&mut self) -> bool {
         let state = self.connection.process_new_packets();
         let unread = !state.is_ok_and(|state| state.plaintext_bytes_to_read() == 0);
-        if unread || !self.socket.buffer().is_empty() {
+        if unread || !self.socket.unread.is_empty() {
             return false;
         }
-        let socket = self.socket.get_ref();
+        let socket = &self.socket.socket;
         let quiet = socket.set_nonblocking(true).is_ok()
             && matches!(socket.peek(&mut [0]), Err(e) if e.kind() == ErrorKind::WouldBlock);
         quiet && socket.set_nonblocking(false).is_ok()
