@@ -115,8 +115,7 @@ pub(crate) struct Load {
     pub ordered: Now,
     pub error: String,
     pub fetched_from: BTreeMap<String, u64>,
-    /// By stripe, as planned.
-    pub parents: Vec<plan::Holder>,
+    pub feed: plan::Feed,
     /// The most in any quarter of a second, bytes/s.
     pub ingress: u64,
     /// Of this version, to peers.

@@ -48,10 +48,8 @@ pub struct Peer {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
     Complete,
-    /// Its order is out: a parent for each stripe.
-    Receiving {
-        parents: Vec<Holder>,
-    },
+    /// Its order is out.
+    Receiving(Feed),
     /// It gets its order now.
     Wants,
 }
@@ -141,15 +139,14 @@ fn hang(order: &[SessionId], mute: &[SessionId], heads: &[Holder]) -> Vec<(Sessi
 
 impl<'a> Forest<'a> {
     fn new(peers: &'a [Peer]) -> Self {
+        let lives: BTreeMap<SessionId, &Peer> = peers.iter().map(|peer| (peer.id, peer)).collect();
         let parents = peers.iter().filter_map(|peer| match &peer.at {
-            Place::Receiving { parents } if !parents.is_empty() => Some((peer.id, parents.clone())),
+            Place::Receiving(feed) if !feed.parents.is_empty() => {
+                Some((peer.id, feed.parents_now(|id| lives.contains_key(&id))))
+            }
             _ => None,
         });
-        Self {
-            peers: peers.iter().map(|peer| (peer.id, peer)).collect(),
-            ranks: ranks(peers),
-            parents: parents.collect(),
-        }
+        Self { parents: parents.collect(), ranks: ranks(peers), peers: lives }
     }
 
     /// Those that pass on what they get, best first, and those that do not.
@@ -294,17 +291,8 @@ impl<'a> Forest<'a> {
     /// Parents, then their parents stripe by stripe, then others that have it all, the trainer last.
     fn sources(&self, id: SessionId, at_trainer: bool) -> Vec<Source> {
         let parents = &self.parents[&id];
-        let count = parents.len();
         let chains: Vec<Vec<Holder>> =
-            (0..count).map(|stripe| self.ancestors(id, stripe).collect()).collect();
-        let source = |holder: Holder| {
-            let has_all = holder.peer().is_none_or(|id| self.peers[&id].at == Place::Complete);
-            let (stripes, others): (Vec<u32>, Vec<u32>) =
-                (0..count as u32).partition(|stripe| parents[*stripe as usize] == holder);
-            let above = |stripe: &u32| has_all || chains[*stripe as usize].contains(&holder);
-            let fallback_for = others.into_iter().filter(above).collect();
-            Source { holder, stripes, fallback_for }
-        };
+            (0..parents.len()).map(|stripe| self.ancestors(id, stripe).collect()).collect();
         let deepest = chains.iter().map(Vec::len).max().unwrap_or(0);
         let upwards = (0..deepest).flat_map(|up| chains.iter().filter_map(move |c| c.get(up)));
         let complete = self.ranked(|peer| peer.at == Place::Complete && peer.serves);
@@ -312,8 +300,45 @@ impl<'a> Forest<'a> {
         let peers = upwards.copied().chain(complete.into_iter().map(Holder::Peer));
         let peers = peers.filter(|at| at.peer().is_some_and(|peer| self.peers.contains_key(&peer)));
         let peers = peers.filter(move |at| named.insert(*at)).take(MOST_PEERS);
+        let mut above: Vec<Above> = chains.iter().map(|chain| Above::parent_of(chain)).collect();
         let trainer = at_trainer.then_some(Holder::Trainer);
-        peers.chain(trainer).map(source).collect()
+        peers.chain(trainer).map(|holder| self.source(holder, parents, &mut above)).collect()
+    }
+
+    fn source(&self, holder: Holder, parents: &[Holder], above: &mut [Above]) -> Source {
+        let has_all = holder.peer().is_none_or(|id| self.peers[&id].at == Place::Complete);
+        let mut source = Source { holder, stripes: Vec::new(), fallback_for: Vec::new() };
+        for (stripe, (parent, above)) in parents.iter().zip(above).enumerate() {
+            let is_next = above.name(holder);
+            if *parent == holder {
+                source.stripes.push(stripe as u32);
+            } else if is_next || has_all {
+                source.fallback_for.push(stripe as u32);
+            }
+        }
+        source
+    }
+}
+
+/// Who stands above a receiver in one stripe, the nearest first. The nearest that lives has egress to spare
+/// when the parent dies; those who would come too early in the list stand in for nobody there.
+struct Above<'a> {
+    chain: &'a [Holder],
+    named: BTreeSet<Holder>,
+}
+
+impl<'a> Above<'a> {
+    fn parent_of(chain: &'a [Holder]) -> Self {
+        Self { chain: chain.get(1..).unwrap_or_default(), named: BTreeSet::new() }
+    }
+
+    /// True if it is the nearest of those not named yet.
+    fn name(&mut self, holder: Holder) -> bool {
+        self.named.insert(holder);
+        let is_next = self.chain.first() == Some(&holder);
+        let passed = self.chain.iter().take_while(|at| self.named.contains(at)).count();
+        self.chain = &self.chain[passed..];
+        is_next
     }
 }
 
@@ -362,6 +387,22 @@ fn ranks(peers: &[Peer]) -> BTreeMap<SessionId, Rank> {
         -i64::from((scaled * 3 / 2 / u128::from(median)).max(1).ilog2())
     };
     peers.iter().map(|peer| (peer.id, (!peer.relay, octaves(peer), peer.preemptible))).collect()
+}
+
+// === impl Feed ===
+
+impl Feed {
+    /// As the receiver's queue decides: a dead parent's place is taken by the first that may stand in for it.
+    fn parents_now(&self, lives: impl Fn(SessionId) -> bool) -> Vec<Holder> {
+        let lives = |at: Holder| at.peer().is_none_or(&lives);
+        let now = |(stripe, planned): (u32, &Holder)| {
+            let spare =
+                |source: &&Source| source.fallback_for.contains(&stripe) && lives(source.holder);
+            let stands_in = || self.sources.iter().find(spare).map(|source| source.holder);
+            if lives(*planned) { *planned } else { stands_in().unwrap_or(*planned) }
+        };
+        (0..).zip(&self.parents).map(now).collect()
+    }
 }
 
 // === impl Holder ===

@@ -245,7 +245,7 @@ impl Core {
                 bytes: load.bytes,
                 total: load.total,
                 ms: now.since(load.ordered).as_millis() as u64,
-                parents: self.parent_names(&load.parents),
+                parents: self.parent_names(&load.feed.parents),
                 fetched_from: load.fetched_from.clone(),
                 error: load.error.clone(),
             }),

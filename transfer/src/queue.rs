@@ -102,8 +102,14 @@ struct Stripe {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum SourceState {
     Live,
-    Resting { until: Instant },
-    Dropped { why: String },
+    /// `at_need`: it is asked from then on where no other source lives.
+    Resting {
+        until: Instant,
+        at_need: Instant,
+    },
+    Dropped {
+        why: String,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,7 +230,7 @@ impl ChunkQueue {
             return Assign::To(source);
         }
         let rest = self.sources.iter().filter_map(|s| match s.state {
-            SourceState::Resting { until } => Some(until),
+            SourceState::Resting { until, at_need } => Some(until.min(at_need)),
             SourceState::Live => Some(now + self.rules.rest),
             SourceState::Dropped { .. } => None,
         });
@@ -242,8 +248,15 @@ impl ChunkQueue {
     /// Ends rests that are over, and gives each stripe the best source there is for it now.
     fn review(&mut self, now: Instant) {
         for source in &mut self.sources {
-            if matches!(source.state, SourceState::Resting { until } if until <= now) {
+            if matches!(source.state, SourceState::Resting { until, .. } if until <= now) {
                 source.state = SourceState::Live;
+            }
+        }
+        if !self.sources.iter().any(|s| s.state == SourceState::Live) {
+            for source in &mut self.sources {
+                if matches!(source.state, SourceState::Resting { at_need, .. } if at_need <= now) {
+                    source.state = SourceState::Live;
+                }
             }
         }
         let (rules, sources) = (&self.rules, &self.sources);
@@ -263,6 +276,17 @@ impl ChunkQueue {
                 (stripe.charge, stripe.moved) = (charge, now);
             }
         }
+    }
+
+    /// It has several streams, and another source in charge of a stripe has none.
+    fn can_spare(&self, source: SourceId) -> bool {
+        let streams = |ix: SourceId| self.streams.values().filter(|s| s.source == ix).count();
+        let unserved = |ix: &SourceId| {
+            self.sources[*ix].state == SourceState::Live && self.share(*ix) > 0 && streams(*ix) == 0
+        };
+        !self.stripes.is_empty()
+            && streams(source) > 1
+            && (0..self.sources.len()).any(|ix| unserved(&ix))
     }
 
     /// The source said what it has.
@@ -285,6 +309,9 @@ impl ChunkQueue {
             return Take::Wait;
         };
         let (source, cursor) = (*source, *cursor);
+        if self.can_spare(source) {
+            return Take::Leave;
+        }
         if let Some(index) = self.pick(source, cursor) {
             self.missing.remove(index);
             self.taken.insert(index, stream);
@@ -379,25 +406,26 @@ impl ChunkQueue {
         }
         if let Some(source) = self.streams.get(&stream).map(|s| s.source) {
             self.wrong.insert((index, source));
-            self.strike(source, now, &format!("chunk {index} had a wrong hash"));
+            self.strike(source, now, Duration::ZERO, &format!("chunk {index} had a wrong hash"));
         }
     }
 
     /// The stream broke: its chunks go back, its source rests or is dropped.
     pub fn lost(&mut self, stream: StreamId, now: Instant, why: &str, refused: bool) {
+        let silent = self.streams.get(&stream).map(|s| now.saturating_duration_since(s.moved));
         let Some(source) = self.release(stream) else { return };
         self.stats.lost_streams += 1;
         if refused {
             self.sources[source].state = SourceState::Dropped { why: why.to_owned() };
         } else {
-            self.strike(source, now, why);
+            self.strike(source, now, silent.unwrap_or_default(), why);
         }
     }
 
     /// The source cannot say any more what it has.
     pub fn unheard(&mut self, source: SourceId, now: Instant, why: &str) {
         if self.sources[source].state == SourceState::Live {
-            self.strike(source, now, why);
+            self.strike(source, now, Duration::ZERO, why);
         }
     }
 
@@ -407,7 +435,7 @@ impl ChunkQueue {
             && self.sources[source].state == SourceState::Live
         {
             let until = now + 2 * self.rules.rest;
-            self.sources[source].state = SourceState::Resting { until };
+            self.sources[source].state = SourceState::Resting { until, at_need: until };
         }
     }
 
@@ -424,14 +452,15 @@ impl ChunkQueue {
         Some(gone.source)
     }
 
-    fn strike(&mut self, source: SourceId, now: Instant, why: &str) {
+    /// What cost us silence is not tried again soon while others live: the next try may cost as much.
+    fn strike(&mut self, source: SourceId, now: Instant, silent: Duration, why: &str) {
         let s = &mut self.sources[source];
         s.strikes += 1;
         let rest = self.rules.rest * 2u32.saturating_pow(s.strikes.min(6) - 1);
         s.state = if s.strikes >= self.rules.strikes {
             SourceState::Dropped { why: why.to_owned() }
         } else {
-            SourceState::Resting { until: now + rest }
+            SourceState::Resting { until: now + rest.max(4 * silent), at_need: now + rest }
         };
     }
 

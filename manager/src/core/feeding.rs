@@ -32,7 +32,7 @@ impl Core {
             _ if wanting.contains(&engine.session) => Some(Place::Wants),
             _ if engine.holds.contains(&version) => Some(Place::Complete),
             Some(load) if load.version == version && load.stage < LoadStage::Staged => {
-                Some(Place::Receiving { parents: load.parents.clone() })
+                Some(Place::Receiving(load.feed.clone()))
             }
             _ => None,
         };
@@ -96,6 +96,7 @@ impl Core {
     /// What a fetch that has ended showed of the links it went over.
     pub(super) fn note_rates(&mut self, session: SessionId, load: &Load, report: &LoadReport) {
         let parents: Vec<u64> = load
+            .feed
             .parents
             .iter()
             .filter_map(|parent| self.got(parent.peer()?, load.version))
@@ -126,9 +127,9 @@ impl Core {
             let Some(load) = engine.load.as_ref().filter(|load| load.version == version) else {
                 continue;
             };
-            let stripes = load.parents.iter().filter(|at| **at == parent).count();
+            let stripes = load.feed.parents.iter().filter(|at| **at == parent).count();
             if stripes > 0 {
-                given_percent += 100 * stripes / load.parents.len();
+                given_percent += 100 * stripes / load.feed.parents.len();
                 children.push(self.records.get(&engine.id).and_then(|r| r.rates.ingress()));
             }
         }

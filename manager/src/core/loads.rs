@@ -154,7 +154,7 @@ impl Core {
         let (bytes, directory) = (record.bytes, record.directory.clone());
         let sources = self.holders(&feed, version);
         let names: Vec<String> = sources.iter().map(|source| source.name.clone()).collect();
-        let stripe_count = feed.parents.len() as u32;
+        let (stripe_count, streams) = (feed.parents.len() as u32, feed.streams);
         let parents = self.parent_names(&feed.parents);
         let order = self.fresh_order();
         let deadline = Duration::from_millis(self.config.load_deadline_ms);
@@ -172,7 +172,7 @@ impl Core {
             ordered: now,
             error: String::new(),
             fetched_from: BTreeMap::new(),
-            parents: feed.parents,
+            feed,
             ingress: 0,
             served: 0,
         });
@@ -189,7 +189,7 @@ impl Core {
             version,
             sources,
             stripe_count,
-            streams: feed.streams,
+            streams,
             directory,
             bytes,
             on_running,

@@ -38,7 +38,7 @@ fn at(id: u64) -> Holder {
 fn receiving(peers: &mut [Peer], feeds: &BTreeMap<SessionId, Feed>) {
     for peer in peers {
         if let Some(feed) = feeds.get(&peer.id) {
-            peer.at = Place::Receiving { parents: feed.parents.clone() };
+            peer.at = Place::Receiving(feed.clone());
         }
     }
 }
@@ -170,6 +170,35 @@ fn one_that_comes_back_is_not_hung_below_its_own_children() {
     assert_eq!(plan(IMAGE, &peers)[&SessionId(1)].parents, [at(0)], "where it stood");
     peers.remove(0);
     assert_eq!(plan(IMAGE, &peers)[&SessionId(1)].parents, [Holder::Trainer; 1]);
+}
+
+#[test]
+fn the_place_below_one_whose_child_died_is_taken_by_its_grandchild() {
+    let mut peers = fleet(16);
+    let feeds = plan(IMAGE, &peers);
+    assert_eq!(feeds[&SessionId(9)].parents, [at(8)]);
+    receiving(&mut peers, &feeds);
+    peers.remove(8);
+    peers.push(peer(20, Place::Wants));
+    let feed = &plan(IMAGE, &peers)[&SessionId(20)];
+    assert_eq!(feed.parents, [at(15)], "9 takes from 7 now: the chain's end is free, 7 is not");
+}
+
+#[test]
+fn the_nearest_above_stands_in_first_in_each_stripe() {
+    let feeds = plan(IMAGE, &fleet(8));
+    for (id, feed) in &feeds {
+        for stripe in 0..2 {
+            let chain = chain(&feeds, stripe);
+            let place = chain.iter().position(|at| *at == id.0).expect("in the chain");
+            let above = chain[..place].iter().rev().skip(1).map(|id| at(*id));
+            let spare = feed.sources.iter().filter(|s| s.fallback_for.contains(&(stripe as u32)));
+            let spare: Vec<Holder> = spare.map(|source| source.holder).collect();
+            let expected: Vec<Holder> = above.chain([Holder::Trainer]).take(2).collect();
+            let expected = if place == 0 { Vec::new() } else { expected };
+            assert!(spare.starts_with(&expected), "{id:?}, stripe {stripe}: {spare:?}");
+        }
+    }
 }
 
 #[test]

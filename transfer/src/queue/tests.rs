@@ -144,6 +144,37 @@ fn a_dead_parents_stripe_goes_first_to_those_that_may_stand_in_for_it() {
 }
 
 #[test]
+fn a_source_that_cost_silence_is_not_tried_again_soon_while_another_lives() {
+    let t0 = Instant::now();
+    let plan = StripePlan { stripe_count: 1, stripes: vec![vec![0], vec![]], ..Default::default() };
+    let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(4), 2, &plan, t0);
+    assert_eq!(q.assign(0, t0), Assign::To(0));
+    let late = t0 + Duration::from_secs(3);
+    q.lost(0, late, "no progress", false);
+    assert_eq!(q.assign(0, late), Assign::To(1), "the next of the list");
+    q.learned_all(1);
+    assert_eq!(q.take(0, late + Duration::from_secs(1)), Take::Chunk(0), "and it keeps the stripe");
+    q.lost(0, late, "refused", true);
+    let soon = late + rules().rest;
+    assert_eq!(q.assign(0, late), Assign::Wait(soon), "now it is needed");
+    assert_eq!(q.assign(0, soon), Assign::To(0));
+}
+
+#[test]
+fn a_source_in_charge_never_stays_without_a_stream_while_another_has_two() {
+    let t0 = Instant::now();
+    let mut q = planned(80, t0);
+    assert_eq!([q.assign(0, t0), q.assign(1, t0)], [Assign::To(0), Assign::To(1)]);
+    q.lost(0, t0, "reset", false);
+    assert_eq!(q.assign(0, t0), Assign::To(1));
+    let rested = t0 + rules().rest;
+    assert_eq!(q.take(0, rested), Take::Leave, "its first parent is to be tried again");
+    q.release(0);
+    assert_eq!(q.assign(0, rested), Assign::To(0));
+    assert!(matches!(q.take(1, rested), Take::Chunk(_)));
+}
+
+#[test]
 fn a_dead_parents_stripe_goes_to_the_next_source_and_back_when_it_lives() {
     let t0 = Instant::now();
     let mut q = planned(8, t0);
@@ -154,8 +185,8 @@ fn a_dead_parents_stripe_goes_to_the_next_source_and_back_when_it_lives() {
     assert_eq!(q.assign(1, t0), Assign::To(0));
     assert_eq!([q.take(1, t0), q.take(1, t0)], [Take::Chunk(0), Take::Chunk(1)]);
     let rested = t0 + Duration::from_millis(100);
-    assert_eq!(q.take(1, rested), Take::Chunk(2), "of the stripe that source 0 keeps");
     assert_eq!(q.assign(2, rested), Assign::To(1));
+    assert_eq!(q.take(1, rested), Take::Chunk(2), "of the stripe that source 0 keeps");
     assert_eq!(q.take(2, rested), Take::Chunk(3));
 }
 

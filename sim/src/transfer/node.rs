@@ -1,0 +1,82 @@
+//! A host: what it holds, and, while it receives, the real queue with its streams.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use anabranch_manager::plan::Feed;
+use anabranch_transfer::chunks::ChunkSet;
+use anabranch_transfer::queue::ChunkQueue;
+
+pub(super) struct Node {
+    pub life: Life,
+    /// A late joiner.
+    pub late: bool,
+    pub rate: u64,
+    pub held: ChunkSet,
+    pub fetch: Option<Fetch>,
+    /// Who watches what it gets: (host, its source).
+    pub watchers: BTreeSet<(usize, usize)>,
+    pub feed: Option<Feed>,
+    /// Seconds.
+    pub joined: f64,
+    pub done: Option<f64>,
+    pub received: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    NotYet,
+    Up,
+    /// Nothing answers for it, and nobody hears so.
+    Cut,
+    Dead,
+}
+
+pub(super) struct Fetch {
+    pub queue: ChunkQueue,
+    /// Hosts, in the order of the plan.
+    pub sources: Vec<usize>,
+    pub streams: BTreeMap<usize, Stream>,
+    pub window: usize,
+}
+
+/// As in the receiver's driver: greeted, then as many chunks asked ahead as the window allows.
+pub(super) enum Stream {
+    /// Waits for the queue to give it a source.
+    Idle,
+    /// `attempt`: answers to an earlier one are not for us.
+    Greeting {
+        source: usize,
+        attempt: u64,
+    },
+    Bound {
+        source: usize,
+        asked: VecDeque<u32>,
+        attempt: u64,
+    },
+}
+
+impl Node {
+    pub fn new(rate: u64, chunks: u32, late: bool) -> Self {
+        Self {
+            life: Life::NotYet,
+            late,
+            rate,
+            held: ChunkSet::empty(chunks),
+            fetch: None,
+            watchers: BTreeSet::new(),
+            feed: None,
+            joined: 0.0,
+            done: None,
+            received: 0.0,
+        }
+    }
+}
+
+impl Stream {
+    pub fn source(&self) -> Option<usize> {
+        match self {
+            Stream::Idle => None,
+            Stream::Greeting { source, .. } | Stream::Bound { source, .. } => Some(*source),
+        }
+    }
+}
