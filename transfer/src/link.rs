@@ -26,7 +26,7 @@ pub(crate) mod file;
 pub(crate) mod frame;
 pub(crate) mod identity;
 pub(crate) mod quic;
-#[cfg(feature = "rdma")]
+#[cfg_attr(not(feature = "rdma"), path = "link/rdma/absent.rs")]
 pub(crate) mod rdma;
 pub(crate) mod shm;
 mod stream;
@@ -130,22 +130,11 @@ pub(crate) fn dial(addr: &str, within: Duration) -> Result<Box<dyn Link>, LinkEr
     match addr.split_once(':') {
         Some(("file", dir)) => Ok(Box::new(FileLink::open(addr, dir)?)),
         Some(("shm", path)) => Ok(Box::new(ShmLink::connect(addr, path, within)?)),
-        Some(("rdma", at)) => dial_rdma(addr, at.strip_prefix("//").unwrap_or(at), within),
+        Some(("rdma", at)) => rdma::connect(at.strip_prefix("//").unwrap_or(at), within),
         Some(("tls", rest)) => tls::connect(&pinned(addr, rest)?, within),
         Some(("quic", rest)) => quic::connect(&pinned(addr, rest)?, within),
         _ => Ok(Box::new(TcpLink::connect(addr, within)?)),
     }
-}
-
-#[cfg(feature = "rdma")]
-fn dial_rdma(_: &str, at: &str, within: Duration) -> Result<Box<dyn Link>, LinkError> {
-    rdma::connect(at, within)
-}
-
-#[cfg(not(feature = "rdma"))]
-fn dial_rdma(addr: &str, _: &str, _: Duration) -> Result<Box<dyn Link>, LinkError> {
-    let why = "this build has no rdma (build it with the feature `rdma`)".to_owned();
-    Err(LinkError::Address { addr: addr.to_owned(), why })
 }
 
 fn pinned(addr: &str, rest: &str) -> Result<PinnedAddr, LinkError> {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustls::ServerConfig;
 
 use crate::link::identity::Identity;
+use crate::link::rdma::{self, Lendings};
 use crate::link::tcp::TcpLink;
 use crate::link::{Link, tls};
 use crate::serve::ServeError;
@@ -25,10 +26,13 @@ pub enum LinkKind {
     Tls,
     /// For lossy or long paths and NAT, on the UDP port of the same number; pinned as well.
     Quic,
+    /// Read out of this process's memory through libfabric, in the clear: for a network that nobody else is
+    /// on. Only in builds with the feature `rdma`.
+    Rdma,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown link {0:?}; known: tcp, tls, quic")]
+#[error("unknown link {0:?}; known: tcp, tls, quic, rdma")]
 pub struct UnknownLink(pub String);
 
 /// Where to listen, and what to offer.
@@ -57,6 +61,7 @@ pub struct Listener {
 pub(crate) struct Door {
     plain: bool,
     tls: Option<Arc<ServerConfig>>,
+    rdma: Option<Arc<Lendings>>,
 }
 
 // === impl LinkKind ===
@@ -69,6 +74,7 @@ impl FromStr for LinkKind {
             "tcp" => Ok(LinkKind::Tcp),
             "tls" => Ok(LinkKind::Tls),
             "quic" => Ok(LinkKind::Quic),
+            "rdma" => Ok(LinkKind::Rdma),
             other => Err(UnknownLink(other.to_owned())),
         }
     }
@@ -80,6 +86,7 @@ impl fmt::Display for LinkKind {
             LinkKind::Tcp => "tcp",
             LinkKind::Tls => "tls",
             LinkKind::Quic => "quic",
+            LinkKind::Rdma => "rdma",
         })
     }
 }
@@ -115,17 +122,20 @@ impl Listener {
     pub fn bind(listen: &Listen) -> Result<Listener, ServeError> {
         let links = listen.links();
         let has = |link| links.contains(&link);
-        let (tcp, udp, at) =
-            bind(listen.at, has(LinkKind::Tcp) || has(LinkKind::Tls), has(LinkKind::Quic))
-                .map_err(|error| ServeError::Listen { addr: listen.at, error })?;
+        let over_tcp = links.iter().any(|link| *link != LinkKind::Quic);
+        let (tcp, udp, at) = bind(listen.at, over_tcp, has(LinkKind::Quic))
+            .map_err(|error| ServeError::Listen { addr: listen.at, error })?;
         let pinned = has(LinkKind::Tls) || has(LinkKind::Quic);
         let certificate = |error: &dyn fmt::Display| ServeError::Certificate(error.to_string());
         let identity = pinned.then(Identity::generate).transpose();
         let identity = identity.map_err(|error| certificate(&error))?;
         let tls = identity.as_ref().filter(|_| has(LinkKind::Tls)).map(Identity::server_config);
         let tls = tls.transpose().map_err(|error| certificate(&error))?;
-        let door = Door { plain: has(LinkKind::Tcp), tls };
-        if door.plain && !at.ip().is_loopback() {
+        let interface = Some(at.ip()).filter(|ip| !ip.is_unspecified());
+        let rdma = has(LinkKind::Rdma).then(|| Lendings::open(interface)).transpose();
+        let rdma = rdma.map_err(ServeError::Rdma)?.map(Arc::new);
+        let door = Door { plain: has(LinkKind::Tcp), tls, rdma };
+        if (door.plain || door.rdma.is_some()) && !at.ip().is_loopback() {
             tracing::warn!(
                 %at, "weights are served in the clear here, as was asked for: whoever is on the path can read them"
             );
@@ -139,7 +149,8 @@ impl Listener {
         self.at
     }
 
-    /// What receivers dial, best first: `host:port`, `tls://host:port#pin`, `quic://host:port#pin`.
+    /// What receivers dial, best first: `host:port`, `tls://host:port#pin`, `quic://host:port#pin`,
+    /// `rdma://host:port`.
     pub fn addresses(&self) -> Vec<String> {
         self.addresses.clone()
     }
@@ -186,6 +197,7 @@ fn addresses(
     let address = |link: &LinkKind, host: &String| match link {
         LinkKind::Tcp => host.clone(),
         LinkKind::Tls | LinkKind::Quic => format!("{link}://{host}#{pin}"),
+        LinkKind::Rdma => format!("{link}://{host}"),
     };
     links.iter().flat_map(|link| hosts.iter().map(move |host| address(link, host))).collect()
 }
@@ -206,11 +218,14 @@ impl Door {
     /// A link over an accepted connection. Blocks until its peer has shown what it speaks.
     pub(crate) fn open(&self, socket: TcpStream, within: Duration) -> io::Result<Box<dyn Link>> {
         let until = Instant::now() + within;
-        match (tls::speaks_tls(&socket, until)?, &self.tls) {
-            (true, Some(config)) => tls::accept(socket, Arc::clone(config), until),
-            (false, _) if self.plain => Ok(Box::new(TcpLink::over(socket)?)),
-            (true, None) => Err(refuse(socket, PLAIN_ONLY)),
-            (false, _) => Err(refuse(socket, TLS_ONLY)),
+        match (tls::first_byte(&socket, until)?, &self.tls, &self.rdma) {
+            (tls::HANDSHAKE, Some(config), _) => tls::accept(socket, Arc::clone(config), until),
+            (tls::HANDSHAKE, None, _) => Err(refuse(socket, NO_TLS)),
+            (rdma::FIRST_BYTE, _, Some(lendings)) => rdma::accepted(socket, lendings),
+            (rdma::FIRST_BYTE, _, None) => Err(refuse(socket, NO_RDMA)),
+            _ if self.plain => Ok(Box::new(TcpLink::over(socket)?)),
+            (_, Some(_), _) => Err(refuse(socket, TLS_ONLY)),
+            (_, None, _) => Err(refuse(socket, RDMA_ONLY)),
         }
     }
 
@@ -221,8 +236,12 @@ impl Door {
 
 const TLS_ONLY: &str = "this listener takes TLS only: dial the address that it published \
     (tls://host:port#pin), or let it offer the link `tcp` as well";
-const PLAIN_ONLY: &str = "this listener takes no TLS: dial the address that it published (host:port), \
+const RDMA_ONLY: &str = "this listener takes rdma only: dial the address that it published \
+    (rdma://host:port), or let it offer the link `tcp` as well";
+const NO_TLS: &str = "this listener takes no TLS: dial the address that it published (host:port), \
     or let it offer the link `tls` as well";
+const NO_RDMA: &str = "this listener takes no rdma: dial the address that it published, or let it offer \
+    the link `rdma` as well";
 
 /// A `Fail` in the clear, which either kind of peer shows to its user.
 fn refuse(mut socket: TcpStream, text: &str) -> io::Error {
@@ -278,7 +297,7 @@ mod tests {
 
     #[test]
     fn an_unknown_link_is_named_with_those_that_are_known() {
-        for kind in [LinkKind::Tcp, LinkKind::Tls, LinkKind::Quic] {
+        for kind in [LinkKind::Tcp, LinkKind::Tls, LinkKind::Quic, LinkKind::Rdma] {
             assert_eq!(kind.to_string().parse(), Ok(kind));
         }
         let error = "udp".parse::<LinkKind>().expect_err("unknown").to_string();

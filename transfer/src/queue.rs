@@ -323,7 +323,7 @@ impl ChunkQueue {
         if self.taken.values().any(|owner| *owner == stream) {
             return Take::Wait;
         }
-        if self.share(source) == 0 {
+        if self.share(source) == 0 || self.is_wanted_elsewhere(source) {
             return Take::Leave;
         }
         match self.slow_stream(source, now) {
@@ -349,6 +349,20 @@ impl ChunkQueue {
                 return None;
             }
         }
+    }
+
+    /// Whether a live source that no stream asks has something to give, or was not asked yet what it has.
+    fn is_wanted_elsewhere(&self, source: SourceId) -> bool {
+        let is_asked = |ix: SourceId| self.streams.values().any(|s| s.source == ix);
+        let can_give = |ix: SourceId| match self.sources[ix].has.is_empty() {
+            true => self.stripes.is_empty(),
+            false => self.pick(ix, 0).is_some(),
+        };
+        !self.missing.is_empty()
+            && (0..self.sources.len()).any(|ix| {
+                let live = self.sources[ix].state == SourceState::Live;
+                ix != source && live && !is_asked(ix) && can_give(ix)
+            })
     }
 
     fn is_in_charge(&self, source: SourceId, index: u32) -> bool {

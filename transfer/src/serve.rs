@@ -61,6 +61,8 @@ pub enum ServeError {
     Local { path: PathBuf, error: std::io::Error },
     #[error("cannot make a certificate for the data plane: {0}")]
     Certificate(String),
+    #[error("cannot offer rdma: {0}")]
+    Rdma(LinkError),
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
 }

@@ -16,7 +16,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, TcpStream};
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -37,6 +37,10 @@ mod lending;
 use fabric::{Domain, Endpoint, FabricError, Peer, Pulse, Registration, Remote};
 pub(crate) use lending::Lendings;
 use lending::{Lending, SourceAddress};
+
+/// What a receiver sends first, before any message: the listener takes other links on the same port.
+const HELLO: &[u8; 4] = b"RDMA";
+pub(crate) const FIRST_BYTE: u8 = HELLO[0];
 
 /// Bounds how late a receiver looks at its deadline.
 const TICK: Duration = Duration::from_millis(100);
@@ -71,9 +75,14 @@ pub(super) fn connect(addr: &str, within: Duration) -> Result<Box<dyn Link>, Lin
     Ok(Box::new(ReadingLink::connect(addr, within)?))
 }
 
-/// The source's end of a stream that was accepted.
-pub(crate) fn accepted(stream: TcpStream, lendings: &Lendings) -> Result<Box<dyn Link>, LinkError> {
-    Ok(Box::new(LendingLink::over(stream, lendings)?))
+/// The source's end of a stream that was accepted and begins with [`FIRST_BYTE`].
+pub(crate) fn accepted(mut stream: TcpStream, lendings: &Lendings) -> io::Result<Box<dyn Link>> {
+    let mut hello = [0; HELLO.len()];
+    stream.read_exact(&mut hello)?;
+    if hello != *HELLO {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok(Box::new(LendingLink::over(stream, lendings).map_err(io::Error::other)?))
 }
 
 /// One domain per interface and process: memory is registered with it once, for all streams.
@@ -103,6 +112,8 @@ impl ReadingLink {
         let stream = tcp::connect(addr, within)?;
         let interface = stream.local_addr().map_err(LinkError::Broken)?.ip();
         let endpoint = Endpoint::open(&domain_at(interface)?)?;
+        stream.set_write_timeout(Some(within)).map_err(LinkError::Broken)?;
+        (&stream).write_all(HELLO).map_err(|e| LinkError::of(e, within))?;
         let watched = stream.try_clone().map_err(LinkError::Broken)?;
         let control = TcpLink::over(stream).map_err(LinkError::Broken)?;
         let (patience, source, next) = (within, None, None);

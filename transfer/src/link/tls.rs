@@ -26,7 +26,7 @@ const FIRST_READ: usize = 4 << 10;
 const LARGEST_READ: usize = 256 << 10;
 
 /// The first byte of a TLS handshake; plain streams start with the wire's magic.
-const HANDSHAKE: u8 = 0x16;
+pub(crate) const HANDSHAKE: u8 = 0x16;
 const ALERT: u8 = 0x15;
 
 pub(crate) struct TlsStream {
@@ -69,7 +69,7 @@ pub(crate) fn connect(addr: &PinnedAddr, within: Duration) -> Result<Box<dyn Lin
     }
 }
 
-/// The listener's side, after [`speaks_tls`].
+/// The listener's side, after [`first_byte`].
 pub(crate) fn accept(
     socket: TcpStream,
     config: Arc<ServerConfig>,
@@ -81,11 +81,6 @@ pub(crate) fn accept(
     Ok(Box::new(StreamLink::over(stream)))
 }
 
-/// Waits for the first byte of an accepted connection, and leaves it there.
-pub(crate) fn speaks_tls(socket: &TcpStream, until: Instant) -> io::Result<bool> {
-    first_byte(socket, until).map(|byte| byte == HANDSHAKE)
-}
-
 /// What a listener says that speaks no TLS.
 fn in_the_clear(socket: &mut impl Read) -> String {
     let said = match frame::read_message(socket) {
@@ -95,7 +90,8 @@ fn in_the_clear(socket: &mut impl Read) -> String {
     format!("it answers in the clear though its address asks for TLS{said}")
 }
 
-fn first_byte(socket: &TcpStream, until: Instant) -> io::Result<u8> {
+/// Waits for the first byte of a connection, and leaves it there.
+pub(crate) fn first_byte(socket: &TcpStream, until: Instant) -> io::Result<u8> {
     let mut byte = [0];
     loop {
         set_timeouts(socket, until)?;

@@ -61,6 +61,27 @@ fn a_failed_source_rests_longer_each_time_until_it_is_dropped() {
 }
 
 #[test]
+fn streams_do_not_all_wait_at_a_source_that_has_nothing_more_to_give() {
+    let t0 = Instant::now();
+    let mut q = queue(1, 2);
+    q.assign(0, t0);
+    q.assign(1, t0);
+    assert_eq!(q.take(0, t0), Take::Chunk(0));
+    q.bad(0, 0, t0);
+    // The other source fails once: its stream finds the first one live, and waits there too.
+    q.lost(1, t0, "reset", false);
+    q.release(0);
+    let both: Vec<Assign> = (0..2).map(|id| q.assign(id, t0)).collect();
+    assert!(both.iter().all(|a| matches!(a, Assign::Wait(_))), "both rest: {both:?}");
+    let later = t0 + Duration::from_secs(1);
+    assert_eq!(q.assign(0, later), Assign::To(0));
+    assert_eq!(q.take(0, later), Take::Leave, "the other one has it, and nobody asks there");
+    assert_eq!(q.assign(1, later), Assign::To(1));
+    assert_eq!(q.take(0, later), Take::Wait);
+    assert_eq!(q.take(1, later), Take::Chunk(0));
+}
+
+#[test]
 fn a_wrong_chunk_is_asked_from_another_source() {
     let now = Instant::now();
     let mut q = queue(1, 2);

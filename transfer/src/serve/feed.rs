@@ -100,7 +100,8 @@ fn feed_once(shared: &Shared, order: &FeedOrder) -> Result<(), StreamEnd> {
 
 fn dial_any(order: &FeedOrder) -> Result<Box<dyn Link>, LinkError> {
     let mut last = LinkError::Address { addr: String::new(), why: "the receiver has none".into() };
-    for addr in &order.addrs {
+    // Over rdma it is always the one who dialled that reads.
+    for addr in order.addrs.iter().filter(|addr| !addr.starts_with("rdma:")) {
         match link::dial(addr, order.connect) {
             Ok(link) => return Ok(link),
             Err(error) => last = error,

@@ -15,15 +15,16 @@ use std::time::Duration;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
+use crate::maps::LendingMap;
 use crate::shm::SharedMap;
 
 mod raw;
+mod reads;
 
 pub(super) use raw::Facts;
 use raw::{Access, RawDomain, RawEndpoint, RawError, RawRegion};
+use reads::Reads;
 
-/// Reads of a chunk overlap with the hash of the pieces before.
-const PIECE_BYTES: usize = 256 << 10;
 const MAX_ADDRESS_BYTES: usize = 256;
 /// Of random keys that are taken already.
 const KEY_TRIES: usize = 8;
@@ -103,6 +104,8 @@ struct Local {
 /// A file mapped for peers to read.
 #[derive(Debug)]
 pub(super) struct ReadMap {
+    // In this order: what it was noted for ends before its address can be another's.
+    _noted: LendingMap,
     map: MmapRaw,
 }
 
@@ -423,85 +426,6 @@ impl Drop for CloseUnlessDone<'_> {
     }
 }
 
-// === reads ===
-
-/// The pieces of one read: some arrived, some are under way, the rest still to be started.
-struct Reads<'a> {
-    into: *mut u8,
-    len: usize,
-    piece: usize,
-    peer: Peer,
-    from: Remote,
-    local: Option<&'a Region>,
-    started: usize,
-    arrived: Vec<bool>,
-    /// Pieces from the front that arrived.
-    front: usize,
-}
-
-impl<'a> Reads<'a> {
-    fn new(
-        into: &'a mut [u8],
-        peer: Peer,
-        from: Remote,
-        local: Option<&'a Region>,
-        facts: &Facts,
-    ) -> Reads<'a> {
-        let (len, into) = (into.len(), into.as_mut_ptr());
-        let piece = PIECE_BYTES.min(usize::try_from(facts.max_read_bytes).unwrap_or(PIECE_BYTES));
-        let arrived = vec![false; len.div_ceil(piece.max(1))];
-        let piece = piece.max(1);
-        Reads { into, len, piece, peer, from, local, started: 0, arrived, front: 0 }
-    }
-
-    fn is_done(&self) -> bool {
-        self.front == self.arrived.len()
-    }
-
-    fn front(&self) -> &[u8] {
-        let complete = self.len.min(self.front * self.piece);
-        // SAFETY: inside the memory that `new` borrowed; the fabric is done with these pieces.
-        unsafe { std::slice::from_raw_parts(self.into, complete) }
-    }
-
-    /// Starts what can start and takes in what came; true if there was any of either.
-    fn advance(&mut self, endpoint: &mut Endpoint) -> Result<bool, FabricError> {
-        let raw = endpoint.raw()?;
-        let mut error = RawError::default();
-        let before = self.started;
-        while self.started < self.arrived.len() {
-            match self.start(raw, self.started, &mut error) {
-                0 => self.started += 1,
-                1.. => break,
-                _ => return Err(endpoint.domain.failed(&error)),
-            }
-        }
-        let mut tags = [0u64; 16];
-        // SAFETY: an open endpoint that is ours alone (`&mut`), and room for that many tags.
-        let came = unsafe { raw::fabric_poll(raw, tags.as_mut_ptr(), tags.len(), &mut error) };
-        let came = usize::try_from(came).map_err(|_| endpoint.domain.failed(&error))?;
-        for tag in &tags[..came] {
-            self.arrived[*tag as usize] = true;
-        }
-        self.front += self.arrived[self.front..].iter().take_while(|a| **a).count();
-        Ok(came > 0 || self.started > before)
-    }
-
-    fn start(&self, raw: *mut RawEndpoint, index: usize, error: &mut RawError) -> c_int {
-        let at = index * self.piece;
-        let len = self.piece.min(self.len - at);
-        let local = self.local.map_or(null(), |r| r.raw.as_ptr().cast_const());
-        let remote = self.from.at.wrapping_add(at as u64);
-        // SAFETY: the piece lies inside the memory that `new` borrowed, and that is not touched before
-        // its completion; if that does not come, the endpoint is closed (`CloseUnlessDone`).
-        unsafe {
-            let into = self.into.add(at).cast();
-            let (peer, key) = (self.peer.0, self.from.key);
-            raw::fabric_read(raw, into, len, local, peer, remote, key, index as u64, error)
-        }
-    }
-}
-
 // === impl Region ===
 
 impl Drop for Region {
@@ -528,7 +452,7 @@ impl ReadMap {
         let map = MmapOptions::new().len(len.max(1)).map_raw_read_only(file)?;
         // Kernels before 5.14 do not know it; then pages fault in as they are read.
         map.advise(Advice::PopulateRead).ok();
-        Ok(ReadMap { map })
+        Ok(ReadMap { _noted: LendingMap::at(map.as_ptr() as usize), map })
     }
 }
 

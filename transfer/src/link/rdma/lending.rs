@@ -161,24 +161,26 @@ impl Shared {
     }
 
     fn lend(&self, blob: &Blob, offset: u64) -> Result<Remote, LinkError> {
-        let file = blob.file.get().ok_or(LinkError::Closed)?;
-        let meta = file.metadata().map_err(LinkError::Broken)?;
+        let opened = blob.file.get().ok_or(LinkError::Closed)?;
+        let meta = opened.metadata().map_err(LinkError::Broken)?;
         let (at, len) = ((meta.dev(), meta.ino()), blob.manifest.image_bytes);
+        let file = Arc::downgrade(&opened);
         let mut files = self.lock();
-        let known = files.get(&at).filter(|m| m.len == len);
+        // An inode's number is used again once nobody has the file.
+        let known = files.get(&at).filter(|m| m.len == len && m.file.ptr_eq(&file));
         if let Some(lent) = known.filter(|m| m.stamp.is(&blob.stamp)).and_then(|m| m.lent.as_ref())
         {
             return Ok(lent.remote(offset));
         }
         let map = match known {
             Some(mapped) => Arc::clone(&mapped.map),
-            None => Arc::new(ReadMap::of(&file, len).map_err(LinkError::Broken)?),
+            None => Arc::new(ReadMap::of(&opened, len).map_err(LinkError::Broken)?),
         };
         // The key of the version before ends here, if the sweep has not found it yet.
         sweep(&mut files);
         let lent = self.lender.lend(&map)?;
         let remote = lent.remote(offset);
-        let (file, stamp) = (Arc::downgrade(&file), blob.stamp.clone());
+        let stamp = blob.stamp.clone();
         files.insert(at, Mapped { file, len, stamp, lent: Some(lent), map });
         Ok(remote)
     }

@@ -72,7 +72,8 @@ fn pair(lendings: &Lendings) -> Pair {
     let listener = TcpListener::bind("127.0.0.1:0").expect("listening");
     let addr = listener.local_addr().expect("bound").to_string();
     let mut receiver = ReadingLink::connect(&addr, PATIENCE).expect("connected");
-    let socket = listener.accept().expect("accepted").0;
+    let mut socket = listener.accept().expect("accepted").0;
+    socket.read_exact(&mut [0; HELLO.len()]).expect("hello");
     let mut source = LendingLink::over(socket, lendings).expect("a lending end");
     for link in [&mut receiver as &mut dyn Link, &mut source] {
         link.set_patience(PATIENCE).expect("patience");
