@@ -20,7 +20,7 @@ fn stepped(publisher: &Publisher, number: u64, weights: &mut Weights) -> Publish
 
 #[test]
 fn a_receiver_several_versions_behind_gets_the_deltas_between_in_one_chain() {
-    let (publisher, behind, leaf) = (publisher(), receiver(), receiver());
+    let (publisher, behind, leaf, near) = (publisher(), receiver(), receiver(), receiver());
     let mut weights = Weights::new(12, 16);
     let first = publish(&publisher, 1, &weights);
     let fetch = |r: &Receiver, published: &Published| {
@@ -28,17 +28,20 @@ fn a_receiver_several_versions_behind_gets_the_deltas_between_in_one_chain() {
         r.fetcher.fetch_blocking(&request(v, vec![from(&publisher, v)])).expect("fetched")
     };
     let old = (fetch(&behind, &first), fetch(&leaf, &first));
-    let deltas: Vec<u64> = (2..6)
+    let deltas: Vec<u64> = (2..5)
         .map(|n| stepped(&publisher, n, &mut weights).delta_bytes.expect("a delta"))
         .collect();
+    let fifth = stepped(&publisher, 5, &mut weights);
+    let at_fifth = fetch(&near, &fifth);
     let last = stepped(&publisher, 6, &mut weights);
-    let chain = deltas.iter().sum::<u64>() + last.delta_bytes.expect("a delta");
+    let newer = [&fifth, &last].map(|p| p.delta_bytes.expect("a delta"));
+    let chain = deltas.iter().chain(&newer).sum::<u64>();
     let staged = fetch(&behind, &last);
     assert_holds(staged.dir(), &weights);
     assert_eq!((staged.report.delta_bytes, staged.report.received_bytes), (chain, chain));
     assert!(chain * 8 < last.bytes, "{chain} of {}", last.bytes);
 
-    // A relay hands the chain on to a receiver that is as far behind.
+    // A relay hands the chain on to a receiver that is as far behind, and its newest part to another.
     let server =
         Server::start(([127, 0, 0, 1], 0).into(), behind.holder.clone(), ServeLimits::default());
     let server = server.expect("server");
@@ -47,7 +50,11 @@ fn a_receiver_several_versions_behind_gets_the_deltas_between_in_one_chain() {
     let at_leaf = leaf.fetcher.fetch_blocking(&request(v, by_relay)).expect("from the relay");
     assert_holds(at_leaf.dir(), &weights);
     assert_eq!((at_leaf.report.delta_bytes, last.sent_bytes()), (chain, sent));
-    drop(old);
+    let by_relay = vec![source("relay", &server.addr().to_string(), v)];
+    let at_near = near.fetcher.fetch_blocking(&request(v, by_relay)).expect("from the relay");
+    assert_holds(at_near.dir(), &weights);
+    assert_eq!((at_near.report.delta_bytes, last.sent_bytes()), (newer[1], sent));
+    drop((old, at_fifth));
 
     // From here on one version behind again.
     let next = stepped(&publisher, 7, &mut weights);

@@ -31,6 +31,7 @@ pub struct Chain {
     blocks: Vec<BlockSpec>,
     /// Newest first.
     links: Vec<Link>,
+    bases: Vec<(Root, u64)>,
 }
 
 struct Link {
@@ -50,27 +51,28 @@ impl Chain {
         read: &mut dyn FnMut(Range<u64>) -> Option<Vec<u8>>,
     ) -> Result<Chain, DeltaError> {
         let blocks = blocks(manifest);
-        let (mut links, mut from, mut at) = (Vec::new(), None, 0);
+        let (mut links, mut bases, mut at) = (Vec::new(), Vec::new(), 0);
         while at < len {
             if links.len() == MAX_LINKS || len - at < HEAD_BYTES {
                 return Err(DeltaError::Short);
             }
             let head = take(read, at..at + HEAD_BYTES)?;
             let (root, size) = head.split_at(32);
-            from = Some(Root(root.try_into().expect("32 bytes")));
             let size = u64::from_le_bytes(size.try_into().expect("8 bytes"));
             let start = at + HEAD_BYTES;
             at = start.checked_add(size).filter(|end| *end <= len).ok_or(DeltaError::Short)?;
             links.push(Link::parse(blocks.len(), start..at, read)?);
+            bases.push((Root(root.try_into().expect("32 bytes")), at));
         }
-        match from {
-            Some(from) if from == base => Ok(Chain { blocks, links }),
+        match bases.last().map(|(from, _)| *from) {
+            Some(from) if from == base => Ok(Chain { blocks, links, bases }),
             from => Err(DeltaError::Base { from: from.unwrap_or_default(), base }),
         }
     }
 
-    pub fn links(&self) -> usize {
-        self.links.len()
+    /// Bases that it leads from, the newest first, and how much of the chain each takes.
+    pub fn bases(&self) -> &[(Root, u64)] {
+        &self.bases
     }
 
     pub fn block_count(&self) -> usize {

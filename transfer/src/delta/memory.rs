@@ -1,11 +1,16 @@
 //! Memory for deltas, two buffers in turn, as versions have two slots: what a version's delta is in is
-//! reused by the second one after it, and its pages with it. Owns the buffers and their generations.
+//! reused by the second one after it, and its pages with it. Owns the buffers, their generations, and how
+//! one buffer is lent to receivers with different bases.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::holder::Stamp;
+use anabranch_proto::manifest::{Kind, Manifest};
+use anabranch_proto::version::Root;
+
+use crate::chunks::{ChunkSet, Ledger};
+use crate::holder::{Backing, Blob, Stamp};
 use crate::shm::SharedMap;
 
 /// Clones of one are the same memory.
@@ -45,6 +50,40 @@ impl DeltaMemory {
         slot.map = Some(Arc::clone(&map));
         Ok((map, Stamp::of(&slot.generation)))
     }
+}
+
+/// What a chain in `map` is lent as, one for each base: beginnings of the same bytes. `links` are the bases
+/// with where their chains end, the newest first.
+pub(crate) fn blobs(
+    map: &SharedMap,
+    stamp: &Stamp,
+    links: &[(Root, u64)],
+    chunk_bytes: u32,
+    result: Root,
+) -> Vec<(Root, Blob)> {
+    let total = links.last().map_or(0, |(_, end)| *end);
+    map.read(0..total, |bytes| {
+        let hash = |chunk: &[u8]| *blake3::hash(chunk).as_bytes();
+        let hashes: Vec<_> = bytes.chunks(chunk_bytes as usize).map(hash).collect();
+        let blob = |&(base, end): &(Root, u64)| {
+            let whole = (end / u64::from(chunk_bytes)) as usize;
+            let mut chunk_hashes = hashes[..whole].to_vec();
+            let rest = &bytes[whole * chunk_bytes as usize..end as usize];
+            chunk_hashes.extend((!rest.is_empty()).then(|| hash(rest)));
+            let manifest = Manifest {
+                kind: Kind::Delta { base, result },
+                chunk_bytes,
+                image_bytes: end,
+                tensors: Vec::new(),
+                chunk_hashes,
+            };
+            let ledger = Arc::new(Ledger::new(ChunkSet::full(manifest.chunk_count())));
+            let encoded = manifest.encode().into();
+            let (file, stamp) = (Backing::Own(Arc::clone(map.backing())), stamp.clone());
+            (base, Blob { file, manifest: Arc::new(manifest), encoded, ledger, stamp })
+        };
+        links.iter().map(blob).collect()
+    })
 }
 
 #[cfg(test)]

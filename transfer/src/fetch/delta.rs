@@ -13,7 +13,7 @@ use super::pull::{self, Job, Sink};
 use super::{FetchError, FetchReport, FetchRequest, Shared, StreamError};
 use crate::chunks::{ChunkSet, Ledger};
 use crate::delta::choice::{Rates, Way, choose};
-use crate::delta::memory::DeltaMemory;
+use crate::delta::memory::{DeltaMemory, blobs};
 use crate::holder::{Backing, Blob, Held};
 use crate::staging::{Base, Filling};
 use crate::wire::{BlobId, Message};
@@ -62,21 +62,28 @@ pub(super) fn try_delta(
     let file = Backing::Own(Arc::clone(map.backing()));
     let (lent, chunks) = (Arc::clone(&manifest), Arc::clone(&ledger));
     // Peers with the same base may have it from here while it comes in.
-    let blob = Blob { file, manifest: lent, encoded, ledger: chunks, stamp };
+    let blob = Blob { file, manifest: lent, encoded, ledger: chunks, stamp: stamp.clone() };
     held.set_deltas(vec![(base.root, blob)]);
     let arriving = Arriving { map, manifest, ledger, ended: AtomicBool::new(false) };
-    let applied = pull_and_apply(shared, request, filling, &base, &arriving, report);
-    if !filling.filler().ledger.is_full() {
-        held.set_deltas(Vec::new());
-        if applied.is_ok() {
-            let version = request.version;
+    let applied = pull_and_apply(shared, request, filling, &base, &arriving, report)?;
+    let version = request.version;
+    match applied {
+        Some(applied) if filling.filler().ledger.is_full() => {
+            // It was right, so its parts are: peers with any of its bases may have theirs.
+            let chunk_bytes = arriving.manifest.chunk_bytes;
+            let parts = blobs(&arriving.map, &stamp, &applied.bases, chunk_bytes, version.root);
+            held.set_deltas(parts);
+        }
+        Some(_) => {
+            held.set_deltas(Vec::new());
             tracing::warn!(%version, "a delta did not give the version; fetching the rest in full");
         }
+        None => held.set_deltas(Vec::new()),
     }
-    applied
+    Ok(())
 }
 
-/// An error only where the fetch was cancelled.
+/// `None` where not all of it came or it is none; an error only where the fetch was cancelled.
 fn pull_and_apply(
     shared: &Arc<Shared>,
     request: &FetchRequest,
@@ -84,7 +91,7 @@ fn pull_and_apply(
     base: &Base,
     arriving: &Arriving,
     report: &mut FetchReport,
-) -> Result<(), FetchError> {
+) -> Result<Option<Applied>, FetchError> {
     let cancel = request.cancel.child_token();
     let cancellable = FetchRequest { cancel: cancel.clone(), ..request.clone() };
     let sink =
@@ -111,13 +118,16 @@ fn pull_and_apply(
         return Err(FetchError::Cancelled(request.version));
     }
     match (pulled, applied) {
-        (Ok(()), Ok(applied)) => shared.deltas.note_applied(&applied),
+        (Ok(()), Ok(applied)) => {
+            shared.deltas.note_applied(&applied);
+            return Ok(Some(applied));
+        }
         (Ok(()) | Err(FetchError::Cancelled(_)), Err(error)) => {
             tracing::warn!(%error, "a delta that cannot be applied");
         }
         (Err(error), _) => tracing::warn!(%error, "no delta; fetching the version in full"),
     }
-    Ok(())
+    Ok(None)
 }
 
 /// The manifest of a delta from `base` that is worth it, from the first source that has one.

@@ -3,16 +3,15 @@
 
 use std::sync::{Arc, Mutex};
 
-use anabranch_proto::manifest::{Kind, Manifest};
+use anabranch_proto::manifest::Manifest;
 use anabranch_proto::version::{Root, Version};
 
 use super::PublisherConfig;
 use crate::arena::Arena;
-use crate::chunks::{ChunkSet, Ledger};
 use crate::delta;
 use crate::delta::chain::{self, MAX_LINKS};
-use crate::delta::memory::DeltaMemory;
-use crate::holder::{Backing, Blob, Held, Stamp};
+use crate::delta::memory::{DeltaMemory, blobs};
+use crate::holder::{Blob, Held};
 use crate::shm::SharedMap;
 
 /// After so many bytes it is clear whether a version is worth a delta.
@@ -122,37 +121,4 @@ fn encode(
         new.read(image, |new| delta::encode(manifest, old, new, config.hash_threads, &worth))
     });
     coded.filter(|c| valid() && (c.len() as u64) < manifest.image_bytes)
-}
-
-/// One for each base: beginnings of the same bytes.
-fn blobs(
-    map: &SharedMap,
-    stamp: &Stamp,
-    links: &[(Root, u64)],
-    chunk_bytes: u32,
-    result: Root,
-) -> Vec<(Root, Blob)> {
-    let total = links.last().map_or(0, |(_, end)| *end);
-    map.read(0..total, |bytes| {
-        let hash = |chunk: &[u8]| *blake3::hash(chunk).as_bytes();
-        let hashes: Vec<_> = bytes.chunks(chunk_bytes as usize).map(hash).collect();
-        let blob = |&(base, end): &(Root, u64)| {
-            let whole = (end / u64::from(chunk_bytes)) as usize;
-            let mut chunk_hashes = hashes[..whole].to_vec();
-            let rest = &bytes[whole * chunk_bytes as usize..end as usize];
-            chunk_hashes.extend((!rest.is_empty()).then(|| hash(rest)));
-            let manifest = Manifest {
-                kind: Kind::Delta { base, result },
-                chunk_bytes,
-                image_bytes: end,
-                tensors: Vec::new(),
-                chunk_hashes,
-            };
-            let ledger = Arc::new(Ledger::new(ChunkSet::full(manifest.chunk_count())));
-            let encoded = manifest.encode().into();
-            let (file, stamp) = (Backing::Own(Arc::clone(map.backing())), stamp.clone());
-            (base, Blob { file, manifest: Arc::new(manifest), encoded, ledger, stamp })
-        };
-        links.iter().map(blob).collect()
-    })
 }

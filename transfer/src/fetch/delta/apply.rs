@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::time::{Duration, Instant};
 
 use anabranch_proto::manifest::Manifest;
+use anabranch_proto::version::Root;
 
 use crate::chunks::{ChunkSet, Ledger};
 use crate::delta::chain::Chain;
@@ -33,6 +34,8 @@ pub(super) struct Applied {
     pub(super) busy: Duration,
     /// How often as fast it would be for one delta on all threads: threads times links.
     pub(super) speedup: u32,
+    /// Of the chain, and where each one's part ends.
+    pub(super) bases: Vec<(Root, u64)>,
 }
 
 /// New = f(base, delta) into the chunks that are not verified yet. What is wrong or never comes leaves
@@ -55,7 +58,7 @@ pub(super) fn apply(
         }
         work.run();
     });
-    work.result(threads as u32 * chain.links() as u32)
+    work.result(threads as u32 * chain.bases().len() as u32)
 }
 
 /// The blocks, shared by threads.
@@ -189,7 +192,8 @@ impl<'a> Work<'a> {
             return Err(error);
         }
         let busy = Duration::from_nanos(self.busy_ns.into_inner());
-        Ok(Applied { bytes: self.bytes.into_inner(), busy, speedup })
+        let (bytes, bases) = (self.bytes.into_inner(), self.chain.bases().to_vec());
+        Ok(Applied { bytes, busy, speedup, bases })
     }
 }
 
