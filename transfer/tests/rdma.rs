@@ -204,6 +204,29 @@ fn a_source_that_is_killed_midway_costs_little_and_another_one_finishes() {
 }
 
 #[test]
+fn a_source_outlives_receivers_that_leave_in_the_middle_of_a_read() {
+    let Some(mut source) = source_in_a_process(64, 7, "none") else { return };
+    for _ in 0..6 {
+        let receiver = receiver();
+        let mut request = request(source.version, vec![source.by_rdma("trainer")]);
+        let leave = request.cancel.clone();
+        request.progress = Some(Arc::new(move |progress| {
+            if progress.bytes > 0 {
+                leave.cancel();
+            }
+        }));
+        // One that was fast enough has the version.
+        let fetched = receiver.fetcher.fetch_blocking(&request);
+        assert!(matches!(fetched, Ok(_) | Err(FetchError::Cancelled(_))));
+        assert_eq!(source.child.try_wait().expect("its state"), None, "the source lives");
+    }
+    let receiver = receiver();
+    let request = request(source.version, vec![source.by_rdma("trainer")]);
+    let staged = receiver.fetcher.fetch_blocking(&request).expect("fetch");
+    assert_holds(staged.dir(), &Weights::new(64, 7));
+}
+
+#[test]
 fn a_torn_source_is_found_by_the_hashes_and_another_one_gives_the_chunks() {
     let Some(torn) = source_in_a_process(24, 4, "torn") else { return };
     let good = source_in_a_process(24, 4, "none").expect("as the first");
