@@ -74,8 +74,7 @@ impl Grant {
             out.extend_from_slice(&(text.len() as u16).to_le_bytes());
             out.extend_from_slice(text.as_bytes());
         }
-        out.extend_from_slice(mac(key, &out).as_bytes());
-        out.into()
+        seal(key, out).into()
     }
 
     /// The grant in `bytes`, if it was minted with `key`. Whose job and which version it is for, and
@@ -120,6 +119,13 @@ fn text(rest: &mut &[u8]) -> Option<String> {
     let (text, tail) = tail.split_at_checked(len.into())?;
     *rest = tail;
     String::from_utf8(text.to_vec()).ok()
+}
+
+/// What is said, then its MAC: the form in which a grant crosses the wire.
+pub fn seal(key: &ServeKey, mut said: Vec<u8>) -> Vec<u8> {
+    let tag = mac(key, &said);
+    said.extend_from_slice(tag.as_bytes());
+    said
 }
 
 fn mac(key: &ServeKey, body: &[u8]) -> blake3::Hash {
