@@ -250,26 +250,23 @@ fn moved(at: FetchProgress, holder: &Holder, version: Version) -> Moved {
     Moved { bytes: at.bytes, received_bytes: at.received_bytes, served_bytes }
 }
 
-/// One per holder, with all its addresses. A source that must dial us is of no use yet: it would need a
-/// listener of its own kind.
+/// One per holder, with all its addresses.
 fn sources(orders: &[pb::Source]) -> Vec<SourceRef> {
     let mut sources: Vec<SourceRef> = Vec::new();
     for order in orders {
-        if order.dial() == pb::source::Dial::Source {
-            tracing::debug!(
-                holder = order.holder,
-                "skipped a source that wants to dial this agent"
-            );
-        } else if let Some(known) = sources.iter_mut().find(|s| s.holder == order.holder) {
-            known.addrs.push(order.addr.clone());
-        } else {
-            sources.push(SourceRef {
+        let addr = match order.dial() {
+            pb::source::Dial::Source => format!("feed:{}", order.holder),
+            pb::source::Dial::Receiver | pb::source::Dial::Unspecified => order.addr.clone(),
+        };
+        match sources.iter_mut().find(|s| s.holder == order.holder) {
+            Some(known) => known.addrs.push(addr),
+            None => sources.push(SourceRef {
                 holder: order.holder.clone(),
-                addrs: vec![order.addr.clone()],
+                addrs: vec![addr],
                 grant: order.grant.to_vec(),
                 stripes: order.stripes.clone(),
                 fallback_for: order.fallback_for.clone(),
-            });
+            }),
         }
     }
     sources

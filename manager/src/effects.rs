@@ -16,9 +16,9 @@ use anabranch_proto::{SessionId, pb};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
-use crate::core::action::{Action, Answer, VersionStatus};
+use crate::core::action::{Action, Answer};
 use crate::core::event::{ConsumerId, Convention, Event, LinkId, OpenJob, PublisherId, ReplyTo};
-use crate::driver::inbox::{Attach, NewConsumer, Out};
+use crate::driver::inbox::{Attach, NewConsumer, Out, ToPublisher};
 use crate::gate::Life;
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
@@ -37,7 +37,7 @@ pub(crate) struct Effects {
     links: BTreeMap<LinkId, Link>,
     sessions: BTreeMap<SessionId, Session>,
     pub consumers: Consumers,
-    publishers: BTreeMap<PublisherId, mpsc::Sender<VersionStatus>>,
+    publishers: BTreeMap<PublisherId, mpsc::Sender<ToPublisher>>,
     replies: BTreeMap<ReplyTo, oneshot::Sender<Answer>>,
     /// Jobs asked for and not yet answered; at most as many as `replies`.
     opening: BTreeMap<ReplyTo, (String, Convention)>,
@@ -118,7 +118,13 @@ impl Effects {
             Action::TellPublisher { publisher, status } => {
                 if let Some(out) = self.publishers.get(&publisher) {
                     // Each status replaces the one before; a publisher that does not read misses some.
-                    let _ = out.try_send(status);
+                    let _ = out.try_send(ToPublisher::Status(status));
+                }
+            }
+            Action::DialReceiver(order) => {
+                if let Some(out) = self.publishers.get(&order.publisher) {
+                    // Lost only with a trainer that reads nothing: the load is then ordered again.
+                    let _ = out.try_send(ToPublisher::Dial(orders::dial(*order)));
                 }
             }
             Action::Emit(notice) => {
@@ -180,7 +186,7 @@ impl Effects {
         Event::ConsumerAttached { session, consumer, pack, shard }
     }
 
-    pub fn open_publisher(&mut self, publisher: PublisherId, out: mpsc::Sender<VersionStatus>) {
+    pub fn open_publisher(&mut self, publisher: PublisherId, out: mpsc::Sender<ToPublisher>) {
         self.publishers.insert(publisher, out);
     }
 

@@ -28,6 +28,8 @@ pub struct Image {
     pub chunk_bytes: u64,
     /// The trainer still serves it.
     pub at_trainer: bool,
+    /// The trainer cannot be dialled: it gives only to those that it can dial.
+    pub trainer_dials: bool,
 }
 
 /// A host that may receive or give: an engine's agent, or a relay.
@@ -91,11 +93,13 @@ pub fn plan(image: Image, peers: &[Peer]) -> BTreeMap<SessionId, Feed> {
     forest.parents.extend(parents.clone());
     let longest = parents.keys().map(|id| forest.depth(*id, 0)).max().unwrap_or(0);
     let streams = streams(image, stripes, longest);
-    let feed = |(id, parents)| {
-        let sources = forest.sources(id, image.at_trainer);
-        (id, Feed { parents, sources, streams })
+    let feed = |(id, parents): (SessionId, Vec<Holder>)| {
+        let reached = !image.trainer_dials || forest.peers[&id].serves;
+        let sources = forest.sources(id, image.at_trainer && reached);
+        let hangs = reached || !parents.contains(&Holder::Trainer);
+        hangs.then_some((id, Feed { parents, sources, streams }))
     };
-    parents.into_iter().map(feed).collect()
+    parents.into_iter().filter_map(feed).collect()
 }
 
 /// More would make the chains' fill longer and hurt no less: a death costs a child 1/4 of its inflow.

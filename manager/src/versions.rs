@@ -42,6 +42,8 @@ pub(crate) struct VersionRecord {
     /// While the trainer serves it.
     pub publisher: Option<PublisherId>,
     pub addresses: Vec<String>,
+    /// It cannot be dialled; told to, it dials receivers.
+    pub dials: bool,
     pub directory: Option<String>,
     pub serve_key: [u8; 32],
     pub bytes: u64,

@@ -145,7 +145,13 @@ async fn a_publisher_is_told_what_was_wrong() {
     let mut nowhere = Publisher::begin(&mut trainer, 1, &[]).await;
     let status = nowhere.next().await.expect_err("nobody could fetch it");
     assert_eq!(status.code(), Code::InvalidArgument);
-    assert!(status.message().contains("give addresses or a directory"), "{}", status.message());
+    assert!(
+        status
+            .message()
+            .contains("give addresses, say that the trainer dials, or give a directory"),
+        "{}",
+        status.message()
+    );
     let mut zero = Publisher::begin(&mut trainer, 0, &["127.0.0.1:1"]).await;
     assert!(zero.next().await.expect_err("reserved").message().contains("publish from 1"));
     manager.stop().await.expect("stopped");

@@ -8,7 +8,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anabranch_proto::{Root, Version, pb};
-use anabranch_transfer::{PublishError, Published, Publisher, Publishing};
+use anabranch_transfer::{FeedOrder, PublishError, Published, Publisher, Publishing};
 use bytes::Bytes;
 use pb::publish_event::Kind as In;
 use pb::publish_part::Kind as Out;
@@ -24,6 +24,8 @@ use crate::versions::VersionStatus;
 
 const CALL: &str = "publish";
 
+/// For a receiver to accept.
+const DIAL_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a lost manager is looked for.
 const LOST_AFTER: Duration = Duration::from_secs(600);
 
@@ -33,6 +35,8 @@ pub(crate) struct Announcement {
     /// Weak: the job owns this task.
     job: Weak<Inner>,
     publisher: Arc<Publisher>,
+    /// Receivers cannot reach it.
+    dials: bool,
     number: u64,
     bytes: u64,
     epoch: u32,
@@ -56,6 +60,7 @@ impl Announcement {
         Self {
             job: job.downgrade(),
             publisher,
+            dials: job.config().weights.dials,
             number: publishing.number,
             bytes: publishing.bytes,
             epoch: job.config().epoch,
@@ -110,7 +115,8 @@ impl Announcement {
             session: self.session,
             version: Some(pb::Version { root: Bytes::new(), ..version.into() }),
             kind: 1,
-            addresses: self.publisher.addresses(),
+            addresses: if self.dials { Vec::new() } else { self.publisher.addresses() },
+            dials: self.dials,
             bytes: self.bytes,
             ..Default::default()
         };
@@ -124,12 +130,30 @@ impl Announcement {
             Err(status) => return Err(Failure::of(CALL, &status)),
         };
         self.tries.reset();
-        if let (Some(In::Status(status)), Some(version)) = (event.kind, self.sealed) {
-            let status = VersionStatus::try_from(status)
-                .map_err(|what| Failure::Final(Error::Protocol { call: CALL, what }))?;
-            self.progress.send_replace(Progress::Rolling(version, status));
+        match (event.kind, self.sealed) {
+            (Some(In::Status(status)), Some(version)) => {
+                let status = VersionStatus::try_from(status)
+                    .map_err(|what| Failure::Final(Error::Protocol { call: CALL, what }))?;
+                self.progress.send_replace(Progress::Rolling(version, status));
+            }
+            (Some(In::Dial(dial)), _) => self.dial(dial),
+            _ => {}
         }
         Ok(())
+    }
+
+    /// A receiver that shall fetch from here, and cannot reach us.
+    fn dial(&self, order: pb::publish_event::DialReceiver) {
+        let receiver = order.receiver;
+        let order = FeedOrder {
+            addrs: order.addresses,
+            grant: order.grant.to_vec(),
+            streams: order.streams as usize,
+            connect: DIAL_PATIENCE,
+        };
+        if let Err(error) = self.publisher.server().feed(order) {
+            tracing::warn!(receiver, %error, "cannot dial a receiver of the weights");
+        }
     }
 
     /// Makes ready for the next attachment, or says why there is none.

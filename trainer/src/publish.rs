@@ -46,6 +46,9 @@ pub struct WeightServer {
     pub advertise: Vec<String>,
     /// How, best first. Empty: tcp (in the clear) on loopback, tls anywhere else.
     pub links: Vec<LinkKind>,
+    /// Receivers cannot reach this process: it dials them. They need a listener (an agent's or a relay's
+    /// `--listen`).
+    pub dials: bool,
     /// Threads that hash a version. Default 1.
     pub hash_threads: usize,
 }
@@ -151,12 +154,13 @@ impl State {
 
 fn publisher_config(job: &Job) -> Result<PublisherConfig, Error> {
     let config = job.config();
-    let WeightServer { listen, advertise, links, hash_threads } = config.weights.clone();
+    let WeightServer { listen, advertise, links, dials, hash_threads } = config.weights.clone();
     let listen = match listen {
+        None if dials => SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         Some(listen) => listen,
         None => SocketAddr::new(job.client().facing_address()?, 0),
     };
-    if listen.ip().is_unspecified() && advertise.is_empty() {
+    if listen.ip().is_unspecified() && advertise.is_empty() && !dials {
         return Err(Error::Invalid(format!(
             "weights are served on {listen}, which no receiver can dial: name addresses to advertise"
         )));
@@ -189,7 +193,13 @@ impl NamedTensor {
 
 impl Default for WeightServer {
     fn default() -> Self {
-        Self { listen: None, advertise: Vec::new(), links: Vec::new(), hash_threads: 1 }
+        Self {
+            listen: None,
+            advertise: Vec::new(),
+            links: Vec::new(),
+            dials: false,
+            hash_threads: 1,
+        }
     }
 }
 

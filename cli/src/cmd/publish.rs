@@ -36,6 +36,9 @@ pub struct Args {
     /// tcp (in the clear), tls or quic; may be given more than once, best first [default: tcp on loopback, else tls]
     #[arg(long, value_name = "LINK")]
     weights_link: Vec<LinkKind>,
+    /// Engines cannot reach this host: dial them (or a relay) instead
+    #[arg(long, conflicts_with = "advertise")]
+    dial_out: bool,
     /// Give up after so many seconds
     #[arg(long, default_value_t = 3600)]
     timeout: u64,
@@ -53,6 +56,7 @@ pub async fn run(args: Args) -> Outcome {
     config.weights.advertise = args.advertise.clone();
     config.weights.listen = args.weights_listen;
     config.weights.links = args.weights_link.clone();
+    config.weights.dials = args.dial_out;
     let job = args.manager.trainer().await?.open(config).await?;
     let number = match args.number {
         Some(number) => number,

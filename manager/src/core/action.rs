@@ -100,6 +100,8 @@ pub enum Action {
         consumer: ConsumerId,
         why: String,
     },
+    /// Tell a trainer that cannot be dialled to offer its streams to a receiver.
+    DialReceiver(Box<DialOrder>),
     /// Tell the publisher how a version is doing.
     TellPublisher {
         publisher: PublisherId,
@@ -147,11 +149,27 @@ pub struct LoadOrder {
     pub job: String,
 }
 
+/// The driver mints the grant with the receiver's key.
+#[derive(Clone, Debug)]
+pub struct DialOrder {
+    pub publisher: PublisherId,
+    pub source: String,
+    pub receiver: EngineId,
+    pub addresses: Vec<String>,
+    pub serve_key: [u8; 32],
+    pub job: String,
+    pub version: Version,
+    pub nonce: OrderId,
+    pub streams: u32,
+}
+
 /// Who can give a version's bytes. The driver mints the grant with `serve_key`.
 #[derive(Clone, Debug)]
 pub struct Holder {
     pub name: String,
     pub addresses: Vec<String>,
+    /// It has no address: it dials the receiver.
+    pub dials: bool,
     pub serve_key: [u8; 32],
     /// It is the planned parent for these.
     pub stripes: Vec<u32>,

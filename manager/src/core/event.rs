@@ -284,6 +284,8 @@ pub struct Announce {
     /// Root not known yet.
     pub version: Version,
     pub addresses: Vec<String>,
+    /// It cannot be dialled; told to, it dials receivers.
+    pub dials: bool,
     pub bytes: u64,
     /// Every engine host can read it; then nothing is fetched.
     pub directory: Option<String>,

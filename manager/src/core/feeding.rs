@@ -25,7 +25,9 @@ impl Core {
         let image = Image {
             bytes: record.bytes,
             chunk_bytes: DEFAULT_CHUNK_BYTES.into(),
-            at_trainer: record.publisher.is_some() && !record.addresses.is_empty(),
+            at_trainer: record.publisher.is_some()
+                && (record.dials || !record.addresses.is_empty()),
+            trainer_dials: record.dials,
         };
         let wanting: BTreeSet<SessionId> = wanting.iter().copied().collect();
         let place = |engine: &Engine| match &engine.load {
@@ -67,6 +69,7 @@ impl Core {
             plan::Holder::Peer(session) => self.engines.get(&session).map(|engine| Holder {
                 name: engine.id.to_string(),
                 addresses: engine.hello.addresses.clone(),
+                dials: false,
                 serve_key: engine.serve_key,
                 stripes: source.stripes.clone(),
                 fallback_for: source.fallback_for.clone(),
@@ -74,6 +77,7 @@ impl Core {
             plan::Holder::Trainer => self.versions.find(version).map(|record| Holder {
                 name: TRAINER.into(),
                 addresses: record.addresses.clone(),
+                dials: record.dials,
                 serve_key: record.serve_key,
                 stripes: source.stripes.clone(),
                 fallback_for: source.fallback_for.clone(),

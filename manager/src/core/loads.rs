@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anabranch_proto::{EngineId, SampleId, SessionId, Version};
+use anabranch_proto::{EngineId, OrderId, SampleId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Action, LoadOrder, Notice};
+use super::action::{Action, DialOrder, LoadOrder, Notice};
 use super::event::{LoadReport, LoadStage, ProbeResult, Verdict};
 use super::timer::Timer;
 use crate::fleet::{EngineState, Load};
@@ -161,6 +161,10 @@ impl Core {
         let reference = self.reference_probe(session, version);
         let job = self.job.as_ref().expect("order_loads has checked it");
         let (job_name, on_running) = (job.name.clone(), job.on_running);
+        if let Some(dialling) = sources.iter().find(|source| source.dials) {
+            let (source, streams) = (dialling.name.clone(), feed.streams);
+            self.order_dial(session, order, version, source, streams);
+        }
         let engine = self.engines.get_mut(&session).expect("it is in the wave");
         let receiver = engine.id.clone();
         engine.load = Some(Load {
@@ -198,6 +202,32 @@ impl Core {
             receiver,
             job: job_name,
         })));
+    }
+
+    /// The trainer offers its streams to this receiver, which asks on them.
+    fn order_dial(
+        &mut self,
+        session: SessionId,
+        nonce: OrderId,
+        version: Version,
+        source: String,
+        streams: u32,
+    ) {
+        let (Some(engine), Some(job)) = (self.engines.get(&session), &self.job) else { return };
+        let Some(publisher) = self.versions.find(version).and_then(|r| r.publisher) else { return };
+        let order = DialOrder {
+            publisher,
+            source,
+            receiver: engine.id.clone(),
+            addresses: engine.hello.addresses.clone(),
+            serve_key: engine.serve_key,
+            job: job.name.clone(),
+            version,
+            nonce,
+            // One more tells what the trainer has.
+            streams: streams.max(1) + 1,
+        };
+        self.act(Action::DialReceiver(Box::new(order)));
     }
 
     /// What another engine's probe at this version gave, if one of the same kind has it.

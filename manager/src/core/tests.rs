@@ -222,6 +222,7 @@ fn a_version_waits_for_samples_whose_first_tokens_may_be_on_their_way() {
         session: bench.trainer,
         version,
         addresses: vec!["10.0.0.1:7000".into()],
+        dials: false,
         bytes: 1,
         directory: None,
     };

@@ -30,8 +30,8 @@ impl Core {
         if let (false, Err(why)) = (orphan, self.versions.check(version)) {
             return self.fail(reply, FailKind::BadRequest, why.to_string());
         }
-        if announce.addresses.is_empty() && announce.directory.is_none() {
-            let why = "nothing to fetch from: give data-plane addresses, or a directory every engine host can read";
+        if announce.addresses.is_empty() && !announce.dials && announce.directory.is_none() {
+            let why = "nothing to fetch from: give data-plane addresses, a trainer that dials, or a directory every engine host can read";
             return self.fail(reply, FailKind::BadRequest, why);
         }
         let bytes = announce.bytes;
@@ -43,6 +43,7 @@ impl Core {
             state: VersionState::Announced,
             publisher: Some(publisher),
             addresses: announce.addresses,
+            dials: announce.dials,
             directory: announce.directory,
             serve_key: self.config.serve_key("trainer", announce.session.0),
             bytes,
@@ -60,6 +61,7 @@ impl Core {
         if let Some(record) = self.versions.get_mut(announce.version.number) {
             record.publisher = Some(publisher);
             record.addresses = announce.addresses;
+            record.dials = announce.dials;
             record.directory = announce.directory;
             record.serve_key = serve_key;
         }

@@ -24,6 +24,12 @@ use crate::state::StateView;
 const CAPACITY: usize = 4096;
 
 /// What streams to an agent or a trainer are made of.
+/// What a Publish stream is told.
+pub(crate) enum ToPublisher {
+    Status(VersionStatus),
+    Dial(pb::publish_event::DialReceiver),
+}
+
 pub(crate) type Out<T> = mpsc::Sender<Result<T, Status>>;
 
 pub(crate) enum Input {
@@ -49,7 +55,7 @@ pub(crate) enum Input {
     ConsumerLost(ConsumerId),
     PublisherOpened {
         publisher: PublisherId,
-        out: mpsc::Sender<VersionStatus>,
+        out: mpsc::Sender<ToPublisher>,
     },
     PublisherLost(PublisherId),
     State(oneshot::Sender<Arc<StateView>>),

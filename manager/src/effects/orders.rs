@@ -11,7 +11,7 @@ use bytes::Bytes;
 
 use super::sessions::Live;
 use super::{Effects, Overflow};
-use crate::core::action::{LoadOrder, ModeKind, StartOrder};
+use crate::core::action::{DialOrder, LoadOrder, ModeKind, StartOrder};
 use crate::core::event::{
     self, Convention, Held, LinkId, OnRunning, ProbeResult, Sampling, Verdict,
 };
@@ -161,17 +161,38 @@ fn sources(order: &LoadOrder) -> Vec<pb::Source> {
             nonce: order.order.0,
         };
         let grant = grant.mint(&holder.serve_key);
+        let dial = if holder.dials { pb::source::Dial::Source } else { pb::source::Dial::Receiver };
         let source = |addr: &String| pb::Source {
             addr: addr.clone(),
-            dial: pb::source::Dial::Receiver.into(),
+            dial: dial.into(),
             grant: grant.clone(),
             holder: holder.name.clone(),
             stripes: holder.stripes.clone(),
             fallback_for: holder.fallback_for.clone(),
         };
-        holder.addresses.iter().map(source).collect::<Vec<_>>()
+        match holder.dials {
+            true => vec![source(&String::new())],
+            false => holder.addresses.iter().map(source).collect::<Vec<_>>(),
+        }
     };
     order.sources.iter().flat_map(one).collect()
+}
+
+pub(super) fn dial(order: DialOrder) -> pb::publish_event::DialReceiver {
+    let grant = Grant {
+        job: order.job,
+        version: order.version,
+        receiver: order.source,
+        role: Role::Feed,
+        ttl_ms: GRANT_TTL.as_millis() as u64,
+        nonce: order.nonce.0,
+    };
+    pb::publish_event::DialReceiver {
+        receiver: order.receiver.to_string(),
+        addresses: order.addresses,
+        grant: grant.mint(&order.serve_key),
+        streams: order.streams,
+    }
 }
 
 pub(super) fn mode(order: OrderId, mode: ModeKind, deadline: Duration, why: String) -> pb::Mode {

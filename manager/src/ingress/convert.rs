@@ -233,10 +233,10 @@ pub(super) fn announce(
     }
     let directory = Some(begin.directory).filter(|directory| !directory.is_empty());
     match &directory {
-        None if begin.addresses.is_empty() => {
+        None if begin.addresses.is_empty() && !begin.dials => {
             return Err(field(
                 "begin.addresses",
-                "nobody could fetch it: give addresses or a directory",
+                "nobody could fetch it: give addresses, say that the trainer dials, or give a directory",
             ));
         }
         Some(path) if !path.starts_with('/') => {
@@ -244,7 +244,8 @@ pub(super) fn announce(
         }
         _ => super::check::words("begin.addresses", &begin.addresses)?,
     }
-    Ok(Announce { session, version, addresses: begin.addresses, bytes: begin.bytes, directory })
+    let (addresses, dials) = (begin.addresses, begin.dials);
+    Ok(Announce { session, version, addresses, dials, bytes: begin.bytes, directory })
 }
 
 pub(super) fn version(at: &str, wire: pb::Version) -> Result<Version, Invalid> {

@@ -14,7 +14,7 @@ use super::check::field;
 use super::{ANSWER, convert, done};
 use crate::core::action::VersionStatus;
 use crate::core::event::{Event, PublisherId};
-use crate::driver::inbox::{Closed, Input, Out};
+use crate::driver::inbox::{Closed, Input, Out, ToPublisher};
 use crate::gate::Gate;
 
 /// Statuses that the trainer has not taken; each replaces the one before.
@@ -61,8 +61,13 @@ impl Publish {
                     Some(part) => self.seal(version, part).await?,
                     None => return Ok(()),
                 },
-                status = told.recv() => match status {
-                    Some(status) => self.say(publish_event::Kind::Status(status_to_wire(status))).await?,
+                news = told.recv() => match news {
+                    Some(ToPublisher::Status(status)) => {
+                        self.say(publish_event::Kind::Status(status_to_wire(status))).await?;
+                    }
+                    Some(ToPublisher::Dial(dial)) => {
+                        self.say(publish_event::Kind::Dial(dial)).await?;
+                    }
                     None => return Err(Closed.into()),
                 },
                 _ = alive.tick() => self.gate.inbox.trainer_heard().await?,

@@ -3,7 +3,8 @@ use proptest::prelude::*;
 use super::*;
 
 const MIB: u64 = 1 << 20;
-const IMAGE: Image = Image { bytes: 256 * MIB, chunk_bytes: MIB, at_trainer: true };
+const IMAGE: Image =
+    Image { bytes: 256 * MIB, chunk_bytes: MIB, at_trainer: true, trainer_dials: false };
 
 fn peer(id: u64, at: Place) -> Peer {
     let (preemptible, relay, serves) = (false, false, true);
@@ -330,4 +331,18 @@ fn check(
         }
     }
     Ok(())
+}
+
+#[test]
+fn a_trainer_that_dials_gives_only_to_those_that_listen_and_they_pass_it_on() {
+    let image = Image { trainer_dials: true, ..IMAGE };
+    let mut peers = fleet(3);
+    peers[0].serves = false;
+    let feeds = plan(image, &peers);
+    let mute = &feeds[&SessionId(0)];
+    assert!(!holders(mute).contains(&Holder::Trainer), "{mute:?}");
+    assert!(!mute.parents.contains(&Holder::Trainer));
+    assert_eq!(holders(&feeds[&SessionId(1)]).last(), Some(&Holder::Trainer));
+    peers.iter_mut().for_each(|peer| peer.serves = false);
+    assert!(plan(image, &peers).is_empty(), "nobody can be reached");
 }

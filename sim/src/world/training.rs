@@ -105,6 +105,7 @@ impl World {
             session,
             version: Version { root: anabranch_proto::Root::default(), ..version },
             addresses: vec!["10.0.0.9:7000".into()],
+            dials: false,
             bytes: 1 << 20,
             directory: None,
         };

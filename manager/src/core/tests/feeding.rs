@@ -42,6 +42,7 @@ impl Rollout {
             session: self.bench.trainer,
             version,
             addresses: vec!["trainer:7000".into()],
+            dials: false,
             bytes: 256 * MIB,
             directory: None,
         };
