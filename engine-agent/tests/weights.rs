@@ -6,7 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use anabranch_agent::EngineSpec;
+use anabranch_agent::{EngineSpec, LinkKind, Listen};
 use anabranch_proto::grant::{Grant, Role};
 use anabranch_proto::manifest::DType;
 use anabranch_proto::pb::load_state::Stage;
@@ -89,7 +89,9 @@ async fn versions_come_in_chunks_and_go_on_to_a_peer_while_samples_run() {
     let trainer = publisher.addresses()[0].clone();
     let engine = TestEngine::start(|config| config.rate = Some(300.0)).await;
     let mut manager = TestManager::start().await;
-    let listen = Some("127.0.0.1:0".parse().expect("address"));
+    // What it announces before it serves is what peers dial: its certificate stands there already.
+    let at = Listen::at("127.0.0.1:0".parse().expect("address"));
+    let listen = Some(Listen { links: vec![LinkKind::Tls], ..at });
     let _agent = TestAgent::start(manager.addr, engine.addr, |c| c.listen = listen);
     let mut first = manager.attach(|_| welcome(1)).await;
     let mut ledger = Ledger::default();
@@ -116,6 +118,7 @@ async fn versions_come_in_chunks_and_go_on_to_a_peer_while_samples_run() {
     let _second_agent = TestAgent::start(manager.addr, other.addr, |c| c.id = Some("e2".into()));
     let mut second = manager.attach(|_| welcome(2)).await;
     let peer = first.hello.addresses[0].clone();
+    assert!(peer.starts_with("tls://127.0.0.1:"), "{peer}");
     let newest = versions[3];
     second.control(load(9, newest, vec![source("e1", &peer, newest, "e2")])).await;
     let mut other_ledger = Ledger::default();
@@ -176,7 +179,7 @@ async fn a_relay_takes_a_version_without_an_engine_and_an_engine_gets_it_from_th
     let _relay = TestAgent::start(manager.addr, engine.addr, |c| {
         c.engine = EngineSpec::Relay;
         c.id = Some("relay".into());
-        c.listen = Some("127.0.0.1:0".parse().expect("address"));
+        c.listen = Some(Listen::at("127.0.0.1:0".parse().expect("address")));
     });
     let mut relay = manager.attach(|_| welcome(1)).await;
     assert_eq!(relay.hello.engine_kind, "relay");
