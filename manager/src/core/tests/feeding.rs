@@ -36,9 +36,13 @@ impl Rollout {
 
     /// The next version, sealed.
     fn publish(&mut self) -> Vec<LoadOrder> {
+        orders(self.publish_with(|_| {}))
+    }
+
+    fn publish_with(&mut self, change: impl FnOnce(&mut Announce)) -> Vec<Action> {
         self.number += 1;
         let version = self.version();
-        let announce = Announce {
+        let mut announce = Announce {
             session: self.bench.trainer,
             version,
             addresses: vec!["trainer:7000".into()],
@@ -46,9 +50,10 @@ impl Rollout {
             bytes: 256 * MIB,
             directory: None,
         };
+        change(&mut announce);
         let (publisher, announce) = (PublisherId(self.number), Box::new(announce));
         self.bench.tell(Event::VersionAnnounced { publisher, announce, reply: ReplyTo(3) });
-        orders(self.bench.tell(Event::VersionSealed { publisher, version, reply: ReplyTo(4) }))
+        self.bench.tell(Event::VersionSealed { publisher, version, reply: ReplyTo(4) })
     }
 
     fn version(&self) -> Version {
@@ -233,4 +238,25 @@ fn an_engine_is_told_when_nobody_has_the_version_any_more() {
     assert!(why.starts_with("no path to any holder of v1"), "{why}");
     let again = rollout.bench.tell(Event::TimePassed { gap: Duration::ZERO });
     assert!(again.is_empty(), "said once: {again:?}");
+}
+
+#[test]
+fn a_trainer_that_cannot_be_dialled_is_told_whom_to_dial() {
+    let mut rollout = Rollout::new(2);
+    rollout.join("mute", |hello| hello.addresses.clear());
+    let actions = rollout.publish_with(|announce| {
+        announce.addresses.clear();
+        announce.dials = true;
+    });
+    let dial = |action: &Action| match action {
+        Action::DialReceiver(order) => Some((order.receiver.to_string(), order.addresses.clone())),
+        _ => None,
+    };
+    let dialled: Vec<_> = actions.iter().filter_map(dial).collect();
+    let at = |id: &str| (id.to_owned(), vec![format!("{id}:7000")]);
+    assert_eq!(dialled, [at("e0"), at("e1")], "never one without a listener");
+    let orders = orders(actions);
+    let trainer = |order: &LoadOrder| order.sources.iter().any(|s| s.name == "trainer" && s.dials);
+    let told: Vec<_> = orders.iter().map(|o| (o.receiver.to_string(), trainer(o))).collect();
+    assert_eq!(told, [("e0".into(), true), ("e1".into(), true), ("mute".into(), false)]);
 }
