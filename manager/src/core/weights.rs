@@ -26,7 +26,14 @@ impl Core {
         self.trainer_heard(now);
         let mut version = announce.version;
         version.epoch = epoch;
-        let orphan = self.versions.get(version.number).is_some_and(|r| r.publisher.is_none());
+        if let Some(why) = self.published_elsewhere(publisher, &announce) {
+            return self.fail(reply, FailKind::BadRequest, why);
+        }
+        // Its old stream may not be known to be lost yet: the same addresses are the same trainer.
+        let orphan = self
+            .versions
+            .get(version.number)
+            .is_some_and(|r| r.publisher.is_none() || is_at(r, &announce));
         if let (false, Err(why)) = (orphan, self.versions.check(version)) {
             return self.fail(reply, FailKind::BadRequest, why.to_string());
         }
@@ -53,6 +60,23 @@ impl Core {
         });
         self.tell(Notice::VersionAnnounced { version, bytes });
         self.reply(reply, Answer::Done);
+    }
+
+    /// Another trainer is at it with the same number.
+    fn published_elsewhere(&self, publisher: PublisherId, announce: &Announce) -> Option<String> {
+        let record = self.versions.get(announce.version.number)?;
+        let other = record.publisher.filter(|other| *other != publisher)?;
+        (!is_at(record, announce)).then(|| {
+            format!(
+                "{} is published by another trainer already (stream {}, at {}); this one is at {} (session {}). Are \
+                 there two trainers with the same job? Stop one, or open the job with a higher epoch",
+                record.version,
+                other.0,
+                named(&record.addresses),
+                named(&announce.addresses),
+                announce.session.0
+            )
+        })
     }
 
     /// The trainer's link broke and it is back with a version that we know: it serves it again.
@@ -303,6 +327,14 @@ impl Core {
         self.set_serving(now, target, version);
         self.reply(reply, Answer::Done);
     }
+}
+
+fn is_at(record: &VersionRecord, announce: &Announce) -> bool {
+    record.addresses == announce.addresses && !announce.addresses.is_empty()
+}
+
+fn named(addresses: &[String]) -> String {
+    if addresses.is_empty() { "no address".to_owned() } else { addresses.join(", ") }
 }
 
 pub(crate) fn status_of(record: &VersionRecord) -> VersionStatus {

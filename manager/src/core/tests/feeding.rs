@@ -260,3 +260,26 @@ fn a_trainer_that_cannot_be_dialled_is_told_whom_to_dial() {
     let told: Vec<_> = orders.iter().map(|o| (o.receiver.to_string(), trainer(o))).collect();
     assert_eq!(told, [("e0".into(), true), ("e1".into(), true), ("mute".into(), false)]);
 }
+
+#[test]
+fn a_second_trainer_with_the_same_number_is_told_of_the_first() {
+    let mut rollout = Rollout::new(1);
+    rollout.publish();
+    let version = rollout.version();
+    let announce = Box::new(Announce {
+        session: rollout.bench.trainer,
+        version,
+        addresses: vec!["other:7000".into()],
+        dials: false,
+        bytes: 256 * MIB,
+        directory: None,
+    });
+    let publisher = PublisherId(77);
+    let event = Event::VersionAnnounced { publisher, announce, reply: ReplyTo(9) };
+    let why = rollout.bench.tell(event).into_iter().find_map(|action| match action {
+        Action::Reply { answer: Answer::Failed { why, .. }, .. } => Some(why),
+        _ => None,
+    });
+    let why = why.expect("refused");
+    assert!(why.contains("at trainer:7000") && why.contains("at other:7000"), "{why}");
+}
