@@ -117,7 +117,7 @@ impl Core {
     fn order_wave(&mut self, now: Now, wave: &[SessionId], version: Version) {
         let Some(record) = self.versions.find(version).filter(|_| !wave.is_empty()) else { return };
         let in_directory = record.directory.is_some();
-        let mut feeds = self.feeds(version, wave);
+        let mut feeds = if in_directory { BTreeMap::new() } else { self.feeds(version, wave) };
         for &session in wave {
             match feeds.remove(&session) {
                 Some(feed) => self.order_load(now, session, version, feed),
@@ -153,7 +153,8 @@ impl Core {
         let Some(record) = self.versions.find(version) else { return };
         let (bytes, directory) = (record.bytes, record.directory.clone());
         let sources = self.holders(&feed, version);
-        let names: Vec<String> = sources.iter().map(|source| source.name.clone()).collect();
+        let names =
+            sources.iter().map(|source| source.name.clone()).chain(directory.clone()).collect();
         let (stripe_count, streams) = (feed.parents.len() as u32, feed.streams);
         let parents = self.parent_names(&feed.parents);
         let order = self.fresh_order();
