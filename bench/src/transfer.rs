@@ -23,15 +23,19 @@ mod usage;
 mod fleet;
 mod lab;
 mod machine;
+mod meddler;
 mod netns;
 // figures
 mod deaths;
 mod delta;
+mod engines;
 mod fan_out;
+mod faults;
 mod late;
 mod line_rate;
 mod pairs;
 mod stall;
+mod steady;
 
 use lab::Lab;
 use report::{Figure, Report};
@@ -58,7 +62,7 @@ pub struct TransferArgs {
     pub dir: Option<PathBuf>,
 }
 
-const LETTERS: &str = "ABCDFGH";
+const LETTERS: &str = "ABCDEFGHIJ";
 
 /// Runs, prints, writes; true where every figure met its goal.
 #[allow(clippy::print_stdout)]
@@ -106,9 +110,12 @@ async fn figure(letter: char, lab: &Lab, pairs: Option<&Path>) -> anyhow::Result
             let bytes = lab.size(DELTA_BYTES);
             blocking(move || delta::figure_d(bytes)).await
         }
+        'E' => Box::pin(engines::figures(lab)).await,
         'F' => Box::pin(deaths::figures(lab)).await,
         'G' => Box::pin(late::figures(lab)).await,
         'H' => Box::pin(stall::figures(lab)).await,
+        'I' => Box::pin(faults::figures(lab)).await,
+        'J' => Box::pin(steady::figures(lab)).await,
         other => bail!("there is no figure {other}"),
     }
 }

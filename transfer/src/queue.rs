@@ -309,7 +309,7 @@ impl ChunkQueue {
             return Take::Wait;
         };
         let (source, cursor) = (*source, *cursor);
-        if self.can_spare(source) {
+        if self.is_dropped(source) || self.can_spare(source) {
             return Take::Leave;
         }
         if let Some(index) = self.pick(source, cursor) {

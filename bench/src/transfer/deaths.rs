@@ -1,17 +1,15 @@
 //! Figure F: a source, a relay and a receiver that nobody depends on are killed, or lose their link, at 10, 50 and
 //! 90%. What came again, and how much later the others had everything.
 //!
-//! ```text
-//!   stripe 0:  trainer ─► r0 ─► r1 ─► r2 ─► r3        the relay is r1, the receiver r3
-//!   stripe 1:  trainer ─► r2 ─► r1 ─► r0 ─► r3
-//! ```
+//! The manager's plan says who fetches from whom: three relays in chains, and a receiver at their ends that serves
+//! nobody.
 
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use serde_json::json;
 
-use super::fleet::{Feed, Fleet, RATE, chains};
+use super::fleet::{Feed, Fleet, RATE, planned};
 use super::host::Pending;
 use super::lab::{Lab, PROGRESS};
 use super::netns::Traffic;
@@ -103,7 +101,7 @@ async fn run(
     fault: Option<(Victim, Fault, u64)>,
 ) -> anyhow::Result<Run> {
     let issued = fleet.publish(number, bytes).await?;
-    let feeds = chains(RELAYS, RECEIVERS - RELAYS);
+    let feeds = planned(RELAYS, RECEIVERS - RELAYS, issued.image_bytes);
     let before = arrived(fleet)?;
     let mut course = Course::start(fleet, &issued, feeds).await?;
     if let Some((victim, fault, percent)) = fault {

@@ -1,5 +1,6 @@
 //! Figure B: eight receivers behind 200 Mbit/s links, against one over the same link; and what the trainer sends.
 
+use anabranch_proto::manifest::DEFAULT_CHUNK_BYTES;
 use serde_json::{Value, json};
 
 use super::fleet::{Arrival, Fleet, RATE};
@@ -9,6 +10,9 @@ use crate::progress;
 
 const BYTES: u64 = 256 << 20;
 const RECEIVERS: usize = 8;
+const SIMULATED: usize = 32;
+/// 200 Mbit/s, in bytes.
+const SIM_RATE: u64 = 25_000_000;
 
 pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     let mut rows = match measured(lab).await {
@@ -81,6 +85,14 @@ fn told(arrival: &Arrival) -> Value {
     })
 }
 
-fn simulated() -> Vec<Figure> {
-    Vec::new()
+/// The manager's plan and the receivers' queues in virtual time: more hosts than a machine can be.
+fn simulated() -> [Figure; 2] {
+    let run = anabranch_sim::transfer::fan_out(SIMULATED, BYTES, DEFAULT_CHUNK_BYTES, SIM_RATE);
+    let note = format!("K = {SIMULATED} in virtual time, {} stripes", run.stripes);
+    let detail = json!({"note": note, "run": run});
+    let egress = json!({"note": note});
+    [
+        Figure::at_most("B.sim32", run.last_over_wire, 1.15, "x one transfer", detail),
+        Figure::at_most("B.sim32.egress", run.trainer_egress, 1.1, "x size", egress),
+    ]
 }

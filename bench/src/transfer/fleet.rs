@@ -3,6 +3,9 @@
 
 use std::time::{Duration, Instant};
 
+use anabranch_manager::plan::{self, Holder, Image, Peer, Place};
+use anabranch_proto::SessionId;
+use anabranch_proto::manifest::DEFAULT_CHUNK_BYTES;
 use anyhow::Context;
 
 use super::host::Pending;
@@ -11,7 +14,8 @@ use super::netns::{Net, Traffic};
 use super::order::*;
 
 pub const RATE: &str = "200mbit";
-const STREAMS: usize = 2;
+/// Of a transfer that goes by no plan.
+pub const STREAMS: usize = 4;
 
 pub struct Fleet<'a> {
     lab: &'a Lab,
@@ -83,7 +87,7 @@ impl<'a> Fleet<'a> {
             version: version.clone(),
             sources,
             stripe_count: feed.stripe_count,
-            streams: STREAMS,
+            streams: feed.streams,
         };
         self.receivers[at].host.send(Order::Fetch(fetch)).await
     }
@@ -105,7 +109,7 @@ impl<'a> Fleet<'a> {
     pub async fn fan_out(&self, issued: &Issued) -> anyhow::Result<Vec<Arrival>> {
         let started = Instant::now();
         let mut pending = Vec::new();
-        for (at, feed) in chains(self.receivers.len(), 0).iter().enumerate() {
+        for (at, feed) in planned(self.receivers.len(), 0, issued.image_bytes).iter().enumerate() {
             let order = self.fetch(at, &issued.version, feed).await?;
             pending.push((started.elapsed(), order));
         }
@@ -159,34 +163,35 @@ impl Arrival {
 pub struct Feed {
     pub sources: Vec<(Option<usize>, Vec<u32>)>,
     pub stripe_count: u32,
+    pub streams: usize,
 }
 
 impl Feed {
     pub fn from_trainer() -> Feed {
-        Feed { sources: vec![(None, Vec::new())], stripe_count: 0 }
+        Feed { sources: vec![(None, Vec::new())], stripe_count: 0, streams: STREAMS }
     }
 }
 
-/// Two chains through `relays` receivers, one in order, one against it, and leaves at their ends. Everybody falls
-/// back on the trainer, a leaf first on the other receivers.
-pub fn chains(relays: usize, leaves: usize) -> Vec<Feed> {
-    let feed = |sources| Feed { sources, stripe_count: 2 };
-    let relay = |at: usize| {
-        let before = (at > 0).then(|| at - 1);
-        let after = (at + 1 < relays).then_some(at + 1);
-        let mut sources = vec![(before, vec![0]), (after, vec![1])];
-        if before.is_some() && after.is_some() {
-            sources.push((None, Vec::new()));
-        }
-        feed(sources)
+/// As the manager would have it: `relays` that pass on what they get, then `leaves` that do not.
+pub fn planned(relays: usize, leaves: usize, bytes: u64) -> Vec<Feed> {
+    let image = Image { bytes, chunk_bytes: DEFAULT_CHUNK_BYTES.into(), at_trainer: true };
+    let peer = |at: usize| Peer {
+        id: SessionId(at as u64),
+        ingress: None,
+        egress: None,
+        preemptible: false,
+        serves: at < relays,
+        relay: false,
+        at: Place::Wants,
     };
-    let leaf = |_| {
-        let mut sources = vec![(Some(relays - 1), vec![0]), (Some(0), vec![1])];
-        sources.extend((1..relays - 1).map(|at| (Some(at), Vec::new())));
-        sources.push((None, Vec::new()));
-        feed(sources)
-    };
-    (0..relays).map(relay).chain((0..leaves).map(leaf)).collect()
+    let peers: Vec<Peer> = (0..relays + leaves).map(peer).collect();
+    let place = |holder: Holder| holder.peer().map(|id| id.0 as usize);
+    let feeds = plan::plan(image, &peers).into_values().map(|feed| Feed {
+        stripe_count: feed.parents.len() as u32,
+        streams: feed.streams as usize,
+        sources: feed.sources.into_iter().map(|s| (place(s.holder), s.stripes)).collect(),
+    });
+    feeds.collect()
 }
 
 async fn train(lab: &Lab, net: &Net, figure: &str) -> anyhow::Result<Server> {

@@ -79,8 +79,19 @@ impl Lab {
         listen: SocketAddr,
         delta: bool,
     ) -> anyhow::Result<Server> {
+        self.trainer_with(host, listen, delta, None).await
+    }
+
+    /// With an arena, its first address is that of the shared memory.
+    pub async fn trainer_with(
+        &self,
+        host: Host,
+        listen: SocketAddr,
+        delta: bool,
+        arena: Option<PathBuf>,
+    ) -> anyhow::Result<Server> {
         let (key, job) = (hex::encode(self.key), JOB.to_owned());
-        let order = Order::Train(Train { key, job, listen, epoch: 1, delta });
+        let order = Order::Train(Train { key, job, listen, epoch: 1, delta, arena });
         serving(host, order).await
     }
 

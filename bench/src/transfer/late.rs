@@ -3,7 +3,7 @@
 
 use serde_json::json;
 
-use super::fleet::{Feed, Fleet, RATE};
+use super::fleet::{Feed, Fleet, RATE, STREAMS};
 use super::lab::Lab;
 use super::report::Figure;
 use crate::progress;
@@ -35,7 +35,7 @@ pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     let (before, link_before) = (sent(fleet.trainer_usage().await?), fleet.trainer_traffic()?);
     let mut sources: Vec<_> = (0..HOLDERS).map(|at| (Some(at), vec![at as u32])).collect();
     sources.push((None, Vec::new()));
-    let feed = Feed { sources, stripe_count: HOLDERS as u32 };
+    let feed = Feed { sources, stripe_count: HOLDERS as u32, streams: STREAMS };
     let late = fleet.one(HOLDERS, &issued, &feed).await?;
     let cost = sent(fleet.trainer_usage().await?) - before;
     let link_cost = fleet.trainer_traffic()?.sent_bytes - link_before.sent_bytes;

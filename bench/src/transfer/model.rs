@@ -26,27 +26,53 @@ struct Tensor {
 impl Model {
     /// `bytes`, rounded up to whole rows.
     pub fn new(bytes: u64, seed: u64) -> Model {
-        let table = normals();
         let row = 2 * COLUMNS;
         let mut left = bytes.div_ceil(row).max(1) * row;
         let mut tensors = Vec::new();
         while left > 0 {
             let len = left.min(TENSOR_BYTES);
             left -= len;
-            let nth = tensors.len() as u64;
-            let mut rng = Rng::new(seed.wrapping_mul(0x1_0001) ^ (nth << 32));
-            let mut data = vec![0; len as usize];
-            for four in data.chunks_exact_mut(8) {
+            let name = format!("layers.{:05}.weight", tensors.len());
+            let (shape, data) = ([len / row, COLUMNS], vec![0; len as usize]);
+            tensors.push(Tensor { name, shape, data });
+        }
+        let mut model = Model { tensors };
+        model.renew(seed);
+        model
+    }
+
+    /// All elements anew, in the same memory.
+    pub fn renew(&mut self, seed: u64) {
+        let table = normals();
+        for (nth, tensor) in self.tensors.iter_mut().enumerate() {
+            let mut rng = Rng::new(seed.wrapping_mul(0x1_0001) ^ ((nth as u64) << 32));
+            for four in tensor.data.chunks_exact_mut(8) {
                 let word = rng.next();
                 for (at, out) in four.chunks_exact_mut(2).enumerate() {
                     let pick = (word >> (16 * at)) as u16;
                     out.copy_from_slice(&table[usize::from(pick)].to_le_bytes());
                 }
             }
-            let (name, shape) = (format!("layers.{nth:05}.weight"), [len / row, COLUMNS]);
-            tensors.push(Tensor { name, shape, data });
         }
-        Model { tensors }
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.tensors.iter().map(|t| t.data.len() as u64).sum()
+    }
+
+    /// The next version's: `old` with a share of its elements moved, or all of them anew. Also tells the share.
+    pub fn next(old: Option<Model>, bytes: u64, seed: u64, changed: Option<f64>) -> (Model, f64) {
+        match (old, changed) {
+            (Some(mut model), Some(share)) => {
+                let moved = model.step(share, seed);
+                (model, moved)
+            }
+            (Some(mut model), None) if model.bytes() == bytes => {
+                model.renew(seed);
+                (model, 1.0)
+            }
+            _ => (Model::new(bytes, seed), 1.0),
+        }
     }
 
     /// Moves about `share` of the elements to the next value up or down. Returns the share that it was.

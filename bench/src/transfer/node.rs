@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use anabranch_transfer::{
     FetchRequest, FetchRules, Fetcher, Holder, LinkKind, Listen, Listener, Published, Publisher,
-    PublisherConfig, ServeLimits, Server, SourceRef, Staged, Staging,
+    PublisherConfig, ServeLimits, Server, ShmArena, SourceRef, Staged, Staging,
 };
 use anyhow::Context;
 use serde_json::{Value, json};
@@ -18,10 +18,12 @@ use super::model::{self, Model};
 use super::order::*;
 use super::{raw, usage};
 
+mod job;
+
 /// The process of `anabranch bench transfer-node`. Each order runs on a thread of its own; the bench waits for
 /// answers, so there are as many as it has asked for.
 pub fn run() -> anyhow::Result<bool> {
-    let node = Node::default();
+    let node = Node::new();
     std::thread::scope(|scope| {
         for line in std::io::stdin().lock().lines() {
             let Ok(line) = line else { break };
@@ -55,11 +57,12 @@ fn say(reply: &Reply) {
     writeln!(out, "{line}").and_then(|()| out.flush()).ok();
 }
 
-#[derive(Default)]
 struct Node {
     trainer: Mutex<Option<Trainer>>,
     receiver: Mutex<Option<Receiver>>,
     raw: raw::Receiver,
+    training: tokio::sync::Mutex<Option<job::Training>>,
+    runtime: tokio::runtime::Handle,
     over: CancellationToken,
 }
 
@@ -79,6 +82,21 @@ struct Receiver {
 }
 
 impl Node {
+    fn new() -> Node {
+        Node {
+            trainer: Mutex::default(),
+            receiver: Mutex::default(),
+            raw: raw::Receiver::default(),
+            training: tokio::sync::Mutex::default(),
+            runtime: tokio::runtime::Handle::current(),
+            over: CancellationToken::new(),
+        }
+    }
+
+    fn on_runtime<T>(&self, work: impl Future<Output = T>) -> T {
+        self.runtime.block_on(work)
+    }
+
     fn obey(&self, id: u64, order: Order) -> anyhow::Result<Value> {
         let value = |v: serde_json::Result<Value>| v.context("forming an answer");
         match order {
@@ -94,6 +112,19 @@ impl Node {
             Order::Release => {
                 lock(&self.receiver()?.kept).clear();
                 Ok(Value::Null)
+            }
+            Order::Open { manager, engines } => {
+                let opened = self.on_runtime(job::Training::open(&manager, engines))?;
+                *self.on_runtime(self.training.lock()) = Some(opened);
+                Ok(Value::Null)
+            }
+            Order::PublishToEngines(order) => {
+                let activated = self.on_runtime(async {
+                    let mut training = self.training.lock().await;
+                    let training = training.as_mut().context("this node has no job")?;
+                    training.publish(&order).await
+                });
+                value(serde_json::to_value(activated?))
             }
             Order::Usage => value(serde_json::to_value(self.usage()?)),
             Order::Hash { bytes } => Ok(json!(self.raw.hash(bytes)?)),
@@ -136,6 +167,7 @@ impl Node {
         config.links = vec![LinkKind::Tcp];
         config.hash_threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
         config.delta = order.delta;
+        config.shm = order.arena.map(|dir| ShmArena { dir, required: true });
         let publisher = Publisher::start(config)?;
         publisher.set_serve_key(key(&order.key)?);
         let addrs = publisher.addresses();
@@ -148,20 +180,12 @@ impl Node {
     fn publish(&self, order: &Publish) -> anyhow::Result<Issued> {
         let mut guard = lock(&self.trainer);
         let trainer = guard.as_mut().context("this node is no trainer")?;
-        let (model, changed_share) = match (order.changed, trainer.model.take()) {
-            (Some(share), Some(mut model)) => {
-                let moved = model.step(share, order.seed ^ order.number);
-                (model, moved)
-            }
-            // The memory of the old one is gone before the new one is made.
-            (_, old) => {
-                drop(old);
-                (Model::new(order.bytes, order.seed), 1.0)
-            }
-        };
-        let publishing = trainer.publisher.publish(order.number, &model.refs())?;
-        let digest = model.digest();
-        let published = publishing.wait()?;
+        let old = trainer.model.take();
+        let (model, changed_share) = Model::next(old, order.bytes, order.seed, order.changed);
+        let refs = model.refs();
+        let before = usage::faults()?;
+        let published = trainer.publisher.publish(order.number, &refs)?.wait()?;
+        let faults = usage::faults_since(before)?;
         let ms = |d: std::time::Duration| d.as_secs_f64() * 1e3;
         let issued = Issued {
             version: published.version.into(),
@@ -169,8 +193,9 @@ impl Node {
             copied_ms: ms(published.copied_in),
             sealed_ms: ms(published.sealed_in),
             delta_bytes: published.delta_bytes,
-            digest,
+            digest: model.digest(),
             changed_share,
+            faults,
         };
         trainer.published.push(published);
         trainer.model = Some(model);
@@ -199,9 +224,9 @@ impl Node {
             progress: Some(Arc::new(move |at| say(&Reply { id, is: Answer::Progress(at.bytes) }))),
             cancel: self.over.child_token(),
         };
-        let cpu = usage::cpu_ns();
+        let (cpu, before) = (usage::cpu_ns(), usage::faults()?);
         let staged = receiver.fetcher.fetch_blocking(&request)?;
-        let cpu_ns = usage::cpu_ns() - cpu;
+        let (cpu_ns, faults) = (usage::cpu_ns() - cpu, usage::faults_since(before)?);
         let report = &staged.report;
         let fetched = Fetched {
             took_ms: report.took.as_secs_f64() * 1e3,
@@ -212,6 +237,8 @@ impl Node {
             bytes_by_holder: report.bytes_by_holder.clone(),
             queue: Value::String(format!("{:?}", report.queue)),
             cpu_ns,
+            faults,
+            dir: staged.dir().to_owned(),
         };
         let mut kept = lock(&receiver.kept);
         kept.clear();

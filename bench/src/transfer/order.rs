@@ -30,6 +30,10 @@ pub enum Order {
     Digest,
     /// Lets the staged versions go, so that their slots can be used again.
     Release,
+    /// Opens a job at a manager, as its trainer; `engines` are expected.
+    Open { manager: String, engines: usize },
+    /// Publishes through the SDK: answers with an [`Activated`] once all engines have it.
+    PublishToEngines(Publish),
     /// Counters of the process: answers with a [`Usage`].
     Usage,
     /// CPU time of hashing so many bytes on one thread, in nanoseconds.
@@ -58,6 +62,8 @@ pub struct Train {
     pub listen: SocketAddr,
     pub epoch: u32,
     pub delta: bool,
+    /// Names for the arena, so that receivers of this host share it.
+    pub arena: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -108,6 +114,8 @@ pub struct Issued {
     /// Of all tensors, by name.
     pub digest: String,
     pub changed_share: f64,
+    /// Page faults while it was copied and sealed: minor, major.
+    pub faults: (u64, u64),
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -120,6 +128,20 @@ pub struct Fetched {
     pub bytes_by_holder: Vec<(String, u64)>,
     pub queue: Value,
     pub cpu_ns: u64,
+    /// Page faults meanwhile: minor, major.
+    pub faults: (u64, u64),
+    /// What an engine would load.
+    pub dir: PathBuf,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Activated {
+    pub copied_ms: f64,
+    pub sealed_ms: f64,
+    pub active_ms: f64,
+    pub changed_share: f64,
+    /// Filled in by the bench.
+    pub trainer_link_bytes: u64,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -133,9 +155,9 @@ pub struct Usage {
     pub cpu_ns: u64,
     pub minor_faults: u64,
     pub major_faults: u64,
-    /// Proportional share of all mappings, shared memory included.
-    pub pss_bytes: u64,
-    /// Memory files that this process has open, by name: their bytes count though unmapped.
+    /// Proportional share of all mappings but those of shared memory.
+    pub private_bytes: u64,
+    /// Memory files that this process has open, by name, mapped or not.
     pub memfd_bytes: BTreeMap<String, u64>,
     /// Sent to receivers, of each version that is lent, by its number.
     pub sent_bytes: BTreeMap<u64, u64>,

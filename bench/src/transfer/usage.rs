@@ -20,13 +20,19 @@ pub fn faults() -> anyhow::Result<(u64, u64)> {
     parse_faults(&stat).context("/proc/self/stat has another form")
 }
 
+/// Since [`faults`] said `before`.
+pub fn faults_since(before: (u64, u64)) -> anyhow::Result<(u64, u64)> {
+    let now = faults()?;
+    Ok((now.0 - before.0, now.1 - before.1))
+}
+
 pub fn now() -> anyhow::Result<Usage> {
     let (minor_faults, major_faults) = faults()?;
     Ok(Usage {
         cpu_ns: cpu_ns(),
         minor_faults,
         major_faults,
-        pss_bytes: pss()?,
+        private_bytes: private()?,
         memfd_bytes: memfds()?,
         sent_bytes: BTreeMap::new(),
     })
@@ -39,11 +45,14 @@ fn parse_faults(stat: &str) -> Option<(u64, u64)> {
     Some((minor, fields.nth(1)?.parse().ok()?))
 }
 
-fn pss() -> anyhow::Result<u64> {
+fn private() -> anyhow::Result<u64> {
     let rollup = std::fs::read_to_string("/proc/self/smaps_rollup")?;
-    let line = rollup.lines().find_map(|l| l.strip_prefix("Pss:"));
-    let kib = line.and_then(|l| l.trim().strip_suffix("kB")).map(str::trim);
-    Ok(kib.and_then(|k| k.parse::<u64>().ok()).context("smaps_rollup has no Pss")? << 10)
+    let of = |key: &str| {
+        let line = rollup.lines().find_map(|l| l.strip_prefix(key));
+        line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
+    };
+    let (all, shared) = (of("Pss:").context("smaps_rollup has no Pss")?, of("Pss_Shmem:"));
+    Ok((all - shared.unwrap_or(0)) << 10)
 }
 
 /// Allocated bytes of each memory file that is open here, once each.
@@ -69,6 +78,6 @@ mod tests {
         let stat = "17 (a) b (c) S 1 2 3 4 5 6 70 8 90 10 250 150 0 0 20 0 1";
         assert_eq!(parse_faults(stat), Some((70, 90)));
         let usage = now().unwrap();
-        assert!(usage.minor_faults > 0 && usage.cpu_ns > 0 && usage.pss_bytes > 1 << 20);
+        assert!(usage.minor_faults > 0 && usage.cpu_ns > 0 && usage.private_bytes > 1 << 20);
     }
 }

@@ -239,6 +239,19 @@ fn a_parent_that_has_not_begun_is_asked_again_and_never_blamed() {
     assert_eq!((q.dropped(), q.stats().lost_streams), (vec![], 0));
 }
 
+#[test]
+fn a_busy_stream_of_a_dropped_source_gets_no_more_work() {
+    let (mut q, now) = (queue(20, 1), Instant::now());
+    assert_eq!(q.assign(0, now), Assign::To(0));
+    let took: Vec<Take> = (0..4).map(|_| q.take(0, now)).collect();
+    for take in &took[..3] {
+        let Take::Chunk(index) = *take else { panic!("{took:?}") };
+        q.bad(0, index, now);
+    }
+    assert!(q.is_dropped(0));
+    assert_eq!(q.take(0, now), Take::Leave, "one chunk is on its way still");
+}
+
 proptest! {
     /// Whatever fails in whatever order, no chunk is lost, held twice or taken by two streams.
     #[test]
