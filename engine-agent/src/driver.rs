@@ -167,8 +167,12 @@ impl<E: Engine> Driver<E> {
 
     fn probe(&self) {
         let (shared, engine) = (self.shared.clone(), self.engine.clone());
+        let weights = self.weights.clone();
         self.drain.spawn("probe", async move {
-            let result = load::probe(&*engine, shared.vocab()).await;
+            let result = match weights.loaded_as_verified() {
+                Ok(()) => load::probe(&*engine, shared.vocab()).await,
+                Err(why) => Err(why),
+            };
             shared.handle(Event::Probed { result });
         });
     }

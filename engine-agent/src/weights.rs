@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use anabranch_proto::manifest::{DType, Manifest};
 use anabranch_proto::{Version, pb};
 use anabranch_transfer::checkpoint::{Baseline, Checkpoint, LayoutDiff, Mismatch};
+use anabranch_transfer::directory::{DirectoryStamp, ReadOptions, verify_directory};
 use anabranch_transfer::{
     FetchProgress, FetchRequest, FetchRules, Fetcher, Holder, Listen, Listener, ServeError,
     ServeLimits, Server, SourceRef, StageError, Staging,
@@ -32,6 +33,8 @@ struct Inner {
     /// Versions the engine serves, loads, or may have to go back to.
     kept: BTreeMap<PathBuf, anabranch_transfer::Staged>,
     serving: Option<PathBuf>,
+    /// The trainer's own directory, as it was when it was verified last.
+    verified: Option<DirectoryStamp>,
 }
 
 enum Link {
@@ -71,6 +74,7 @@ impl Weights {
             baseline: None,
             kept: BTreeMap::new(),
             serving: None,
+            verified: None,
         };
         Ok(Weights { staging, inner: Mutex::new(inner) })
     }
@@ -145,7 +149,9 @@ impl Weights {
         cancel: CancellationToken,
     ) -> Result<Staged, String> {
         match &order.directory {
-            Some(directory) => self.check_directory(directory.clone()),
+            Some(directory) => {
+                self.verify_directory(directory.clone(), order.version, progress, cancel).await
+            }
             None => self.pull(order, progress, cancel).await,
         }
     }
@@ -158,6 +164,7 @@ impl Weights {
     ) -> Result<Staged, String> {
         let (fetcher, holder, baseline) = {
             let inner = &mut *self.lock();
+            inner.verified = None;
             // What an earlier order brought here and the engine did not take.
             inner.kept.retain(|directory, _| Some(directory) == inner.serving.as_ref());
             let Link::Open { fetcher, holder, .. } = &inner.link else {
@@ -202,21 +209,33 @@ impl Weights {
         Ok(told)
     }
 
-    /// The trainer's own directory: nothing is copied, everything is checked.
-    fn check_directory(&self, directory: PathBuf) -> Result<Staged, String> {
-        let checkpoint = Checkpoint::open(&directory).map_err(|error| error.to_string())?;
-        let table = table_of(&checkpoint);
-        if let Some(baseline) = &self.lock().baseline {
-            let diff = differences(baseline, &table);
-            if diff != LayoutDiff::default() {
-                let at = directory.display();
-                return Err(format!(
-                    "{at} does not fit this engine, which keeps its old weights: {diff}"
-                ));
-            }
-        }
-        let bytes = image_bytes(&table);
+    /// The trainer's own directory: nothing is copied, every byte is checked.
+    async fn verify_directory(
+        &self,
+        directory: PathBuf,
+        version: Version,
+        progress: Progress,
+        cancel: CancellationToken,
+    ) -> Result<Staged, String> {
+        let baseline = self.lock().baseline.clone();
+        let told = move |bytes| progress(Moved { bytes, ..Moved::default() });
+        let options = ReadOptions { threads: 0, cancel, progress: Some(Arc::new(told)) };
+        let at = directory.clone();
+        let verify = move || {
+            fits(&at, baseline.as_ref())?;
+            verify_directory(&at, version, &options).map_err(|error| error.to_string())
+        };
+        let verified = tokio::task::spawn_blocking(verify).await;
+        let verified = verified.map_err(|error| error.to_string())??;
+        self.lock().verified = Some(verified.stamp);
+        let bytes = verified.manifest.image_bytes;
         Ok(Staged { directory, bytes, from: BTreeMap::new(), holds: false })
+    }
+
+    /// After the engine loaded: that what it read is what was verified before.
+    pub fn loaded_as_verified(&self) -> Result<(), String> {
+        let verified = self.lock().verified.take();
+        verified.map_or(Ok(()), |stamp| stamp.check()).map_err(|error| error.to_string())
     }
 
     /// The engine serves `directory` now: memory of all others may be used again.
@@ -270,6 +289,17 @@ fn sources(orders: &[pb::Source]) -> Vec<SourceRef> {
         }
     }
     sources
+}
+
+fn fits(directory: &Path, baseline: Option<&Table>) -> Result<(), String> {
+    let checkpoint = Checkpoint::open(directory).map_err(|error| error.to_string())?;
+    let Some(baseline) = baseline else { return Ok(()) };
+    let diff = differences(baseline, &table_of(&checkpoint));
+    if diff == LayoutDiff::default() {
+        return Ok(());
+    }
+    let at = directory.display();
+    Err(format!("{at} does not fit this engine, which keeps its old weights: {diff}"))
 }
 
 fn table_of(checkpoint: &Checkpoint) -> Table {

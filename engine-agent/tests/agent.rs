@@ -11,6 +11,7 @@ use anabranch_proto::SampleId;
 use anabranch_proto::pb::end::Why;
 use anabranch_proto::pb::load_state::Stage;
 use anabranch_proto::pb::{self, data_to_agent, from_agent, to_agent};
+use anabranch_transfer::directory::{ReadOptions, index_directory};
 use common::*;
 
 fn samples(count: u32) -> Vec<SampleId> {
@@ -45,9 +46,12 @@ fn load(
     directory: &std::path::Path,
     on_running: pb::OnRunning,
 ) -> to_agent::Kind {
+    // A directory that cannot be read is asked for as well.
+    let indexed = index_directory(directory, &ReadOptions::default());
+    let root = indexed.map_or([number as u8; 32], |indexed| indexed.root.0).to_vec().into();
     to_agent::Kind::Load(pb::Load {
         order,
-        version: Some(pb::Version { epoch: 1, number, root: vec![number as u8; 32].into() }),
+        version: Some(pb::Version { epoch: 1, number, root }),
         on_running: on_running.into(),
         directory: directory.to_str().expect("utf-8").into(),
         ..Default::default()

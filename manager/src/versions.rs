@@ -41,6 +41,7 @@ pub(crate) struct VersionRecord {
     pub state: VersionState,
     /// While the trainer serves it.
     pub publisher: Option<PublisherId>,
+    /// Where it can be fetched now, but for engines.
     pub addresses: Vec<String>,
     /// It cannot be dialled; told to, it dials receivers.
     pub dials: bool,
@@ -51,6 +52,13 @@ pub(crate) struct VersionRecord {
     pub settled: bool,
     /// How each engine got on with it, since the seal.
     pub engines: BTreeMap<EngineId, Progress>,
+}
+
+impl VersionRecord {
+    /// Who has no engine to get it from may get it all the same.
+    pub fn is_offered(&self) -> bool {
+        self.directory.is_some() || self.dials || !self.addresses.is_empty()
+    }
 }
 
 #[derive(Clone, Debug)]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anabranch_proto::{Root, Version, pb};
-use anabranch_transfer::{FeedOrder, PublishError, Published, Publisher, Publishing};
+use anabranch_transfer::{FeedOrder, Publisher};
 use bytes::Bytes;
 use pb::publish_event::Kind as In;
 use pb::publish_part::Kind as Out;
@@ -29,12 +29,28 @@ const DIAL_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a lost manager is looked for.
 const LOST_AFTER: Duration = Duration::from_secs(600);
 
-type Sealing = Pin<Box<dyn Future<Output = Result<Published, PublishError>> + Send>>;
+/// Gives the version with its root, or why there is none.
+type Sealing = Pin<Box<dyn Future<Output = Result<Version, String>> + Send>>;
+
+/// A version on its way to its seal.
+pub(crate) struct Offer {
+    pub number: u64,
+    pub bytes: u64,
+    pub source: Source,
+    pub sealing: Sealing,
+}
+
+/// Where engines get it.
+pub(crate) enum Source {
+    Publisher(Arc<Publisher>),
+    /// They load this directory, which they can read.
+    Directory(String),
+}
 
 pub(crate) struct Announcement {
     /// Weak: the job owns this task.
     job: Weak<Inner>,
-    publisher: Arc<Publisher>,
+    source: Source,
     /// Receivers cannot reach it.
     dials: bool,
     number: u64,
@@ -50,21 +66,23 @@ pub(crate) struct Announcement {
 
 // === impl Announcement ===
 
+impl Source {
+    fn dials(&self, job: &Job) -> bool {
+        matches!(self, Source::Publisher(_)) && job.config().weights.dials
+    }
+}
+
 impl Announcement {
-    pub(crate) fn new(
-        job: &Job,
-        publisher: Arc<Publisher>,
-        publishing: Publishing,
-        progress: watch::Sender<Progress>,
-    ) -> Self {
+    pub(crate) fn new(job: &Job, offer: Offer, progress: watch::Sender<Progress>) -> Self {
+        let Offer { number, bytes, source, sealing } = offer;
         Self {
             job: job.downgrade(),
-            publisher,
-            dials: job.config().weights.dials,
-            number: publishing.number,
-            bytes: publishing.bytes,
+            dials: source.dials(job),
+            source,
+            number,
+            bytes,
             epoch: job.config().epoch,
-            sealing: Box::pin(publishing.sealed()),
+            sealing,
             sealed: None,
             progress,
             tries: Tries::new(CALL, LOST_AFTER),
@@ -98,7 +116,7 @@ impl Announcement {
         loop {
             tokio::select! {
                 sealed = &mut self.sealing, if self.sealed.is_none() => {
-                    let version = sealed.map_err(|error| Failure::Final(self.failed(error)))?.version;
+                    let version = sealed.map_err(|why| Failure::Final(self.failed(why)))?;
                     self.sealed = Some(version);
                     self.progress.send_replace(Progress::Sealed(version));
                     let sent = out.send(seal(version)).await;
@@ -111,11 +129,17 @@ impl Announcement {
 
     fn begin(&self) -> pb::PublishPart {
         let version = Version { epoch: self.epoch, number: self.number, root: Root::default() };
+        let (addresses, directory) = match &self.source {
+            Source::Publisher(_) if self.dials => (Vec::new(), String::new()),
+            Source::Publisher(publisher) => (publisher.addresses(), String::new()),
+            Source::Directory(path) => (Vec::new(), path.clone()),
+        };
         let begin = pb::publish_part::Begin {
             session: self.session,
             version: Some(pb::Version { root: Bytes::new(), ..version.into() }),
             kind: 1,
-            addresses: if self.dials { Vec::new() } else { self.publisher.addresses() },
+            addresses,
+            directory,
             dials: self.dials,
             bytes: self.bytes,
             ..Default::default()
@@ -137,6 +161,15 @@ impl Announcement {
                 self.progress.send_replace(Progress::Rolling(version, status));
             }
             (Some(In::Dial(dial)), _) => self.dial(dial),
+            (Some(In::Sealed(_)), Some(version)) => {
+                self.progress.send_if_modified(|progress| {
+                    let first = matches!(progress, Progress::Sealed(_));
+                    if first {
+                        *progress = Progress::Announced(version);
+                    }
+                    first
+                });
+            }
             _ => {}
         }
         Ok(())
@@ -144,6 +177,8 @@ impl Announcement {
 
     /// A receiver that shall fetch from here, and cannot reach us.
     fn dial(&self, order: pb::publish_event::DialReceiver) {
+        // Nobody was told that a directory dials.
+        let Source::Publisher(publisher) = &self.source else { return };
         let receiver = order.receiver;
         let order = FeedOrder {
             addrs: order.addresses,
@@ -151,7 +186,7 @@ impl Announcement {
             streams: order.streams as usize,
             connect: DIAL_PATIENCE,
         };
-        if let Err(error) = self.publisher.server().feed(order) {
+        if let Err(error) = publisher.server().feed(order) {
             tracing::warn!(receiver, %error, "cannot dial a receiver of the weights");
         }
     }
@@ -163,7 +198,9 @@ impl Announcement {
             Failure::NotFound(_) => {
                 let job = self.job().map_err(|_| Error::Closed)?;
                 job.renew(self.session, self.tries.left()).await?;
-                self.publisher.set_serve_key(job.session().await.serve_key);
+                if let Source::Publisher(publisher) = &self.source {
+                    publisher.set_serve_key(job.session().await.serve_key);
+                }
                 "the session was opened again".to_owned()
             }
             Failure::Transport(detail) => detail,
@@ -177,8 +214,8 @@ impl Announcement {
         Job::upgrade(&self.job).ok_or(Failure::Final(Error::Closed))
     }
 
-    fn failed(&self, error: PublishError) -> Error {
-        Error::Publish { number: self.number, why: error.to_string() }
+    fn failed(&self, why: String) -> Error {
+        Error::Publish { number: self.number, why }
     }
 }
 

@@ -241,6 +241,14 @@ impl Job {
         self.inner.publications.publish(self, number, Weights::Directory(path.to_owned())).await
     }
 
+    /// Makes a safetensors directory itself version `number`: engines that can read it under the same path
+    /// verify it and load it, and nothing is copied. For engines on this host or on a shared file system.
+    /// It must not change until a newer version is active. After [`Published::announced`] this process may
+    /// end.
+    pub async fn publish_in_place(&self, number: u64, path: &Path) -> Result<Published, Error> {
+        self.inner.publications.publish_in_place(self, number, path).await
+    }
+
     /// Ends this trainer's session; `cancel_running` also gives up what is still open.
     pub async fn close(self, cancel_running: bool) -> Result<(), Error> {
         self.inner.closed.cancel();

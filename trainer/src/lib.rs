@@ -52,7 +52,7 @@ pub use consume::{Advice, Batch, Consumer, Delivery, Pack, Shard, Short, StepDon
 pub use error::Error;
 pub use group::{Group, Outcome, SubmitResult};
 pub use job::{Cancelled, Job, Mode, PerEngine, Which};
-pub use publish::{NamedTensor, Published, WeightServer};
+pub use publish::{NamedTensor, Published, Shm, WeightServer};
 pub use sampling::{Replay, Sampling};
 pub use trajectory::{AttestedBy, Column, Finish, Span, Trajectory};
 pub use versions::{OnEngine, VersionState, VersionStatus, VersionWatch};

@@ -3,26 +3,28 @@
 //! is the transfer crate's.
 //!
 //! ```text
-//!   Sealing ── hashes made ──► Sealed{version} ── manager's news ──► Rolling{status}
+//!   Sealing ── hashes made ──► Sealed{version} ── manager knows ──► Announced{version} ── its news ──► Rolling{status}
 //!      └───────────────┴── refused, or given up ──► Failed{why}
 //! ```
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anabranch_proto::Version;
 use anabranch_proto::manifest::DType;
+use anabranch_transfer::checkpoint::Checkpoint;
+use anabranch_transfer::directory::{ReadOptions, index_directory};
 use anabranch_transfer::{
-    LinkKind, PublishError, Publisher, PublisherConfig, Publishing, TensorRef,
+    LinkKind, PublishError, Publisher, PublisherConfig, Publishing, ShmArena, TensorRef,
 };
 use bytes::Bytes;
 use tokio::sync::{Mutex, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, spawn_blocking};
 
-use crate::announce::Announcement;
+use crate::announce::{Announcement, Offer, Source};
 use crate::error::Error;
 use crate::job::Job;
 use crate::versions::{VersionState, VersionStatus};
@@ -51,6 +53,27 @@ pub struct WeightServer {
     pub dials: bool,
     /// Threads that hash a version. Default 1.
     pub hash_threads: usize,
+    /// How engines of this host get at the weights. Default [`Shm::Auto`].
+    pub shm: Shm,
+    /// Also write each version into this directory of a shared file system, for engines that reach no
+    /// socket of this process, or outlive it. They must see it under the same path.
+    pub export: Option<PathBuf>,
+}
+
+/// Whether receivers of this host take the memory over instead of copying it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Shm {
+    /// Where /dev/shm has room for it: else versions lie in anonymous memory and engines get copies.
+    #[default]
+    Auto,
+    /// As `Auto`, for one of several processes that publish for the job from this host: those of another
+    /// scope do not count as the same trainer.
+    AutoAt {
+        scope: String,
+    },
+    /// In this directory of a tmpfs, or it is an error.
+    At(PathBuf),
+    Off,
 }
 
 /// A version whose snapshot was taken. Dropping this changes nothing: the roll-out goes on.
@@ -67,6 +90,7 @@ pub struct Published {
 pub(crate) enum Progress {
     Sealing,
     Sealed(Version),
+    Announced(Version),
     Rolling(Version, VersionStatus),
     Failed(String),
 }
@@ -75,6 +99,9 @@ pub(crate) enum Weights {
     Tensors(Vec<NamedTensor>),
     Directory(PathBuf),
 }
+
+/// Announced versions that are followed, as the arena keeps two.
+const KEPT: usize = 2;
 
 /// All versions that this job published and still serves.
 #[derive(Default)]
@@ -98,10 +125,7 @@ impl Publications {
         number: u64,
         weights: Weights,
     ) -> Result<Published, Error> {
-        if number == 0 {
-            let why = "number 0 means the engines' start-up weights; count from 1".into();
-            return Err(Error::Publish { number, why });
-        }
+        check_number(number)?;
         let mut state = self.state.lock().await;
         let publisher = state.publisher(job).await?;
         // The new version takes the older slot: that one can no longer be fetched here.
@@ -113,18 +137,52 @@ impl Publications {
             .await
             .map_err(|error| failed(number, error))?
             .map_err(|error| failed(number, error))?;
-        let (progress, seen) = watch::channel(Progress::Sealing);
-        let published = Published {
-            number,
-            bytes: publishing.bytes,
-            copied_in: publishing.copied_in,
-            progress: seen,
+        let (bytes, copied_in) = (publishing.bytes, publishing.copied_in);
+        let sealing = async {
+            let sealed = publishing.sealed().await;
+            sealed.map(|p| p.version).map_err(|error| error.to_string())
         };
-        let announcement = Announcement::new(job, publisher, publishing, progress);
-        let mut task = JoinSet::new();
-        task.spawn(announcement.run());
-        state.announced.push_back(task);
-        Ok(published)
+        let source = Source::Publisher(publisher);
+        Ok(state.follow(
+            job,
+            Offer { number, bytes, source, sealing: Box::pin(sealing) },
+            copied_in,
+        ))
+    }
+
+    /// Nothing is copied or served: engines read the directory.
+    pub(crate) async fn publish_in_place(
+        &self,
+        job: &Job,
+        number: u64,
+        path: &Path,
+    ) -> Result<Published, Error> {
+        check_number(number)?;
+        // As engines name it: links of this host are not resolved.
+        let path = std::path::absolute(path).map_err(|error| failed(number, error))?;
+        let directory = path.to_str().map(str::to_owned);
+        let directory = directory.ok_or_else(|| failed(number, "its path is not UTF-8"))?;
+        let started = Instant::now();
+        let at = path.clone();
+        let checkpoint = spawn_blocking(move || Checkpoint::open(&at)).await;
+        let checkpoint = checkpoint.map_err(|error| failed(number, error))?;
+        let checkpoint = checkpoint.map_err(|error| failed(number, error))?;
+        let bytes = checkpoint.tensors().iter().map(|tensor| tensor.len).sum();
+        let options = ReadOptions {
+            threads: job.config().weights.hash_threads.max(1),
+            ..ReadOptions::default()
+        };
+        let epoch = job.config().epoch;
+        let sealing = async move {
+            let indexed = spawn_blocking(move || index_directory(&path, &options)).await;
+            let indexed = indexed.map_err(|error| error.to_string())?;
+            let root = indexed.map_err(|error| error.to_string())?.root;
+            Ok(Version { epoch, number, root })
+        };
+        let source = Source::Directory(directory);
+        let mut state = self.state.lock().await;
+        let offer = Offer { number, bytes, source, sealing: Box::pin(sealing) };
+        Ok(state.follow(job, offer, started.elapsed()))
     }
 
     /// Stops serving.
@@ -133,11 +191,31 @@ impl Publications {
     }
 }
 
+fn check_number(number: u64) -> Result<(), Error> {
+    match number {
+        0 => Err(failed(number, "number 0 means the engines' start-up weights; count from 1")),
+        _ => Ok(()),
+    }
+}
+
 fn failed(number: u64, error: impl ToString) -> Error {
     Error::Publish { number, why: error.to_string() }
 }
 
 impl State {
+    /// Tells the manager, and goes on telling it until newer versions take the place.
+    fn follow(&mut self, job: &Job, offer: Offer, copied_in: Duration) -> Published {
+        let (progress, seen) = watch::channel(Progress::Sealing);
+        let (number, bytes) = (offer.number, offer.bytes);
+        let mut task = JoinSet::new();
+        task.spawn(Announcement::new(job, offer, progress).run());
+        self.announced.push_back(task);
+        while self.announced.len() > KEPT {
+            self.announced.pop_front();
+        }
+        Published { number, bytes, copied_in, progress: seen }
+    }
+
     /// Started at the first publication: a trainer that publishes nothing listens nowhere.
     async fn publisher(&mut self, job: &Job) -> Result<Arc<Publisher>, Error> {
         let key = job.session().await.serve_key;
@@ -154,7 +232,8 @@ impl State {
 
 fn publisher_config(job: &Job) -> Result<PublisherConfig, Error> {
     let config = job.config();
-    let WeightServer { listen, advertise, links, dials, hash_threads } = config.weights.clone();
+    let WeightServer { listen, advertise, links, dials, hash_threads, shm, export } =
+        config.weights.clone();
     let listen = match listen {
         None if dials => SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         Some(listen) => listen,
@@ -166,8 +245,14 @@ fn publisher_config(job: &Job) -> Result<PublisherConfig, Error> {
         )));
     }
     let hash_threads = hash_threads.max(1);
+    let shm = match shm {
+        Shm::Auto => Some(ShmArena::of_job(&config.job, job.client().manager())),
+        Shm::AutoAt { scope } => Some(ShmArena::of_job(&config.job, &scope)),
+        Shm::At(dir) => Some(ShmArena { dir, required: true }),
+        Shm::Off => None,
+    };
     let base = PublisherConfig::loopback(&config.job, config.epoch);
-    Ok(PublisherConfig { listen, advertise, links, hash_threads, ..base })
+    Ok(PublisherConfig { listen, advertise, links, hash_threads, shm, export, ..base })
 }
 
 // === impl Weights ===
@@ -199,6 +284,8 @@ impl Default for WeightServer {
             links: Vec::new(),
             dials: false,
             hash_threads: 1,
+            shm: Shm::Auto,
+            export: None,
         }
     }
 }
@@ -222,7 +309,20 @@ impl Published {
     pub async fn sealed(&self) -> Result<Version, Error> {
         let done = |p: &Progress| match p {
             Progress::Sealing => None,
-            Progress::Sealed(version) | Progress::Rolling(version, _) => Some(Ok(*version)),
+            Progress::Sealed(version)
+            | Progress::Announced(version)
+            | Progress::Rolling(version, _) => Some(Ok(*version)),
+            Progress::Failed(why) => Some(Err(why.clone())),
+        };
+        self.wait(done).await
+    }
+
+    /// Waits until the manager knows that engines may load it. From then on a version that is loaded in
+    /// place needs this process no more.
+    pub async fn announced(&self) -> Result<Version, Error> {
+        let done = |p: &Progress| match p {
+            Progress::Sealing | Progress::Sealed(_) => None,
+            Progress::Announced(version) | Progress::Rolling(version, _) => Some(Ok(*version)),
             Progress::Failed(why) => Some(Err(why.clone())),
         };
         self.wait(done).await
@@ -257,7 +357,7 @@ impl Published {
         match &*self.progress.borrow_and_update() {
             Progress::Rolling(_, status) => Ok(Some(status.clone())),
             Progress::Failed(why) => Err(failed(self.number, why)),
-            Progress::Sealing | Progress::Sealed(_) => Ok(None),
+            Progress::Sealing | Progress::Sealed(_) | Progress::Announced(_) => Ok(None),
         }
     }
 

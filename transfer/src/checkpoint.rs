@@ -121,7 +121,17 @@ impl Checkpoint {
 
     /// Reads a tensor's bytes into `out`, which has its length.
     pub fn read_into(&self, tensor: &StoredTensor, out: &mut [u8]) -> Result<(), CheckpointError> {
-        let read = self.files[tensor.file].read_exact_at(out, tensor.offset);
+        self.read_part(tensor, 0, out)
+    }
+
+    /// Reads a tensor's bytes from the `from`th on; `out` does not reach beyond its end.
+    pub(crate) fn read_part(
+        &self,
+        tensor: &StoredTensor,
+        from: u64,
+        out: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        let read = self.files[tensor.file].read_exact_at(out, tensor.offset + from);
         read.map_err(|error| CheckpointError::Read { path: self.dir.clone(), error })
     }
 }

@@ -279,7 +279,7 @@ impl Fetcher {
     fn manifest(&self, request: &FetchRequest) -> Result<(Arc<Manifest>, Arc<[u8]>), FetchError> {
         let version = request.version;
         let mut tried = Vec::new();
-        for source in &request.sources {
+        for source in adopt::nearest_first(&request.sources) {
             if request.cancel.is_cancelled() {
                 return Err(FetchError::Cancelled(version));
             }

@@ -16,6 +16,7 @@
 pub mod checkpoint;
 pub mod chunks;
 pub mod delta;
+pub mod directory;
 pub mod layout;
 pub mod queue;
 pub mod wire;

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use anabranch_proto::manifest::{ChunkHash, Manifest};
 use anabranch_proto::version::{Root, Version};
 
+use crate::arena::home;
 use crate::chunks::{ChunkSet, Ledger};
 use crate::holder::Stamp;
 use crate::maps::{Mapper, mappers};
@@ -106,6 +107,8 @@ impl Staging {
     /// Opens `<shm>/<name>`, creating it if needed. Directories of versions left there by an earlier
     /// life are removed; the slots and what they hold are kept.
     pub fn open(shm: &Path, name: &str) -> Result<Staging, StageError> {
+        // An agent is often the only one of us that comes back to a host.
+        home::sweep(shm, None);
         let root = shm.join(name);
         let failed = |error| StageError::Io { path: root.clone(), error };
         fs::create_dir_all(&root).map_err(failed)?;

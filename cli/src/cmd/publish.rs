@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anabranch_proto::Root;
 use anabranch_runtime::Exit;
 use anabranch_runtime::signal::ShutdownSignals;
-use anabranch_trainer::{JobConfig, LinkKind, Published, VersionState, VersionStatus};
+use anabranch_trainer::{JobConfig, LinkKind, Published, Shm, VersionState, VersionStatus};
 use serde_json::json;
 
 use crate::failure::{Failure, OrExit, Outcome};
@@ -39,6 +40,16 @@ pub struct Args {
     /// Engines cannot reach this host: dial them (or a relay) instead
     #[arg(long, conflicts_with = "advertise")]
     dial_out: bool,
+    /// Engines load DIR itself, after verifying it: nothing is copied. They must see it under the same path
+    #[arg(long, conflicts_with_all = ["advertise", "export", "dial_out"])]
+    once: bool,
+    /// With --once: do not wait for the engines; the manager knows of the version when this returns
+    #[arg(long, requires = "once")]
+    detach: bool,
+    /// Also write the version into this directory of a shared file system, for engines that cannot reach
+    /// this host
+    #[arg(long)]
+    export: Option<PathBuf>,
     /// Give up after so many seconds
     #[arg(long, default_value_t = 3600)]
     timeout: u64,
@@ -57,15 +68,24 @@ pub async fn run(args: Args) -> Outcome {
     config.weights.listen = args.weights_listen;
     config.weights.links = args.weights_link.clone();
     config.weights.dials = args.dial_out;
+    config.weights.export = args.export.clone();
+    // Several of these may serve versions of one job at a time, each from memory of its own.
+    let scope = format!("{} {}", args.manager.manager, std::process::id());
+    config.weights.shm = Shm::AutoAt { scope };
     let job = args.manager.trainer().await?.open(config).await?;
     let number = match args.number {
         Some(number) => number,
         None => job.opened_at().await.number + 1,
     };
-    let published = job.publish_directory(number, &args.dir).await?;
+    let published = match args.once {
+        true => job.publish_in_place(number, &args.dir).await?,
+        false => job.publish_directory(number, &args.dir).await?,
+    };
     if !args.json {
-        let mib = published.bytes as f64 / f64::from(1 << 20);
-        eprintln!("version {number}: {mib:.1} MiB, snapshot in {:.0?}", published.copied_in);
+        eprintln!("version {number}: {}", said_of(&published, args.once));
+    }
+    if args.detach {
+        return announced(&published, args.json).await;
     }
     let ended = tokio::select! {
         status = follow(published, args.json) => status,
@@ -81,6 +101,31 @@ pub async fn run(args: Args) -> Outcome {
     let status = ended?;
     job.close(false).await?;
     finish(&status, number, args.json)
+}
+
+fn said_of(published: &Published, once: bool) -> String {
+    let mib = published.bytes as f64 / f64::from(1 << 20);
+    match once {
+        true => format!("{mib:.1} MiB, loaded from where they are"),
+        false => format!("{mib:.1} MiB, snapshot in {:.0?}", published.copied_in),
+    }
+}
+
+/// The version needs us no more once the manager knows it.
+async fn announced(published: &Published, as_json: bool) -> Outcome {
+    let version = published.announced().await?;
+    let (number, epoch) = (version.number, version.epoch);
+    if as_json {
+        let (root, bytes) = (hex(&version.root), published.bytes);
+        println!("{}", json!({"number": number, "epoch": epoch, "root": root, "bytes": bytes}));
+    } else {
+        eprintln!("version {number} is announced; engines load it without this process");
+    }
+    Ok(Exit::Ok)
+}
+
+fn hex(root: &Root) -> String {
+    root.0.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Until it is settled, or a newer one took its place.
@@ -125,7 +170,7 @@ fn finish(status: &VersionStatus, number: u64, as_json: bool) -> Outcome {
                        "since_ms": ms, "error": on.error})
             })
             .collect();
-        let root: String = status.version.root.0.iter().map(|byte| format!("{byte:02x}")).collect();
+        let root = hex(&status.version.root);
         println!(
             "{}",
             json!({"number": number, "epoch": status.version.epoch, "root": root,

@@ -25,8 +25,7 @@ impl Core {
         let image = Image {
             bytes: record.bytes,
             chunk_bytes: DEFAULT_CHUNK_BYTES.into(),
-            at_trainer: record.publisher.is_some()
-                && (record.dials || !record.addresses.is_empty()),
+            at_trainer: record.dials || !record.addresses.is_empty(),
             trainer_dials: record.dials,
         };
         let wanting: BTreeSet<SessionId> = wanting.iter().copied().collect();

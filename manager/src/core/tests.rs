@@ -213,6 +213,45 @@ fn a_key_is_accepted_once_however_often_it_is_sent() {
 }
 
 #[test]
+fn a_version_in_files_outlives_its_trainer_and_is_taken_up_again() {
+    for (addresses, directory) in [
+        (vec!["10.0.0.1:7000".to_owned(), "file:/shared".to_owned()], None),
+        (vec![], Some("/shared/step-1".to_owned())),
+        (vec!["10.0.0.1:7000".to_owned()], None),
+    ] {
+        let mut bench = Bench::new();
+        let version = Version { epoch: 0, number: 1, root: anabranch_proto::Root([1; 32]) };
+        let in_files = directory.is_some() || addresses.len() > 1;
+        let announce = |bench: &Bench| {
+            let (addresses, directory) = (addresses.clone(), directory.clone());
+            let session = bench.trainer;
+            Box::new(Announce { session, version, addresses, dials: false, bytes: 1, directory })
+        };
+        let (publisher, reply) = (PublisherId(1), ReplyTo(3));
+        let told = announce(&bench);
+        bench.tell(Event::VersionAnnounced { publisher, announce: told, reply });
+        bench.tell(Event::VersionSealed { publisher, version, reply });
+        bench.tell(Event::PublisherLost { publisher });
+        let attached = bench.attach("late");
+        let order = attached.iter().find_map(|action| match action {
+            Action::OrderLoad(order) => Some(order),
+            _ => None,
+        });
+        assert_eq!(order.is_some(), in_files);
+        if let Some(order) = order {
+            assert_eq!(order.directory, directory);
+            let left: Vec<_> = order.sources.iter().flat_map(|s| s.addresses.clone()).collect();
+            assert!(left.iter().all(|addr| addr == "file:/shared"), "{left:?}");
+        }
+        // Its trainer's link is back: the same version is no step back.
+        let (publisher, told) = (PublisherId(2), announce(&bench));
+        let again = bench.tell(Event::VersionAnnounced { publisher, announce: told, reply });
+        let done = |a: &Action| matches!(a, Action::Reply { answer: Answer::Done, .. });
+        assert!(again.iter().any(done), "{again:?}");
+    }
+}
+
+#[test]
 fn a_version_waits_for_samples_whose_first_tokens_may_be_on_their_way() {
     let mut bench = Bench::new();
     let session = bench.attach("a").iter().find_map(welcomed).expect("welcome");

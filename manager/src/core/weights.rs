@@ -118,15 +118,18 @@ impl Core {
         self.reply(reply, Answer::Done);
     }
 
-    /// The trainer does not serve its versions any more. Peers that have them still do.
+    /// The trainer does not serve its versions any more. Peers that have them still do, and what lies in
+    /// files is read without it.
     pub(super) fn lose_publisher(&mut self, _now: Now, publisher: PublisherId) {
         if let Some(record) = self.versions.unsealed(publisher) {
             let number = record.version.number;
             self.versions.remove(number);
         }
         for record in self.versions.iter_mut() {
-            if record.publisher == Some(publisher) && record.directory.is_none() {
+            if record.publisher == Some(publisher) {
                 record.publisher = None;
+                record.dials = false;
+                record.addresses.retain(|addr| addr.starts_with(EXPORTED));
             }
         }
     }
@@ -166,9 +169,7 @@ impl Core {
             max_lag.is_none_or(|max| lag.is_some_and(|lag| lag <= max))
         };
         let held = || {
-            self.versions
-                .find(self.current)
-                .is_some_and(|r| r.publisher.is_some() || r.directory.is_some())
+            self.versions.find(self.current).is_some_and(VersionRecord::is_offered)
                 || self
                     .engines
                     .values()
@@ -270,9 +271,7 @@ impl Core {
         let orphans: Vec<u64> = self
             .versions
             .iter()
-            .filter(|r| {
-                r.state == VersionState::Superseded && r.publisher.is_none() && !held(&r.version)
-            })
+            .filter(|r| r.state == VersionState::Superseded && !r.is_offered() && !held(&r.version))
             .map(|r| r.version.number)
             .collect();
         for number in orphans {
@@ -330,12 +329,16 @@ impl Core {
 }
 
 fn is_at(record: &VersionRecord, announce: &Announce) -> bool {
-    record.addresses == announce.addresses && !announce.addresses.is_empty()
+    let in_place = announce.directory.is_some() && record.directory == announce.directory;
+    in_place || (record.addresses == announce.addresses && !announce.addresses.is_empty())
 }
 
 fn named(addresses: &[String]) -> String {
     if addresses.is_empty() { "no address".to_owned() } else { addresses.join(", ") }
 }
+
+/// Addresses of exported versions, which need no trainer.
+const EXPORTED: &str = "file:";
 
 pub(crate) fn status_of(record: &VersionRecord) -> VersionStatus {
     let on_engine = |(engine, p): (&EngineId, &Progress)| OnEngine {

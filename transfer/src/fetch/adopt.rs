@@ -72,13 +72,24 @@ pub(super) fn try_adopt(
 
 /// Sources with a socket that exists here, each with that address only.
 fn sources_here(request: &FetchRequest) -> Vec<SourceRef> {
-    let is_here =
-        |addr: &&String| addr.strip_prefix(SCHEME).is_some_and(|path| Path::new(path).exists());
     let one = |source: &SourceRef| {
-        let addr = source.addrs.iter().find(is_here)?;
+        let addr = address_here(source)?;
         Some(SourceRef { addrs: vec![addr.clone()], ..source.clone() })
     };
     request.sources.iter().filter_map(one).collect()
+}
+
+/// Those of this host, then the others in their order.
+pub(super) fn nearest_first(sources: &[SourceRef]) -> Vec<&SourceRef> {
+    let mut ordered: Vec<&SourceRef> = sources.iter().collect();
+    ordered.sort_by_key(|source| address_here(source).is_none());
+    ordered
+}
+
+fn address_here(source: &SourceRef) -> Option<&String> {
+    let is_here =
+        |addr: &&String| addr.strip_prefix(SCHEME).is_some_and(|path| Path::new(path).exists());
+    source.addrs.iter().find(is_here)
 }
 
 fn report(request: &FetchRequest, from: &SourceRef, bytes: u64) -> FetchReport {
