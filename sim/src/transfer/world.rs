@@ -209,7 +209,8 @@ impl<'a> World<'a> {
         let peers: Vec<Peer> =
             self.nodes.iter().enumerate().skip(1).filter_map(|(h, n)| peer(h, n)).collect();
         let (bytes, chunk_bytes) = (self.transfer.bytes, self.transfer.chunk_bytes.into());
-        let feeds = plan::plan(Image { bytes, chunk_bytes, at_trainer: true }, &peers);
+        let image = Image { bytes, chunk_bytes, at_trainer: true, trainer_dials: false };
+        let feeds = plan::plan(image, &peers);
         for (SessionId(host), feed) in feeds {
             self.fetch(host as usize, feed);
         }
