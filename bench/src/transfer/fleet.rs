@@ -174,7 +174,12 @@ impl Feed {
 
 /// As the manager would have it: `relays` that pass on what they get, then `leaves` that do not.
 pub fn planned(relays: usize, leaves: usize, bytes: u64) -> Vec<Feed> {
-    let image = Image { bytes, chunk_bytes: DEFAULT_CHUNK_BYTES.into(), at_trainer: true };
+    let image = Image {
+        bytes,
+        chunk_bytes: DEFAULT_CHUNK_BYTES.into(),
+        at_trainer: true,
+        trainer_dials: false,
+    };
     let peer = |at: usize| Peer {
         id: SessionId(at as u64),
         ingress: None,
