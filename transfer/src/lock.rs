@@ -8,7 +8,7 @@ use std::path::Path;
 
 /// Held until it is dropped.
 pub(crate) struct DirLock {
-    _file: File,
+    file: File,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -38,9 +38,17 @@ impl DirLock {
                 file.set_len(0)?;
                 file.seek(SeekFrom::Start(0))?;
                 write!(file, "process {} on {} ({purpose})", std::process::id(), host())?;
-                return Ok(DirLock { _file: file });
+                return Ok(DirLock { file });
             }
         }
+    }
+}
+
+impl Drop for DirLock {
+    /// Closing alone would leave it locked while a child that this process has just forked still has the
+    /// descriptor.
+    fn drop(&mut self) {
+        rustix::fs::flock(&self.file, rustix::fs::FlockOperation::Unlock).ok();
     }
 }
 
@@ -75,7 +83,9 @@ mod tests {
         let error = DirLock::take(&path, "job math").err().expect("taken").to_string();
         let own = format!("process {}", std::process::id());
         assert!(error.matches(&own).count() == 2 && error.contains("job math"), "{error}");
+        let forked = first.file.try_clone().expect("as a fork has it");
         drop(first);
         DirLock::take(&path, "job math").expect("free again");
+        drop(forked);
     }
 }
