@@ -15,7 +15,7 @@ use anabranch_runtime::{Backoff, BackoffConfig, Child, Drain};
 use tokio::time::{Instant, sleep};
 
 use crate::core::Event;
-use crate::engine::{Engine, EngineError, EngineInfo};
+use crate::engine::{Engine, EngineError, EngineInfo, relay};
 use crate::launch::Launch;
 use crate::load;
 use crate::shared::Shared;
@@ -128,7 +128,7 @@ impl<E: Engine> Watch<E> {
                 "this engine repeats every token in each chunk: start it with --incremental-streaming-output; until then chunks come seldom and more tokens are at risk"
             );
         }
-        if info.model.vocab == 0 {
+        if info.model.vocab == 0 && info.kind != relay::KIND {
             tracing::warn!(
                 "the engine does not say its vocabulary and its config.json cannot be read here: token ids go unchecked"
             );

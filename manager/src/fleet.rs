@@ -59,6 +59,9 @@ pub enum EngineState {
     },
 }
 
+/// The kind of an agent that has no engine.
+pub(crate) const RELAY: &str = "relay";
+
 pub(crate) struct Engine {
     pub id: EngineId,
     pub session: SessionId,
@@ -136,7 +139,7 @@ pub(crate) struct Record {
 impl Engine {
     /// It only holds versions for others, and generates nothing.
     pub fn is_relay(&self) -> bool {
-        self.hello.kind == "relay"
+        self.hello.kind == RELAY
     }
 
     /// It may be given samples: serving, and its link is alive (I4).

@@ -5,6 +5,7 @@ use anabranch_proto::protocol::negotiate;
 use anabranch_proto::{Attempt, EngineId, Incarnation, Version};
 
 use crate::core::event::{Convention, EngineHello, Held, ModelFacts, SeedKeying};
+use crate::fleet::RELAY;
 use crate::gate::Life;
 use crate::ingress::check::{Invalid, field, name, words};
 
@@ -18,7 +19,9 @@ pub(super) fn read(hello: pb::Hello, life: Life) -> Result<EngineHello, Invalid>
         return Err(field("hello.engine.members", what));
     }
     let caps = hello.caps.ok_or_else(|| field("hello.caps", "missing"))?;
-    check_sizes(hello.kv_tokens, hello.max_running)?;
+    if hello.engine_kind != RELAY {
+        check_sizes(hello.kv_tokens, hello.max_running)?;
+    }
     let model = model(hello.model.unwrap_or_default())?;
     words("hello.addresses", &hello.addresses)?;
     words("hello.caps.columns", &caps.columns)?;

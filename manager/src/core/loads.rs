@@ -129,10 +129,16 @@ impl Core {
 
     /// Told once: it is found again at every event until somebody has the version.
     fn no_path(&mut self, session: SessionId, version: Version) {
+        let dials = self.versions.find(version).is_some_and(|r| r.dials && r.publisher.is_some());
+        let why = match dials {
+            true => {
+                "the trainer can only dial, and neither this engine nor one that has the version has a listener \
+                 (start an agent with --listen, or `anabranch relay`)"
+            }
+            false => "the trainer does not serve it any more, and no attached engine has it",
+        };
         let Some(engine) = self.engines.get_mut(&session) else { return };
-        let error = format!(
-            "no path to any holder of {version}: the trainer does not serve it any more, and no attached engine has it"
-        );
+        let error = format!("no path to any holder of {version}: {why}");
         if engine.load_error == error {
             return;
         }
