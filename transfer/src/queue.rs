@@ -9,7 +9,7 @@
 //!   chunk:   Missing ── take ──► Taken{stream} ── verified ──► Held
 //!            Taken ── bad hash, stream lost ──► Missing
 //!   source:  Live ── failed, not ready ──► Resting{until} ── until ──► Live
-//!            Live, Resting ── refused, or failed too often without a chunk ──► Dropped{why}
+//!            Live, Resting ── refused, wrong chunks in a row, or all failed too often ──► Dropped{why}
 //!   stripe:  Planned parent ── not live, or stuck ──► next of the list ── parent is well again ──► Planned
 //! ```
 
@@ -25,7 +25,8 @@ pub type SourceId = usize;
 
 #[derive(Clone, Debug)]
 pub struct QueueRules {
-    /// Failures in a row, without a verified chunk between them, after which a source is dropped.
+    /// Wrong chunks in a row, without a right one between them, after which a source is dropped; failures
+    /// of any kind after which, with all others, it is.
     pub strikes: u32,
     /// How long a failed source rests; doubles with each failure in a row.
     pub rest: Duration,
@@ -83,7 +84,11 @@ struct Stream {
 struct Source {
     has: ChunkSet,
     state: SourceState,
+    /// Failures in a row, without a verified chunk between them.
     strikes: u32,
+    /// Of those, chunks with a wrong hash.
+    wrong_chunks: u32,
+    last_failure: String,
 }
 
 #[derive(Debug)]
@@ -176,8 +181,13 @@ impl ChunkQueue {
         for index in held.iter() {
             missing.remove(index);
         }
-        let source =
-            || Source { has: ChunkSet::empty(held.len()), state: SourceState::Live, strikes: 0 };
+        let source = || Source {
+            has: ChunkSet::empty(held.len()),
+            state: SourceState::Live,
+            strikes: 0,
+            wrong_chunks: 0,
+            last_failure: String::new(),
+        };
         let mut stripes: Vec<Stripe> = (0..plan.stripe_count.min(held.len()))
             .map(|stripe| {
                 let order = plan.order(stripe, sources);
@@ -401,7 +411,8 @@ impl ChunkQueue {
         self.taken.remove(&index);
         if let Some(s) = self.streams.get_mut(&stream) {
             s.moved = now;
-            self.sources[s.source].strikes = 0;
+            let source = &mut self.sources[s.source];
+            (source.strikes, source.wrong_chunks) = (0, 0);
         }
         if let count @ 1.. = self.stripes.len() {
             let stripe = &mut self.stripes[index as usize % count];
@@ -420,6 +431,7 @@ impl ChunkQueue {
         }
         if let Some(source) = self.streams.get(&stream).map(|s| s.source) {
             self.wrong.insert((index, source));
+            self.sources[source].wrong_chunks += 1;
             self.strike(source, now, Duration::ZERO, &format!("chunk {index} had a wrong hash"));
         }
     }
@@ -470,12 +482,25 @@ impl ChunkQueue {
     fn strike(&mut self, source: SourceId, now: Instant, silent: Duration, why: &str) {
         let s = &mut self.sources[source];
         s.strikes += 1;
-        let rest = self.rules.rest * 2u32.saturating_pow(s.strikes.min(6) - 1);
-        s.state = if s.strikes >= self.rules.strikes {
-            SourceState::Dropped { why: why.to_owned() }
-        } else {
-            SourceState::Resting { until: now + rest.max(4 * silent), at_need: now + rest }
-        };
+        let rest = self.rules.rest * 2u32.saturating_pow(s.strikes.min(5) - 1);
+        s.state = SourceState::Resting { until: now + rest.max(4 * silent), at_need: now + rest };
+        s.last_failure = why.to_owned();
+        self.drop_hopeless();
+    }
+
+    /// One that failed often is dropped only with all the others: it may be the only one that has what is
+    /// missing, and come back. One whose chunks were wrong so often is dropped at once.
+    fn drop_hopeless(&mut self) {
+        let limit = self.rules.strikes;
+        let hopeless =
+            |s: &Source| s.strikes >= limit || matches!(s.state, SourceState::Dropped { .. });
+        let all = self.sources.iter().all(hopeless);
+        for s in &mut self.sources {
+            let dropped = matches!(s.state, SourceState::Dropped { .. });
+            if !dropped && (s.wrong_chunks >= limit || all) {
+                s.state = SourceState::Dropped { why: s.last_failure.clone() };
+            }
+        }
     }
 
     /// Whether streams bound to the source should leave it.

@@ -78,9 +78,10 @@ impl<'a> Fleet<'a> {
         feed: &Feed,
     ) -> anyhow::Result<Pending> {
         let name = &self.receivers[at].host.name;
-        let source = |(holder, stripes): &(Option<usize>, Vec<u32>)| {
-            let holder = holder.map_or(&self.trainer, |peer| &self.receivers[peer]);
-            self.lab.source(holder, version, name, stripes)
+        let source = |from: &Origin| {
+            let holder = from.peer.map_or(&self.trainer, |peer| &self.receivers[peer]);
+            let source = self.lab.source(holder, version, name, &from.stripes)?;
+            anyhow::Ok(Source { fallback_for: from.fallback_for.clone(), ..source })
         };
         let sources = feed.sources.iter().map(source).collect::<anyhow::Result<_>>()?;
         let fetch = Fetch {
@@ -158,17 +159,25 @@ impl Arrival {
     }
 }
 
-/// Where one receiver fetches from: (receiver, or `None` for the trainer; the stripes it is the parent for).
+/// Where one receiver fetches from.
 #[derive(Clone, Debug, Default)]
 pub struct Feed {
-    pub sources: Vec<(Option<usize>, Vec<u32>)>,
+    pub sources: Vec<Origin>,
     pub stripe_count: u32,
     pub streams: usize,
 }
 
+#[derive(Clone, Debug, Default)]
+pub struct Origin {
+    /// `None`: the trainer.
+    pub peer: Option<usize>,
+    pub stripes: Vec<u32>,
+    pub fallback_for: Vec<u32>,
+}
+
 impl Feed {
     pub fn from_trainer() -> Feed {
-        Feed { sources: vec![(None, Vec::new())], stripe_count: 0, streams: STREAMS }
+        Feed { sources: vec![Origin::default()], stripe_count: 0, streams: STREAMS }
     }
 }
 
@@ -191,10 +200,15 @@ pub fn planned(relays: usize, leaves: usize, bytes: u64) -> Vec<Feed> {
     };
     let peers: Vec<Peer> = (0..relays + leaves).map(peer).collect();
     let place = |holder: Holder| holder.peer().map(|id| id.0 as usize);
+    let from = |s: plan::Source| Origin {
+        peer: place(s.holder),
+        stripes: s.stripes,
+        fallback_for: s.fallback_for,
+    };
     let feeds = plan::plan(image, &peers).into_values().map(|feed| Feed {
         stripe_count: feed.parents.len() as u32,
         streams: feed.streams as usize,
-        sources: feed.sources.into_iter().map(|s| (place(s.holder), s.stripes)).collect(),
+        sources: feed.sources.into_iter().map(from).collect(),
     });
     feeds.collect()
 }

@@ -124,6 +124,7 @@ impl Lab {
             addr: holder.addr.clone(),
             grant: hex::encode(grant.mint(&self.key)),
             stripes: stripes.to_vec(),
+            fallback_for: Vec::new(),
         })
     }
 

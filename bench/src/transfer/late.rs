@@ -3,7 +3,7 @@
 
 use serde_json::json;
 
-use super::fleet::{Feed, Fleet, RATE, STREAMS};
+use super::fleet::{Feed, Fleet, Origin, RATE, STREAMS};
 use super::lab::Lab;
 use super::report::Figure;
 use crate::progress;
@@ -33,8 +33,10 @@ pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     progress::line(&format!("figure G: one took {one:.2} s; the late one comes"));
     let sent = |usage: super::order::Usage| usage.sent_bytes.values().sum::<u64>();
     let (before, link_before) = (sent(fleet.trainer_usage().await?), fleet.trainer_traffic()?);
-    let mut sources: Vec<_> = (0..HOLDERS).map(|at| (Some(at), vec![at as u32])).collect();
-    sources.push((None, Vec::new()));
+    let mut sources: Vec<_> = (0..HOLDERS)
+        .map(|at| Origin { peer: Some(at), stripes: vec![at as u32], ..Origin::default() })
+        .collect();
+    sources.push(Origin::default());
     let feed = Feed { sources, stripe_count: HOLDERS as u32, streams: STREAMS };
     let late = fleet.one(HOLDERS, &issued, &feed).await?;
     let cost = sent(fleet.trainer_usage().await?) - before;

@@ -212,7 +212,7 @@ impl Node {
                 addrs: vec![s.addr.clone()],
                 grant,
                 stripes: s.stripes.clone(),
-                fallback_for: Vec::new(),
+                fallback_for: s.fallback_for.clone(),
             })
         };
         let request = FetchRequest {

@@ -82,6 +82,7 @@ pub struct Source {
     pub addr: String,
     pub grant: String,
     pub stripes: Vec<u32>,
+    pub fallback_for: Vec<u32>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -82,6 +82,26 @@ fn streams_do_not_all_wait_at_a_source_that_has_nothing_more_to_give() {
 }
 
 #[test]
+fn a_source_that_failed_often_is_tried_again_while_another_one_lives() {
+    let t0 = Instant::now();
+    let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(4), 2, &StripePlan::default(), t0);
+    q.learned_all(0);
+    for round in 0..10 {
+        let now = t0 + Duration::from_secs(10 * round);
+        // The other one lives, and has nothing.
+        let to = [q.assign(0, now), q.assign(1, now)];
+        let failing = to.iter().position(|to| *to == Assign::To(0)).expect("it has another try");
+        q.lost(failing, now, "refused by the host", false);
+        q.release(1 - failing);
+    }
+    assert_eq!(q.dropped(), []);
+    let now = t0 + Duration::from_secs(100);
+    let to = [q.assign(0, now), q.assign(1, now)];
+    let there = to.iter().position(|to| *to == Assign::To(0)).expect("it has another try");
+    assert!(matches!(q.take(there, now), Take::Chunk(_)));
+}
+
+#[test]
 fn a_wrong_chunk_is_asked_from_another_source() {
     let now = Instant::now();
     let mut q = queue(1, 2);

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anabranch_trainer::{Job, JobConfig, LinkKind, NamedTensor, Published, Trainer};
+use anabranch_trainer::{Job, JobConfig, LinkKind, NamedTensor, Published, Shm, Trainer};
 use anyhow::{Context, bail};
 use bytes::Bytes;
 
@@ -32,6 +32,8 @@ impl Training {
         let mut config = JobConfig::new("default");
         config.weights.links = vec![LinkKind::Tcp];
         config.weights.hash_threads = 2;
+        // Hosts that are namespaces share /dev/shm: the bytes must cross the links.
+        config.weights.shm = Shm::Off;
         Ok(Training { job: client.open(config).await?, engines, model: None })
     }
 
