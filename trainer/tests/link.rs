@@ -162,7 +162,7 @@ async fn a_version_is_announced_sealed_and_announced_again_after_a_lost_link() {
     let status = tokio::time::timeout(SOON, published.settled()).await.expect("soon");
     let status = status.expect("settled");
     assert_eq!((status.version, status.state), (sealed, VersionState::Current));
-    assert_eq!(fake.count(|heard| matches!(heard, Heard::Begin(1, 1_048_576..))), 2);
+    assert_eq!(fake.count(|heard| matches!(heard, Heard::Begin(1.., 1_048_576..))), 2);
     assert_eq!(fake.count(|heard| matches!(heard, Heard::Seal(32))), 2);
     let older = job.publish(1, vec![tensor()]).await.expect_err("numbers grow");
     assert!(older.to_string().contains("version 1 after 1"), "{older}");

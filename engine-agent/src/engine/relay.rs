@@ -34,6 +34,7 @@ impl Engine for Relay {
         let conventions =
             [pb::Convention::Raw, pb::Convention::Tempered, pb::Convention::Processed];
         let caps = pb::Caps {
+            seed_keying: pb::caps::SeedKeying::None.into(),
             logprob_conventions: conventions.map(Into::into).to_vec(),
             ..pb::Caps::default()
         };
