@@ -10,23 +10,27 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anabranch_proto::manifest::{Manifest, ManifestError};
+use anabranch_proto::manifest::Manifest;
 use anabranch_proto::version::{Root, Version};
 use tokio_util::sync::CancellationToken;
 
-use crate::checkpoint::{Baseline, LayoutDiff};
+use crate::checkpoint::Baseline;
 use crate::holder::{Held, Holder};
-use crate::link::LinkError;
 use crate::queue::{QueueRules, QueueStats};
 use crate::staging::{Filling, StageError, StagedSlot, Staging};
-use crate::wire::{BlobId, FailCode, Message};
+use crate::wire::{BlobId, Message};
 
 mod adopt;
+mod ask;
 mod delta;
+mod error;
 mod pool;
 mod pull;
 
+use ask::{Unanswered, first_answer};
 use delta::Deltas;
+pub(crate) use error::StreamError;
+pub use error::{FetchError, Tried};
 use pool::{Pool, Session};
 use pull::{Job, Sink};
 
@@ -125,48 +129,6 @@ pub struct FetchReport {
     pub bytes_by_holder: Vec<(String, u64)>,
     pub queue: QueueStats,
     pub took: Duration,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum FetchError {
-    #[error("{0} has no root yet: it can be fetched after its seal")]
-    Unsealed(Version),
-    #[error("no path to any holder of {version}: {}", story(.tried))]
-    NoSource { version: Version, tried: Vec<Tried> },
-    #[error("{version}: the manifest from {holder} is bad: {error}")]
-    Manifest { version: Version, holder: String, error: ManifestError },
-    #[error("{version} does not fit this engine, which keeps its old weights: {diff}")]
-    Layout { version: Version, diff: LayoutDiff },
-    #[error("{version}: {error}")]
-    Stage { version: Version, error: StageError },
-    #[error(
-        "{version}: no chunk arrived for {waited:?}, {verified} of {chunks} are here: {}",
-        story(.tried)
-    )]
-    Stalled { version: Version, waited: Duration, verified: u32, chunks: u32, tried: Vec<Tried> },
-    #[error("{0}: the fetch was cancelled")]
-    Cancelled(Version),
-    #[error("{0}: the fetch ended early because its thread failed")]
-    Thread(Version),
-}
-
-/// What was tried and how it went.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tried {
-    pub holder: String,
-    pub addr: String,
-    pub why: String,
-}
-
-/// Why a stream to a source failed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum StreamError {
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    #[error("it refused ({code:?}): {text}")]
-    Refused { code: FailCode, text: String },
-    #[error("it answered with an unexpected {0}")]
-    Unexpected(String),
 }
 
 // === impl Fetcher ===
@@ -278,46 +240,36 @@ impl Fetcher {
     /// From the first source that gives one; the root decides, so any source is as good.
     fn manifest(&self, request: &FetchRequest) -> Result<(Arc<Manifest>, Arc<[u8]>), FetchError> {
         let version = request.version;
-        let mut tried = Vec::new();
-        for source in adopt::nearest_first(&request.sources) {
-            if request.cancel.is_cancelled() {
-                return Err(FetchError::Cancelled(version));
-            }
-            let (holder, addr) = (source.holder.clone(), source.addrs.join(", "));
-            let bytes = match self.ask_manifest(source) {
-                Ok(bytes) => bytes,
-                Err(error) => {
-                    tried.push(Tried { holder, addr, why: error.to_string() });
-                    continue;
-                }
-            };
+        let asked = first_answer(&self.shared, request, move |shared, source| {
+            let bytes = ask_manifest(shared, source).map_err(|error| error.to_string())?;
             let got = Root::of(&bytes);
-            if got != version.root {
-                let why = format!("it sent a manifest with another root ({got})");
-                tried.push(Tried { holder, addr, why });
-                continue;
+            if got == version.root {
+                Ok(bytes)
+            } else {
+                Err(format!("it sent a manifest with another root ({got})"))
             }
-            let manifest = Manifest::decode(&bytes).map_err(|error| FetchError::Manifest {
-                version,
-                holder,
-                error,
-            })?;
-            return Ok((Arc::new(manifest), bytes.into()));
+        });
+        let (SourceRef { holder, .. }, bytes) = asked.map_err(|none| match none {
+            Unanswered::Cancelled => FetchError::Cancelled(version),
+            Unanswered::Failed(tried) => FetchError::NoSource { version, tried },
+        })?;
+        match Manifest::decode(&bytes) {
+            Ok(manifest) => Ok((Arc::new(manifest), bytes.into())),
+            Err(error) => Err(FetchError::Manifest { version, holder, error }),
         }
-        Err(FetchError::NoSource { version, tried })
     }
+}
 
-    fn ask_manifest(&self, source: &SourceRef) -> Result<Vec<u8>, StreamError> {
-        let mut session = Session::open(&self.shared, source, Root::default())?;
-        let blob = BlobId::Image;
-        session.link.send(&Message::WantManifest { blob })?;
-        let bytes = match session.link.receive()? {
-            Message::Manifest { bytes, .. } => bytes,
-            other => return Err(StreamError::from_reply(other)),
-        };
-        session.keep(&self.shared);
-        Ok(bytes)
-    }
+fn ask_manifest(shared: &Shared, source: &SourceRef) -> Result<Vec<u8>, StreamError> {
+    let mut session = Session::open(shared, source, Root::default())?;
+    let blob = BlobId::Image;
+    session.link.send(&Message::WantManifest { blob })?;
+    let bytes = match session.link.receive()? {
+        Message::Manifest { bytes, .. } => bytes,
+        other => return Err(StreamError::from_reply(other)),
+    };
+    session.keep(shared);
+    Ok(bytes)
 }
 
 const SLOT_POLL: Duration = Duration::from_millis(50);
@@ -330,14 +282,6 @@ fn carried(filling: &Filling, manifest: &Manifest) -> Result<u64, StageError> {
         range.end - range.start
     };
     Ok(kept.iter().map(len).sum::<u64>() + filling.carry_over()?)
-}
-
-fn story(tried: &[Tried]) -> String {
-    if tried.is_empty() {
-        return "no source was named".to_owned();
-    }
-    let one = |t: &Tried| format!("{} at {}: {}", t.holder, t.addr, t.why);
-    tried.iter().map(one).collect::<Vec<_>>().join("; ")
 }
 
 // === impl FetchRules ===
@@ -391,33 +335,5 @@ impl Staged {
     pub fn tensor(&self, name: &str) -> Option<Vec<u8>> {
         let t = self.slot.manifest().tensors.iter().find(|t| t.name == name)?;
         self.slot.read(t.offset..t.offset + t.len).ok()
-    }
-}
-
-// === impl StreamError ===
-
-impl StreamError {
-    fn from_reply(message: Message) -> StreamError {
-        match message {
-            Message::Fail { code, text } => StreamError::Refused { code, text },
-            other => StreamError::Unexpected(format!("{other:?}").chars().take(100).collect()),
-        }
-    }
-
-    /// The source is well, but has not begun with what was asked.
-    fn is_early(&self) -> bool {
-        matches!(self, StreamError::Refused { code: FailCode::NotYet, .. })
-    }
-
-    /// Asking this source again for this version is useless.
-    fn is_final(&self) -> bool {
-        match self {
-            StreamError::Refused { code, .. } => match code {
-                FailCode::Grant | FailCode::UnknownVersion => true,
-                FailCode::Revoked | FailCode::Protocol => true,
-                FailCode::NotHeld | FailCode::Busy | FailCode::NotYet => false,
-            },
-            StreamError::Link(_) | StreamError::Unexpected(_) => false,
-        }
     }
 }

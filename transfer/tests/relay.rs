@@ -53,6 +53,34 @@ fn a_chain_of_receivers_costs_the_trainer_one_copy() {
 }
 
 #[test]
+fn parents_of_each_other_begin_at_once() {
+    let (publisher, weights) = (publisher(), Weights::new(8, 1));
+    let v = publish(&publisher, 1, &weights).version;
+    let nodes = [receiver(), receiver()];
+    let patient = || ServeLimits { version_wait: Duration::from_secs(4), ..ServeLimits::default() };
+    let start = |node: &Receiver| {
+        let any = "127.0.0.1:0".parse().expect("addr");
+        Server::start(any, node.holder.clone(), patient()).expect("server")
+    };
+    let servers = nodes.each_ref().map(start);
+    std::thread::scope(|scope| {
+        for k in 0..2u32 {
+            let (node, servers, weights) = (&nodes[k as usize], &servers, &weights);
+            // Each is the head of one chain, and named behind the other in the list of sources.
+            let other = at(&servers[1 - k as usize], v, &[1 - k]);
+            let trainer = SourceRef { stripes: vec![k], ..from(&publisher, v) };
+            let request = FetchRequest { stripe_count: 2, ..request(v, vec![other, trainer]) };
+            scope.spawn(move || {
+                let staged = node.fetcher.fetch_blocking(&request).expect("fetch");
+                assert_holds(staged.dir(), weights);
+                let took = staged.report.took;
+                assert!(took < patient().version_wait, "they waited for each other: {took:?}");
+            });
+        }
+    });
+}
+
+#[test]
 fn children_of_a_relay_that_dies_go_on_from_the_next_source() {
     let (publisher, weights) = (publisher(), Weights::new(24, 1));
     let v = publish(&publisher, 1, &weights).version;

@@ -79,14 +79,8 @@ fn sources_here(request: &FetchRequest) -> Vec<SourceRef> {
     request.sources.iter().filter_map(one).collect()
 }
 
-/// Those of this host, then the others in their order.
-pub(super) fn nearest_first(sources: &[SourceRef]) -> Vec<&SourceRef> {
-    let mut ordered: Vec<&SourceRef> = sources.iter().collect();
-    ordered.sort_by_key(|source| address_here(source).is_none());
-    ordered
-}
-
-fn address_here(source: &SourceRef) -> Option<&String> {
+/// Where memory of this host can be had from it.
+pub(super) fn address_here(source: &SourceRef) -> Option<&String> {
     let is_here =
         |addr: &&String| addr.strip_prefix(SCHEME).is_some_and(|path| Path::new(path).exists());
     source.addrs.iter().find(is_here)

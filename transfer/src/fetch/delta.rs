@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use anabranch_proto::manifest::{Kind, Manifest};
 use anabranch_proto::version::Root;
 
+use super::ask::first_answer;
 use super::pool::Session;
 use super::pull::{self, Job, Sink};
-use super::{FetchError, FetchReport, FetchRequest, Shared, StreamError};
+use super::{FetchError, FetchReport, FetchRequest, Shared, SourceRef, StreamError};
 use crate::chunks::{ChunkSet, Ledger};
 use crate::delta::choice::{Rates, Way, choose};
 use crate::delta::memory::{DeltaMemory, blobs};
@@ -132,42 +133,45 @@ fn pull_and_apply(
 
 /// The manifest of a delta from `base` that is worth it, from the first source that has one.
 fn find(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     request: &FetchRequest,
     base: Root,
     missing: u64,
 ) -> Option<(Arc<Manifest>, Arc<[u8]>)> {
-    let rates = shared.deltas.rates();
-    for source in &request.sources {
-        if request.cancel.is_cancelled() {
-            return None;
+    let (rates, result) = (shared.deltas.rates(), request.version.root);
+    let asked = first_answer(shared, request, move |shared, source| {
+        let offered = ask(shared, source, base, missing, rates);
+        let offered = offered.map_err(|error| {
+            tracing::info!(holder = source.holder, %error, "no delta from here");
+            error.to_string()
+        })?;
+        let Offered { manifest, encoded } = offered.ok_or("it has none that is worth it")?;
+        if manifest.kind == (Kind::Delta { base, result }) {
+            return Ok((Arc::new(manifest), encoded));
         }
-        let asked = Session::open(shared, source, base).and_then(|mut session| {
-            let way = choose(session.delta_bytes, missing, rates);
-            let manifest = if way == Way::Delta { ask(&mut session)? } else { None };
-            session.keep(shared);
-            Ok(manifest)
-        });
-        match asked {
-            Ok(Some(Offered { manifest, encoded })) => {
-                let result = request.version.root;
-                if manifest.kind == (Kind::Delta { base, result }) {
-                    return Some((Arc::new(manifest), encoded));
-                }
-                tracing::warn!(holder = source.holder, "offered a delta for another version");
-            }
-            Ok(None) => {}
-            Err(error) => tracing::info!(holder = source.holder, %error, "no delta from here"),
-        }
-    }
-    None
+        tracing::warn!(holder = source.holder, "offered a delta for another version");
+        Err("it offered another one".to_owned())
+    });
+    asked.ok().map(|(_, delta)| delta)
 }
 
-fn ask(session: &mut Session) -> Result<Option<Offered>, StreamError> {
+fn ask(
+    shared: &Shared,
+    source: &SourceRef,
+    base: Root,
+    missing: u64,
+    rates: Rates,
+) -> Result<Option<Offered>, StreamError> {
+    let mut session = Session::open(shared, source, base)?;
+    if choose(session.delta_bytes, missing, rates) == Way::Full {
+        session.keep(shared);
+        return Ok(None);
+    }
     session.link.send(&Message::WantManifest { blob: BlobId::Delta })?;
     match session.link.receive()? {
         // Its root is not known beforehand: what it leads to is verified by the full manifest.
         Message::Manifest { bytes, .. } => {
+            session.keep(shared);
             let manifest = Manifest::decode(&bytes).ok();
             Ok(manifest.map(|manifest| Offered { manifest, encoded: Arc::from(bytes) }))
         }
