@@ -109,7 +109,7 @@ const MOST_STREAMS: usize = 4;
 /// Sources of a receiver besides the trainer.
 pub const MOST_PEERS: usize = 8;
 /// The time that chains take to fill, as a share of the transfer's, if there is more than one stripe.
-const FILL_PERCENT: u64 = 6;
+const FILL_PERCENT: u64 = 3;
 /// A node's egress is counted in twelfths of a copy: exact for 1 to 4 stripes.
 const COPY: u32 = 12;
 

@@ -4,7 +4,7 @@ use super::*;
 
 const MIB: u64 = 1 << 20;
 const IMAGE: Image =
-    Image { bytes: 256 * MIB, chunk_bytes: MIB, at_trainer: true, trainer_dials: false };
+    Image { bytes: 512 * MIB, chunk_bytes: MIB, at_trainer: true, trainer_dials: false };
 
 fn peer(id: u64, at: Place) -> Peer {
     let (preemptible, relay, serves) = (false, false, true);

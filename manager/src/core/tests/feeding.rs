@@ -47,7 +47,7 @@ impl Rollout {
             version,
             addresses: vec!["trainer:7000".into()],
             dials: false,
-            bytes: 256 * MIB,
+            bytes: 512 * MIB,
             directory: None,
         };
         change(&mut announce);
