@@ -8,9 +8,6 @@
 //! ```text
 //!   chunk:   Missing ── take ──► Taken{stream} ── verified ──► Held
 //!            Taken ── bad hash, stream lost ──► Missing
-//!   source:  Live ── failed, not ready ──► Resting{until} ── until ──► Live
-//!            Live, Resting ── refused, wrong chunks in a row, or all failed too often ──► Dropped{why}
-//!   stripe:  Planned parent ── not live, or stuck ──► next of the list ── parent is well again ──► Planned
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,6 +15,13 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crate::chunks::ChunkSet;
+
+mod source;
+mod stripe;
+
+use source::Source;
+use stripe::Stripe;
+pub use stripe::StripePlan;
 
 pub type StreamId = usize;
 /// Place in the list of sources that the queue was made for.
@@ -34,17 +38,6 @@ pub struct QueueRules {
     pub rescue_after: Duration,
     /// A stripe that got nothing for so long, from a source that is otherwise well, goes to the next one.
     pub stuck_after: Duration,
-}
-
-/// The planned parents of the stripes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct StripePlan {
-    /// 0: no plan, any source is as good.
-    pub stripe_count: u32,
-    /// By source: the stripes that it is the planned parent of.
-    pub stripes: Vec<Vec<u32>>,
-    /// By source: the stripes that it may stand in for; it gets others only when nobody else is left.
-    pub fallbacks: Vec<Vec<u32>>,
 }
 
 #[derive(Debug)]
@@ -80,43 +73,6 @@ struct Stream {
     cursor: u32,
 }
 
-#[derive(Debug)]
-struct Source {
-    has: ChunkSet,
-    state: SourceState,
-    /// Failures in a row, without a verified chunk between them.
-    strikes: u32,
-    /// Of those, chunks with a wrong hash.
-    wrong_chunks: u32,
-    last_failure: String,
-}
-
-#[derive(Debug)]
-struct Stripe {
-    /// The planned parent, those that may stand in for it, all others.
-    order: Vec<SourceId>,
-    charge: Option<SourceId>,
-    /// Chunks of it that are not verified.
-    left: u32,
-    /// When it last got a chunk, or another source.
-    moved: Instant,
-    /// Sources that were stuck with it, and when they may have another try.
-    stuck: BTreeMap<SourceId, Instant>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum SourceState {
-    Live,
-    /// `at_need`: it is asked from then on where no other source lives.
-    Resting {
-        until: Instant,
-        at_need: Instant,
-    },
-    Dropped {
-        why: String,
-    },
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Assign {
     To(SourceId),
@@ -150,22 +106,6 @@ impl QueueStats {
     }
 }
 
-// === impl StripePlan ===
-
-impl StripePlan {
-    fn order(&self, stripe: u32, sources: usize) -> Vec<SourceId> {
-        let named =
-            |list: &[Vec<u32>], ix: usize| list.get(ix).is_some_and(|s| s.contains(&stripe));
-        let tier = |ix: &usize| match named(&self.stripes, *ix) {
-            true => 0,
-            false => 2 - u8::from(named(&self.fallbacks, *ix)),
-        };
-        let mut order: Vec<SourceId> = (0..sources).collect();
-        order.sort_by_key(tier);
-        order
-    }
-}
-
 // === impl ChunkQueue ===
 
 impl ChunkQueue {
@@ -181,21 +121,7 @@ impl ChunkQueue {
         for index in held.iter() {
             missing.remove(index);
         }
-        let source = || Source {
-            has: ChunkSet::empty(held.len()),
-            state: SourceState::Live,
-            strikes: 0,
-            wrong_chunks: 0,
-            last_failure: String::new(),
-        };
-        let mut stripes: Vec<Stripe> = (0..plan.stripe_count.min(held.len()))
-            .map(|stripe| {
-                let order = plan.order(stripe, sources);
-                let planned = plan.stripes.iter().take(sources).any(|s| s.contains(&stripe));
-                let charge = order.first().copied().filter(|_| planned);
-                Stripe { order, charge, left: 0, moved: now, stuck: BTreeMap::new() }
-            })
-            .collect();
+        let mut stripes = plan.stripes(held.len(), sources, now);
         if let count @ 1.. = stripes.len() {
             missing.iter().for_each(|index| stripes[index as usize % count].left += 1);
         }
@@ -206,7 +132,7 @@ impl ChunkQueue {
             missing,
             taken: BTreeMap::new(),
             streams: BTreeMap::new(),
-            sources: (0..sources).map(|_| source()).collect(),
+            sources: (0..sources).map(|_| Source::new(held.len())).collect(),
             wrong: BTreeSet::new(),
             stats: QueueStats::default(),
         }
@@ -227,8 +153,8 @@ impl ChunkQueue {
         }
         self.review(now);
         let load = |ix: SourceId| self.streams.values().filter(|s| s.source == ix).count();
-        let of_use = (0..self.sources.len())
-            .filter(|&ix| self.sources[ix].state == SourceState::Live && self.share(ix) > 0);
+        let of_use =
+            (0..self.sources.len()).filter(|&ix| self.sources[ix].is_live() && self.share(ix) > 0);
         let best =
             of_use.min_by_key(|&ix| (load(ix) * 64 / self.share(ix), self.sources[ix].strikes, ix));
         if let Some(source) = best {
@@ -239,11 +165,7 @@ impl ChunkQueue {
             self.streams.insert(stream, Stream { source, moved: now, cursor });
             return Assign::To(source);
         }
-        let rest = self.sources.iter().filter_map(|s| match s.state {
-            SourceState::Resting { until, at_need } => Some(until.min(at_need)),
-            SourceState::Live => Some(now + self.rules.rest),
-            SourceState::Dropped { .. } => None,
-        });
+        let rest = self.sources.iter().filter_map(|s| s.back_at(now, &self.rules));
         rest.min().map_or(Assign::None, Assign::Wait)
     }
 
@@ -257,43 +179,17 @@ impl ChunkQueue {
 
     /// Ends rests that are over, and gives each stripe the best source there is for it now.
     fn review(&mut self, now: Instant) {
-        for source in &mut self.sources {
-            if matches!(source.state, SourceState::Resting { until, .. } if until <= now) {
-                source.state = SourceState::Live;
-            }
-        }
-        if !self.sources.iter().any(|s| s.state == SourceState::Live) {
-            for source in &mut self.sources {
-                if matches!(source.state, SourceState::Resting { at_need, .. } if at_need <= now) {
-                    source.state = SourceState::Live;
-                }
-            }
-        }
-        let (rules, sources) = (&self.rules, &self.sources);
+        source::wake(&mut self.sources, now);
         for stripe in self.stripes.iter_mut().filter(|s| s.left > 0) {
-            stripe.stuck.retain(|_, until| *until > now);
-            if let Some(source) = stripe.charge
-                && now.saturating_duration_since(stripe.moved) >= rules.stuck_after
-            {
-                stripe.stuck.insert(source, now + 2 * rules.stuck_after);
-            }
-            let live = |ix: &SourceId| sources[*ix].state == SourceState::Live;
-            let in_order = || stripe.order.iter().copied().filter(live);
-            let well = in_order().find(|ix| !stripe.stuck.contains_key(ix));
-            // Where all are stuck, the one that was so longest ago.
-            let charge = well.or_else(|| in_order().min_by_key(|ix| stripe.stuck.get(ix)));
-            if charge.is_some() && charge != stripe.charge {
-                (stripe.charge, stripe.moved) = (charge, now);
-            }
+            stripe.review(&self.sources, self.rules.stuck_after, now);
         }
     }
 
     /// It has several streams, and another source in charge of a stripe has none.
     fn can_spare(&self, source: SourceId) -> bool {
         let streams = |ix: SourceId| self.streams.values().filter(|s| s.source == ix).count();
-        let unserved = |ix: &SourceId| {
-            self.sources[*ix].state == SourceState::Live && self.share(*ix) > 0 && streams(*ix) == 0
-        };
+        let unserved =
+            |ix: &SourceId| self.sources[*ix].is_live() && self.share(*ix) > 0 && streams(*ix) == 0;
         !self.stripes.is_empty()
             && streams(source) > 1
             && (0..self.sources.len()).any(|ix| unserved(&ix))
@@ -370,8 +266,7 @@ impl ChunkQueue {
         };
         !self.missing.is_empty()
             && (0..self.sources.len()).any(|ix| {
-                let live = self.sources[ix].state == SourceState::Live;
-                ix != source && live && !is_asked(ix) && can_give(ix)
+                ix != source && self.sources[ix].is_live() && !is_asked(ix) && can_give(ix)
             })
     }
 
@@ -386,8 +281,7 @@ impl ChunkQueue {
     fn avoids(&self, index: u32, source: SourceId) -> bool {
         self.wrong.contains(&(index, source))
             && self.sources.iter().enumerate().any(|(other, s)| {
-                let dropped = matches!(s.state, SourceState::Dropped { .. });
-                other != source && !dropped && !self.wrong.contains(&(index, other))
+                other != source && !s.is_dropped() && !self.wrong.contains(&(index, other))
             })
     }
 
@@ -411,13 +305,10 @@ impl ChunkQueue {
         self.taken.remove(&index);
         if let Some(s) = self.streams.get_mut(&stream) {
             s.moved = now;
-            let source = &mut self.sources[s.source];
-            (source.strikes, source.wrong_chunks) = (0, 0);
+            self.sources[s.source].absolve();
         }
         if let count @ 1.. = self.stripes.len() {
-            let stripe = &mut self.stripes[index as usize % count];
-            stripe.left -= 1;
-            stripe.moved = now;
+            self.stripes[index as usize % count].note_verified(now);
         }
         true
     }
@@ -431,7 +322,7 @@ impl ChunkQueue {
         }
         if let Some(source) = self.streams.get(&stream).map(|s| s.source) {
             self.wrong.insert((index, source));
-            self.sources[source].wrong_chunks += 1;
+            self.sources[source].note_wrong_chunk();
             self.strike(source, now, Duration::ZERO, &format!("chunk {index} had a wrong hash"));
         }
     }
@@ -442,7 +333,7 @@ impl ChunkQueue {
         let Some(source) = self.release(stream) else { return };
         self.stats.lost_streams += 1;
         if refused {
-            self.sources[source].state = SourceState::Dropped { why: why.to_owned() };
+            self.sources[source].drop_for(why);
         } else {
             self.strike(source, now, silent.unwrap_or_default(), why);
         }
@@ -450,7 +341,7 @@ impl ChunkQueue {
 
     /// The source cannot say any more what it has.
     pub fn unheard(&mut self, source: SourceId, now: Instant, why: &str) {
-        if self.sources[source].state == SourceState::Live {
+        if self.sources[source].is_live() {
             self.strike(source, now, Duration::ZERO, why);
         }
     }
@@ -458,10 +349,9 @@ impl ChunkQueue {
     /// The source has not begun with the version yet: asked again later, without blame.
     pub fn not_ready(&mut self, stream: StreamId, now: Instant) {
         if let Some(source) = self.release(stream)
-            && self.sources[source].state == SourceState::Live
+            && self.sources[source].is_live()
         {
-            let until = now + 2 * self.rules.rest;
-            self.sources[source].state = SourceState::Resting { until, at_need: until };
+            self.sources[source].rest_until(now + 2 * self.rules.rest);
         }
     }
 
@@ -478,42 +368,19 @@ impl ChunkQueue {
         Some(gone.source)
     }
 
-    /// What cost us silence is not tried again soon while others live: the next try may cost as much.
     fn strike(&mut self, source: SourceId, now: Instant, silent: Duration, why: &str) {
-        let s = &mut self.sources[source];
-        s.strikes += 1;
-        let rest = self.rules.rest * 2u32.saturating_pow(s.strikes.min(5) - 1);
-        s.state = SourceState::Resting { until: now + rest.max(4 * silent), at_need: now + rest };
-        s.last_failure = why.to_owned();
-        self.drop_hopeless();
-    }
-
-    /// One that failed often is dropped only with all the others: it may be the only one that has what is
-    /// missing, and come back. One whose chunks were wrong so often is dropped at once.
-    fn drop_hopeless(&mut self) {
-        let limit = self.rules.strikes;
-        let hopeless =
-            |s: &Source| s.strikes >= limit || matches!(s.state, SourceState::Dropped { .. });
-        let all = self.sources.iter().all(hopeless);
-        for s in &mut self.sources {
-            let dropped = matches!(s.state, SourceState::Dropped { .. });
-            if !dropped && (s.wrong_chunks >= limit || all) {
-                s.state = SourceState::Dropped { why: s.last_failure.clone() };
-            }
-        }
+        self.sources[source].strike(&self.rules, now, silent, why);
+        source::drop_hopeless(&mut self.sources, self.rules.strikes);
     }
 
     /// Whether streams bound to the source should leave it.
     pub fn is_dropped(&self, source: SourceId) -> bool {
-        matches!(self.sources[source].state, SourceState::Dropped { .. })
+        self.sources[source].is_dropped()
     }
 
     /// Why each dropped source was dropped.
     pub fn dropped(&self) -> Vec<(SourceId, String)> {
-        let why = |(ix, s): (SourceId, &Source)| match &s.state {
-            SourceState::Dropped { why } => Some((ix, why.clone())),
-            SourceState::Live | SourceState::Resting { .. } => None,
-        };
+        let why = |(ix, s): (SourceId, &Source)| Some((ix, s.dropped_because()?.to_owned()));
         self.sources.iter().enumerate().filter_map(why).collect()
     }
 }
