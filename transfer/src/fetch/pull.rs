@@ -404,8 +404,12 @@ impl Pull {
     }
 
     fn end_write(&self) {
-        self.lock().writers -= 1;
-        self.changed.notify_all();
+        let mut state = self.lock();
+        state.writers -= 1;
+        // Whoever waits for the writers does so after the end; nobody else is woken for each chunk.
+        if !matches!(state.outcome, Outcome::Running) {
+            self.changed.notify_all();
+        }
     }
 
     fn fail_stage(&self, state: &mut State, error: std::io::Error) {

@@ -8,8 +8,9 @@ use anabranch_proto::manifest::ChunkHash;
 use crate::shm::SharedMap;
 use crate::wire::{HEADER_BYTES, Header, Message, WireError};
 
-/// Read at once, then hashed while it is still in the cache.
-pub(super) const STRIDE: usize = 128 << 10;
+/// Read at once, then hashed while it is still in the cache. Shorter strides cost more in waits for the
+/// socket than the cache gives back: 0.1 s of CPU for 2 GiB at 128 KiB.
+pub(super) const STRIDE: usize = 512 << 10;
 
 /// Why no message came.
 pub(super) enum ReadError {
