@@ -3,13 +3,15 @@
 //! host adopted is left to it.
 //!
 //! ```text
-//!   slot:  Free ── begin ──► Writing{number} ── seal ──► Sealed{version} ── two newer begin ──► Free
-//!          Writing ── dropped before the seal ──► Free
+//!   slot:  Free ── begin ──► Writing ── seal ──► Sealed{version} ── two newer begin ──► Free
+//!          Writing ── a part is hashed ──► Parted{number} ── seal, with what the others have ──► Sealed
+//!          Writing, Parted ── dropped before the seal ──► Free
 //!   Free -> Writing only if nobody else on this host has the memory open, mapped or named; else a new slot
 //!   is made, and when all are let go the surplus is given back.
 //! ```
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -58,6 +60,8 @@ type SlotId = u64;
 
 struct Slot {
     map: Arc<SharedMap>,
+    /// Where it has memory.
+    extent: Vec<Range<u64>>,
     /// Its name in the home.
     path: Option<PathBuf>,
     /// Bumped when the memory changes hands.
@@ -69,7 +73,13 @@ struct Slot {
 enum SlotState {
     Free,
     Writing,
-    Sealed { version: Version },
+    /// Waits for what the other senders of the version have.
+    Parted {
+        number: u64,
+    },
+    Sealed {
+        version: Version,
+    },
 }
 
 /// A slot to write a version into, and what that cost others.
@@ -96,6 +106,11 @@ pub enum ArenaError {
          versions lie outside of it, and engines of this host get copies"
     )]
     TooSmall { path: PathBuf, need: u64, free: u64, size: u64 },
+    #[error(
+        "the part of version {number} that was published before is not sealed yet: seal it with what the \
+         other senders have, or drop it"
+    )]
+    Unsealed { number: u64 },
     #[error("cannot use {path} for the arena: {error}")]
     Home { path: PathBuf, error: std::io::Error },
     #[error(
@@ -121,14 +136,21 @@ impl Arena {
         })
     }
 
-    /// Takes a slot; the older of two sealed versions is lent no more. Waits for the seal of the version
-    /// before, whose hashing nobody can hold up.
-    pub(crate) fn begin(&self, layout: &Layout) -> Result<Begun, ArenaError> {
+    /// Takes a slot for this much of the image; the older of two sealed versions is lent no more. Waits for
+    /// the seal of the version before, whose hashing nobody can hold up.
+    pub(crate) fn begin(
+        &self,
+        layout: &Layout,
+        extent: &[Range<u64>],
+    ) -> Result<Begun, ArenaError> {
         let busy = |state: &mut State| state.slots.values().any(Slot::is_writing);
         let state = self.shared.sealed.wait_while(self.lock(), busy);
         let mut state = state.expect("no holder of the slots' lock panics");
+        if let Some(number) = state.slots.values().find_map(Slot::parted) {
+            return Err(ArenaError::Unsealed { number });
+        }
         let revoked = self.withdraw_older(&mut state);
-        let (id, left) = state.take(layout.image_bytes())?;
+        let (id, left) = state.take(layout.image_bytes(), extent)?;
         self.shared.holder.pass_memory(state.home.is_some() && left < MAX_LEFT);
         let slot = state.slots.get_mut(&id).expect("it was just taken");
         slot.generation.fetch_add(1, Ordering::AcqRel);
@@ -142,7 +164,7 @@ impl Arena {
     fn withdraw_older(&self, state: &mut State) -> u32 {
         let sealed = state.slots.values_mut().filter_map(|slot| match slot.state {
             SlotState::Sealed { version } => Some((version, slot)),
-            SlotState::Free | SlotState::Writing => None,
+            SlotState::Free | SlotState::Writing | SlotState::Parted { .. } => None,
         });
         let mut sealed: Vec<(Version, &mut Slot)> = sealed.collect();
         // A new epoch may begin with a smaller number.
@@ -201,21 +223,21 @@ impl State {
             let bytes = std::fs::metadata(&path).map_err(failed)?.len();
             let map = SharedMap::file(&path, bytes).map_err(failed)?;
             tracing::info!(path = %path.display(), bytes, "took over a slot of a trainer that ended");
-            let path = Some(path);
-            self.slots.insert(self.next, Slot::free(map, path));
+            self.slots.insert(self.next, Slot::named(map, path));
             self.next += 1;
         }
         Ok(())
     }
 
     /// A slot of so many bytes that nobody else has, and how many others are left to those who have them.
-    fn take(&mut self, bytes: u64) -> Result<(SlotId, u32), ArenaError> {
+    fn take(&mut self, bytes: u64, extent: &[Range<u64>]) -> Result<(SlotId, u32), ArenaError> {
         let free = |slot: &Slot| matches!(slot.state, SlotState::Free);
         let free: Vec<SlotId> =
             self.slots.iter().filter(|(_, slot)| free(slot)).map(|(id, _)| *id).collect();
         let (mut unused, used): (Vec<SlotId>, Vec<SlotId>) =
             free.into_iter().partition(|id| self.slots[id].is_unused());
-        let fits = |id: &SlotId| self.slots[id].map.len() == bytes;
+        let fits =
+            |id: &SlotId| self.slots[id].map.len() == bytes && self.slots[id].extent == extent;
         let fitting = unused.iter().position(fits).map(|at| unused.swap_remove(at));
         for id in unused {
             if fitting.is_none() || self.slots.len() > SLOTS {
@@ -229,7 +251,7 @@ impl State {
                 "memory of older versions is still used on this host, and left alone"
             );
         }
-        Ok((fitting.map_or_else(|| self.fresh(bytes), Ok)?, left))
+        Ok((fitting.map_or_else(|| self.fresh(bytes, extent), Ok)?, left))
     }
 
     fn give_back(&mut self, id: SlotId) {
@@ -238,18 +260,19 @@ impl State {
         }
     }
 
-    fn fresh(&mut self, bytes: u64) -> Result<SlotId, ArenaError> {
+    fn fresh(&mut self, bytes: u64, extent: &[Range<u64>]) -> Result<SlotId, ArenaError> {
         let id = self.next;
         let slot = match &self.home {
-            Some(home) => match home.slot(id, bytes) {
-                Ok((map, path)) => Slot::free(map, Some(path)),
+            // What is not whole is of no use to others of this host.
+            Some(home) if extent.first() == Some(&(0..bytes)) => match home.slot(id, bytes) {
+                Ok((map, path)) => Slot::named(map, path),
                 Err(error) if home.is_required() => return Err(error),
                 Err(error) => {
                     tracing::warn!(%error, "engines of this host will get copies");
-                    Slot::anonymous(id, bytes)?
+                    Slot::anonymous(id, bytes, extent)?
                 }
             },
-            None => Slot::anonymous(id, bytes)?,
+            _ => Slot::anonymous(id, bytes, extent)?,
         };
         self.next += 1;
         self.slots.insert(id, slot);
@@ -260,13 +283,31 @@ impl State {
 // === impl Slot ===
 
 impl Slot {
-    fn free(map: SharedMap, path: Option<PathBuf>) -> Slot {
-        Slot { map: Arc::new(map), path, generation: Arc::default(), state: SlotState::Free }
+    fn named(map: SharedMap, path: PathBuf) -> Slot {
+        let extent = std::iter::once(0..map.len()).collect();
+        Slot::free(map, extent, Some(path))
     }
 
-    fn anonymous(id: SlotId, bytes: u64) -> Result<Slot, ArenaError> {
-        let map = SharedMap::anonymous(&format!("anabranch-arena-{id}"), bytes);
-        Ok(Slot::free(map.map_err(|error| ArenaError::Memory { bytes, error })?, None))
+    fn anonymous(id: SlotId, bytes: u64, extent: &[Range<u64>]) -> Result<Slot, ArenaError> {
+        let name = format!("anabranch-arena-{id}");
+        let map = SharedMap::anonymous_in_part(&name, bytes, extent);
+        let map = map.map_err(|error| {
+            let bytes = extent.iter().map(|part| part.end - part.start).sum();
+            ArenaError::Memory { bytes, error }
+        })?;
+        Ok(Slot::free(map, extent.to_vec(), None))
+    }
+
+    fn free(map: SharedMap, extent: Vec<Range<u64>>, path: Option<PathBuf>) -> Slot {
+        let (map, generation) = (Arc::new(map), Arc::default());
+        Slot { map, extent, path, generation, state: SlotState::Free }
+    }
+
+    fn parted(&self) -> Option<u64> {
+        match self.state {
+            SlotState::Parted { number } => Some(number),
+            SlotState::Free | SlotState::Writing | SlotState::Sealed { .. } => None,
+        }
     }
 
     fn is_writing(&self) -> bool {

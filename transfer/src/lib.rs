@@ -47,7 +47,10 @@ pub use link::{LinkError, PinMismatch};
 pub use listen::{LinkKind, Listen, Listener, UnknownLink};
 pub use lock::LockError;
 pub use maps::Mapper;
-pub use publish::{PublishError, Published, Publisher, PublisherConfig, Publishing, TensorRef};
+pub use publish::{
+    Part, PartError, PartInfo, PartInfoError, PieceRef, PublishError, Published, Publisher,
+    PublisherConfig, Publishing, PublishingPart, Sender, TensorRef,
+};
 pub use queue::QueueStats;
 pub use serve::{FeedOrder, ServeError, ServeLimits, Server};
 pub use staging::{MODEL_FILE, StageError, StagedSlot, Staging};

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::arena::home::{Home, ShmArena};
 use crate::arena::{Arena, ArenaError, Begun, Sealer, SlotWriter};
-use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::checkpoint::{Checkpoint, CheckpointError, StoredTensor};
 use crate::export::{Export, ExportError};
 use crate::holder::{Held, Holder};
 use crate::layout::{Layout, LayoutError, TensorSpec};
@@ -21,8 +21,10 @@ use crate::listen::{LinkKind, Listen, Listener};
 use crate::serve::{ServeError, ServeLimits, Server};
 
 mod offer;
+mod part;
 
 use offer::Offers;
+pub use part::{Part, PartError, PartInfo, PartInfoError, PieceRef, PublishingPart, Sender};
 
 #[derive(Clone, Debug)]
 pub struct PublisherConfig {
@@ -120,6 +122,19 @@ pub enum PublishError {
     Regression { number: u64, last: u64, epoch: u32 },
     #[error("tensor `{name}`: {have} bytes given, its shape and dtype need {want}")]
     Data { name: String, have: u64, want: u64 },
+    #[error(
+        "{len} bytes at {offset} of tensor `{name}`, which has {of} bytes in the version's layout"
+    )]
+    Piece { name: String, offset: u64, len: u64, of: u64 },
+    #[error("the same bytes of tensor `{name}` are given twice")]
+    Twice { name: String },
+    #[error(
+        "version {number}: a part of a version cannot be exported; switch the export off, or let a sender that \
+         has all of it write it"
+    )]
+    PartExport { number: u64 },
+    #[error(transparent)]
+    Part(#[from] PartError),
     #[error(transparent)]
     Export(#[from] ExportError),
     #[error("version {number}: {error}")]
@@ -218,6 +233,16 @@ impl Publisher {
     pub fn publish_directory(&self, number: u64, dir: &Path) -> Result<Publishing, PublishError> {
         let failed = |error| PublishError::Checkpoint { number, error };
         let checkpoint = Checkpoint::open(dir).map_err(failed)?;
+        let (stored, layout) = self.stored(number, &checkpoint)?;
+        self.write(number, layout, |at, out| checkpoint.read_into(stored[at], out).map_err(failed))
+    }
+
+    /// A checkpoint's tensors in the order of their places.
+    fn stored<'a>(
+        &self,
+        number: u64,
+        checkpoint: &'a Checkpoint,
+    ) -> Result<(Vec<&'a StoredTensor>, Layout), PublishError> {
         let mut stored: Vec<_> = checkpoint.tensors().iter().collect();
         stored.sort_by_key(|t| std::cmp::Reverse(t.dtype.bytes()));
         let specs = stored.iter().map(|t| TensorSpec {
@@ -226,7 +251,14 @@ impl Publisher {
             shape: t.shape.clone(),
         });
         let layout = self.layout(number, specs.collect())?;
-        self.write(number, layout, |at, out| checkpoint.read_into(stored[at], out).map_err(failed))
+        Ok((stored, layout))
+    }
+
+    fn check_newer(&self, number: u64) -> Result<(), PublishError> {
+        match lock(&self.last).number.filter(|last| number <= *last) {
+            Some(last) => Err(PublishError::Regression { number, last, epoch: self.config.epoch }),
+            None => Ok(()),
+        }
     }
 
     fn layout(&self, number: u64, specs: Vec<TensorSpec>) -> Result<Layout, PublishError> {
@@ -242,12 +274,10 @@ impl Publisher {
         mut copy: impl FnMut(usize, &mut [u8]) -> Result<(), PublishError>,
     ) -> Result<Publishing, PublishError> {
         let _one = self.publishing.lock().expect("no publisher panics under its lock");
-        if let Some(last) = lock(&self.last).number.filter(|n| number <= *n) {
-            return Err(PublishError::Regression { number, last, epoch: self.config.epoch });
-        }
+        self.check_newer(number)?;
         let started = Instant::now();
         let Begun { writer, sealer, revoked: revoked_streams, left: left_in_use } =
-            self.arena.begin(&layout)?;
+            self.arena.begin(&layout, std::slice::from_ref(&(0..layout.image_bytes())))?;
         let bytes = layout.image_bytes();
         let layout = Arc::new(layout);
         let (done, sealed) = oneshot::channel();

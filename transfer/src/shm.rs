@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::slice;
 use std::sync::Arc;
 
 use memmap2::{Advice, MmapRaw};
@@ -24,8 +25,17 @@ pub(crate) struct SharedMap {
 impl SharedMap {
     /// Anonymous shared memory, named `name` in `/proc/<pid>/maps`; not bounded by the size of /dev/shm.
     pub(crate) fn anonymous(name: &str, len: u64) -> io::Result<SharedMap> {
+        SharedMap::anonymous_in_part(name, len, slice::from_ref(&(0..len)))
+    }
+
+    /// As [`SharedMap::anonymous`], with memory for these ranges only: the rest must not be touched.
+    pub(crate) fn anonymous_in_part(
+        name: &str,
+        len: u64,
+        parts: &[Range<u64>],
+    ) -> io::Result<SharedMap> {
         let fd = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?;
-        SharedMap::over(File::from(fd), len)
+        SharedMap::over(File::from(fd), len, parts)
     }
 
     /// The file at `path`, created with mode 0644 or cut to `len`.
@@ -33,32 +43,38 @@ impl SharedMap {
         use std::os::unix::fs::OpenOptionsExt;
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false).mode(0o644);
-        SharedMap::over(options.open(path)?, len)
+        SharedMap::over(options.open(path)?, len, slice::from_ref(&(0..len)))
     }
 
-    /// Every page is touched here, so that none faults on the update path.
-    fn over(file: File, len: u64) -> io::Result<SharedMap> {
+    /// Every page of the parts is touched here, so that none faults on the update path.
+    fn over(file: File, len: u64, parts: &[Range<u64>]) -> io::Result<SharedMap> {
         let before = file.metadata()?.len();
         if before != len {
             file.set_len(len)?;
         }
-        if len > 0 {
+        let parts = || parts.iter().filter(|part| !part.is_empty());
+        for part in parts() {
             // Allocating fails with ENOSPC where writing to a sparse file would raise SIGBUS.
             let flags = rustix::fs::FallocateFlags::empty();
-            rustix::fs::fallocate(&file, flags, 0, len).inspect_err(|_| {
-                // A file without its memory must not pass for one that has it.
-                file.set_len(before.min(len)).ok();
-            })?;
+            rustix::fs::fallocate(&file, flags, part.start, part.end - part.start).inspect_err(
+                |_| {
+                    // A file without its memory must not pass for one that has it.
+                    file.set_len(before.min(len)).ok();
+                },
+            )?;
         }
         let len = usize::try_from(len).map_err(io::Error::other)?;
         let map = memmap2::MmapOptions::new().len(len.max(1)).map_raw(&file)?;
-        if len > 0 && map.advise(Advice::PopulateWrite).is_err() {
-            // Kernels before 5.14 do not know it: fault the pages in by reading them.
-            let shared = SharedMap { map, file: Arc::new(file) };
-            shared.read(0..len as u64, |bytes| bytes.iter().step_by(4096).fold(0u8, |a, b| a ^ b));
-            return Ok(shared);
+        let shared = SharedMap { map, file: Arc::new(file) };
+        for part in parts() {
+            let (at, len) = shared.bounds(part.clone());
+            if shared.map.advise_range(Advice::PopulateWrite, at, len).is_err() {
+                // Kernels before 5.14 do not know it: fault the pages in by reading them.
+                let touch = |bytes: &[u8]| bytes.iter().step_by(4096).fold(0u8, |a, b| a ^ b);
+                std::hint::black_box(shared.read(part.clone(), touch));
+            }
         }
-        Ok(SharedMap { map, file: Arc::new(file) })
+        Ok(shared)
     }
 
     pub(crate) fn len(&self) -> u64 {

@@ -158,7 +158,7 @@ fn lock(dir: &Path, job: &str) -> Result<DirLock, LockError> {
             other => return other,
         }
         tries += 1;
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::park_timeout(Duration::from_millis(10));
     }
 }
 

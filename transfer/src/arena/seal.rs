@@ -91,13 +91,58 @@ impl Sealer {
     /// Hashes as the writer goes, and lends the version once all is hashed. `None` if the writer gave
     /// up. `threads` hash at once.
     pub(crate) fn run(
-        mut self,
+        self,
         epoch: u32,
         number: u64,
         layout: &Layout,
         threads: usize,
     ) -> Option<(Arc<Held>, Arc<Manifest>)> {
-        let chunk_hashes = self.hash_all(threads.max(1))?;
+        let all = ChunkSet::full(self.chunk_count());
+        let chunk_hashes = self.hash(&all, threads)?;
+        Some(self.lend(epoch, number, layout, chunk_hashes, all))
+    }
+
+    /// In the chunks' order, as the writer goes.
+    pub(crate) fn hash(&self, chunks: &ChunkSet, threads: usize) -> Option<Vec<ChunkHash>> {
+        let chunks: Vec<u32> = chunks.iter().collect();
+        let threads = threads.max(1);
+        let hash_share = |first: usize| {
+            let mut share = Vec::with_capacity(chunks.len() / threads + 1);
+            for index in chunks.iter().skip(first).step_by(threads) {
+                let range = self.chunk_range(*index);
+                self.progress.reached(range.end)?;
+                share.push(self.map.read(range, |bytes| *blake3::hash(bytes).as_bytes()));
+            }
+            Some(share)
+        };
+        let hash_share = &hash_share;
+        let shares: Option<Vec<Vec<ChunkHash>>> = std::thread::scope(|scope| {
+            let others: Vec<_> =
+                (1..threads).map(|first| scope.spawn(move || hash_share(first))).collect();
+            let mut shares = vec![hash_share(0)];
+            shares.extend(others.into_iter().map(|t| t.join().expect("hashing does not panic")));
+            shares.into_iter().collect()
+        });
+        let shares = shares?;
+        Some((0..chunks.len()).map(|at| shares[at % threads][at / threads]).collect())
+    }
+
+    /// Waits for the writer's end; from then on the slot waits for what other senders have.
+    pub(crate) fn part(&self, number: u64) -> Option<()> {
+        self.progress.reached(self.image_bytes)?;
+        self.arena.set(self.slot, SlotState::Parted { number });
+        Some(())
+    }
+
+    /// Makes it the version with these hashes, of which the chunks `held` are here.
+    pub(crate) fn lend(
+        mut self,
+        epoch: u32,
+        number: u64,
+        layout: &Layout,
+        chunk_hashes: Vec<ChunkHash>,
+        held: ChunkSet,
+    ) -> (Arc<Held>, Arc<Manifest>) {
         let manifest = Arc::new(Manifest {
             kind: Kind::Full,
             chunk_bytes: self.arena.shared.chunk_bytes,
@@ -107,37 +152,27 @@ impl Sealer {
         });
         let encoded: Arc<[u8]> = manifest.encode().into();
         let version = Version { epoch, number, root: Root::of(&encoded) };
-        let ledger = Arc::new(Ledger::new(ChunkSet::full(manifest.chunk_count())));
+        let ledger = Arc::new(Ledger::new(held));
         let (file, stamp) = (Backing::Own(Arc::clone(self.map.backing())), self.stamp.clone());
         let image = Blob { file, manifest: Arc::clone(&manifest), encoded, ledger, stamp };
         let held = Arc::new(Held::new(version, image));
         self.arena.set(self.slot, SlotState::Sealed { version });
         self.sealed = true;
         self.arena.shared.holder.offer(Arc::clone(&held));
-        Some((held, manifest))
+        (held, manifest)
     }
 
-    fn hash_all(&self, threads: usize) -> Option<Vec<ChunkHash>> {
-        let chunk_bytes = self.arena.shared.chunk_bytes;
-        let count = self.image_bytes.div_ceil(chunk_bytes.into()) as usize;
-        let hash_share = |first: usize| {
-            let mut share = Vec::with_capacity(count / threads + 1);
-            for index in (first..count).step_by(threads) {
-                let range = chunk_range(chunk_bytes, self.image_bytes, index as u32);
-                self.progress.reached(range.end)?;
-                share.push(self.map.read(range, |bytes| *blake3::hash(bytes).as_bytes()));
-            }
-            Some(share)
-        };
-        let shares: Option<Vec<Vec<ChunkHash>>> = std::thread::scope(|scope| {
-            let others: Vec<_> =
-                (1..threads).map(|first| scope.spawn(move || hash_share(first))).collect();
-            let mut shares = vec![hash_share(0)];
-            shares.extend(others.into_iter().map(|t| t.join().expect("hashing does not panic")));
-            shares.into_iter().collect()
-        });
-        let shares = shares?;
-        Some((0..count).map(|index| shares[index % threads][index / threads]).collect())
+    /// The image, of which its owner reads and writes what it took memory for.
+    pub(crate) fn map(&self) -> &SharedMap {
+        &self.map
+    }
+
+    fn chunk_count(&self) -> u32 {
+        self.image_bytes.div_ceil(self.arena.shared.chunk_bytes.into()) as u32
+    }
+
+    fn chunk_range(&self, index: u32) -> Range<u64> {
+        chunk_range(self.arena.shared.chunk_bytes, self.image_bytes, index)
     }
 }
 
