@@ -16,6 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_proto::SessionId;
 
+mod housemates;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Holder {
     Peer(SessionId),
@@ -44,6 +46,8 @@ pub struct Peer {
     pub relay: bool,
     /// Others can fetch from it.
     pub serves: bool,
+    /// The same for all that can share memory with it. `None`: nobody can.
+    pub host: Option<String>,
     pub at: Place,
 }
 
@@ -93,6 +97,10 @@ pub fn plan(image: Image, peers: &[Peer]) -> BTreeMap<SessionId, Feed> {
     forest.parents.extend(parents.clone());
     let longest = parents.keys().map(|id| forest.depth(*id, 0)).max().unwrap_or(0);
     let streams = streams(image, stripes, longest);
+    let wanting = peers.iter().filter(|peer| peer.at == Place::Wants);
+    for guest in wanting.map(|peer| peer.id) {
+        parents.extend(forest.lodge(guest).map(|at| (guest, at)));
+    }
     let feed = |(id, parents): (SessionId, Vec<Holder>)| {
         let reached = !image.trainer_dials || forest.peers[&id].serves;
         let sources = forest.sources(id, image.at_trainer && reached);
@@ -121,6 +129,8 @@ struct Forest<'a> {
     peers: BTreeMap<SessionId, &'a Peer>,
     ranks: BTreeMap<SessionId, Rank>,
     parents: BTreeMap<SessionId, Vec<Holder>>,
+    /// Who stands in no chain, and at whom it lodges.
+    guests: BTreeMap<SessionId, SessionId>,
 }
 
 /// Chains below `heads` in the order given, dealt one by one; those who give nothing on hang at the ends.
@@ -150,7 +160,13 @@ impl<'a> Forest<'a> {
             }
             _ => None,
         });
-        Self { parents: parents.collect(), ranks: ranks(peers), peers: lives }
+        let guests = housemates::guests(&lives);
+        Self { parents: parents.collect(), ranks: ranks(peers), peers: lives, guests }
+    }
+
+    /// Who stands in the chains, and where.
+    fn chained(&self) -> impl Iterator<Item = (&SessionId, &Vec<Holder>)> {
+        self.parents.iter().filter(|(id, _)| !self.guests.contains_key(id))
     }
 
     /// Those that pass on what they get, best first, and those that do not.
@@ -160,8 +176,8 @@ impl<'a> Forest<'a> {
     }
 
     fn ranked(&self, which: impl Fn(&Peer) -> bool) -> Vec<SessionId> {
-        let mut ids: Vec<SessionId> =
-            self.peers.values().filter(|peer| which(peer)).map(|peer| peer.id).collect();
+        let chained = self.peers.values().filter(|peer| !self.guests.contains_key(&peer.id));
+        let mut ids: Vec<SessionId> = chained.filter(|p| which(p)).map(|p| p.id).collect();
         ids.sort_by_key(|id| (self.ranks[id], *id));
         ids
     }
@@ -214,7 +230,7 @@ impl<'a> Forest<'a> {
     /// The ends of the chains that stand: one for each stripe.
     fn tails(&self, trainer: Option<Holder>) -> Option<Vec<Vec<Holder>>> {
         let mut by_count: BTreeMap<usize, usize> = BTreeMap::new();
-        for (id, parents) in &self.parents {
+        for (id, parents) in self.chained() {
             *by_count.entry(parents.len()).or_default() += usize::from(self.peers[id].serves);
         }
         let (&count, _) = by_count.iter().filter(|(_, n)| **n > 0).max_by_key(|(_, n)| **n)?;
@@ -225,7 +241,7 @@ impl<'a> Forest<'a> {
                     && !self.has_child(**id, stripe, count)
                     && !self.is_below_a_newcomer(**id, stripe, count)
             };
-            let best = self.parents.keys().filter(free);
+            let best = self.chained().map(|(id, _)| id).filter(free);
             let best = best.min_by_key(|id| (self.ranks[*id], self.depth(**id, stripe), **id));
             best.map(|id| Holder::Peer(*id)).or(trainer).or_else(|| self.least_busy())
         };
@@ -246,29 +262,40 @@ impl<'a> Forest<'a> {
             let stripes = parents.iter().filter(|at| **at == Holder::Peer(id)).count();
             stripes as u32 * COPY / parents.len() as u32
         };
-        self.parents.values().map(from_it).sum()
+        self.chained().map(|(_, parents)| from_it(parents)).sum()
     }
 
     fn has_child(&self, id: SessionId, stripe: usize, of: usize) -> bool {
-        self.parents
-            .values()
-            .any(|parents| parents.len() == of && parents[stripe] == Holder::Peer(id))
+        self.chained()
+            .any(|(_, parents)| parents.len() == of && parents[stripe] == Holder::Peer(id))
     }
 
-    /// Whether this stripe comes to it through one that wants the version (again): a circle.
+    /// Whether this stripe comes to it through one that wants the version (again), or would after some
+    /// deaths: a circle.
     fn is_below_a_newcomer(&self, id: SessionId, stripe: usize, of: usize) -> bool {
-        let mut seen = BTreeSet::new();
-        let mut look = vec![id];
+        let (mut seen, mut look) = (BTreeSet::new(), vec![id]);
         while let Some(at) = look.pop() {
-            if self.peers.get(&at).is_some_and(|peer| peer.at == Place::Wants) {
-                return true;
+            match self.peers.get(&at).map(|peer| &peer.at) {
+                Some(Place::Wants) => return true,
+                Some(Place::Receiving(feed)) if seen.insert(at) => {
+                    look.extend(feed.may_come_from(stripe, of).filter_map(Holder::peer));
+                }
+                Some(Place::Receiving(_) | Place::Complete) | None => {}
             }
-            let Some(parents) = self.parents.get(&at).filter(|_| seen.insert(at)) else { continue };
-            // Chunks of this stripe lie in any stripe of another cut.
-            let above = if parents.len() == of { &parents[stripe..=stripe] } else { &parents[..] };
-            look.extend(above.iter().filter_map(|at| at.peer()));
         }
         false
+    }
+
+    /// Hangs a guest at its landlord, if that one has the version or gets it.
+    fn lodge(&mut self, guest: SessionId) -> Option<Vec<Holder>> {
+        let landlord = *self.guests.get(&guest)?;
+        let stripes = match self.parents.get(&landlord) {
+            Some(parents) => parents.len(),
+            None => usize::from(self.peers[&landlord].at == Place::Complete),
+        };
+        let parents = vec![Holder::Peer(landlord); stripes];
+        self.parents.insert(guest, parents.clone());
+        (stripes > 0).then_some(parents)
     }
 
     fn above(&self, id: SessionId, stripe: usize) -> Option<Holder> {
@@ -302,11 +329,18 @@ impl<'a> Forest<'a> {
         let complete = self.ranked(|peer| peer.at == Place::Complete && peer.serves);
         let mut named = BTreeSet::from([Holder::Peer(id), Holder::Trainer]);
         let peers = upwards.copied().chain(complete.into_iter().map(Holder::Peer));
-        let peers = peers.filter(|at| at.peer().is_some_and(|peer| self.peers.contains_key(&peer)));
+        let peers = peers.filter(|at| at.peer().is_some_and(|peer| self.reaches(id, peer)));
         let peers = peers.filter(move |at| named.insert(*at)).take(MOST_PEERS);
         let mut above: Vec<Above> = chains.iter().map(|chain| Above::parent_of(chain)).collect();
         let trainer = at_trainer.then_some(Holder::Trainer);
         peers.chain(trainer).map(|holder| self.source(holder, parents, &mut above)).collect()
+    }
+
+    /// Whether the one can fetch from the other.
+    fn reaches(&self, id: SessionId, holder: SessionId) -> bool {
+        let host = self.peers.get(&id).and_then(|peer| peer.host.as_ref());
+        let is_near = |peer: &Peer| host.is_some() && peer.host.as_ref() == host;
+        self.peers.get(&holder).is_some_and(|peer| peer.serves || is_near(peer))
     }
 
     fn source(&self, holder: Holder, parents: &[Holder], above: &mut [Above]) -> Source {
@@ -396,6 +430,15 @@ fn ranks(peers: &[Peer]) -> BTreeMap<SessionId, Rank> {
 // === impl Feed ===
 
 impl Feed {
+    /// Sources of a stripe, one of `of`; those of all stripes if they are cut otherwise here.
+    fn may_come_from(&self, stripe: usize, of: usize) -> impl Iterator<Item = Holder> {
+        let (stripe, alike) = (stripe as u32, self.parents.len() == of);
+        let names = move |source: &&Source| {
+            !alike || source.stripes.contains(&stripe) || source.fallback_for.contains(&stripe)
+        };
+        self.sources.iter().filter(names).map(|source| source.holder)
+    }
+
     /// As the receiver's queue decides: a dead parent's place is taken by the first that may stand in for it.
     fn parents_now(&self, lives: impl Fn(SessionId) -> bool) -> Vec<Holder> {
         let lives = |at: Holder| at.peer().is_none_or(&lives);

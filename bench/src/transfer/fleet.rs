@@ -196,6 +196,7 @@ pub fn planned(relays: usize, leaves: usize, bytes: u64) -> Vec<Feed> {
         preemptible: false,
         serves: at < relays,
         relay: false,
+        host: None,
         at: Place::Wants,
     };
     let peers: Vec<Peer> = (0..relays + leaves).map(peer).collect();

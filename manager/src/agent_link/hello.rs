@@ -7,7 +7,7 @@ use anabranch_proto::{Attempt, EngineId, Incarnation, Version};
 use crate::core::event::{Convention, EngineHello, Held, ModelFacts, SeedKeying};
 use crate::fleet::RELAY;
 use crate::gate::Life;
-use crate::ingress::check::{Invalid, field, name, words};
+use crate::ingress::check::{Invalid, field, name, optional_word, words};
 
 pub(super) fn read(hello: pb::Hello, life: Life) -> Result<EngineHello, Invalid> {
     let proto = negotiate(hello.proto_min..=hello.proto_max)
@@ -24,6 +24,7 @@ pub(super) fn read(hello: pb::Hello, life: Life) -> Result<EngineHello, Invalid>
     }
     let model = model(hello.model.unwrap_or_default())?;
     words("hello.addresses", &hello.addresses)?;
+    optional_word("hello.host", &hello.host)?;
     words("hello.caps.columns", &caps.columns)?;
     let resume = life.read(hello.resume_session);
     Ok(EngineHello {
@@ -40,6 +41,7 @@ pub(super) fn read(hello: pb::Hello, life: Life) -> Result<EngineHello, Invalid>
         gpus: hello.gpus,
         labels: hello.labels.into_iter().collect(),
         addresses: hello.addresses,
+        host: Some(hello.host).filter(|host| !host.is_empty()),
         held: hello.held.into_iter().map(held).collect::<Result<_, _>>()?,
         loaded: loaded(hello.loaded)?,
         resume,

@@ -307,6 +307,8 @@ pub struct EngineHello {
     pub gpus: u32,
     pub labels: BTreeMap<String, String>,
     pub addresses: Vec<String>,
+    /// The same for all agents that can pass memory to each other.
+    pub host: Option<String>,
     pub held: Vec<Held>,
     pub loaded: Version,
     /// The session it had before its link broke.

@@ -11,6 +11,8 @@ use super::event::{LoadReport, LoadStage};
 use crate::fleet::{Engine, EngineState, Load};
 use crate::plan::{self, Feed, Image, Peer, Place};
 
+/// Addresses that only processes of the same host can dial.
+const WITHIN_HOST: &str = "shm:";
 /// The trainer, where holders are named.
 const TRAINER: &str = "trainer";
 
@@ -52,7 +54,8 @@ impl Core {
             egress: record.and_then(|record| record.rates.egress()),
             preemptible: leaving || self.is_preemptible(engine),
             relay: engine.is_relay(),
-            serves: !engine.hello.addresses.is_empty(),
+            serves: engine.hello.addresses.iter().any(|addr| !addr.starts_with(WITHIN_HOST)),
+            host: engine.hello.host.clone(),
             at,
         }
     }

@@ -79,6 +79,7 @@ impl Bench {
             gpus: 1,
             labels: BTreeMap::new(),
             addresses: vec![],
+            host: None,
             held: vec![],
             loaded: Version::base(0),
             resume: None,

@@ -8,7 +8,8 @@ const IMAGE: Image =
 
 fn peer(id: u64, at: Place) -> Peer {
     let (preemptible, relay, serves) = (false, false, true);
-    Peer { id: SessionId(id), ingress: None, egress: None, preemptible, relay, serves, at }
+    let (id, host) = (SessionId(id), None);
+    Peer { id, ingress: None, egress: None, preemptible, relay, serves, host, at }
 }
 
 fn fleet(wanting: u64) -> Vec<Peer> {
@@ -95,6 +96,65 @@ fn slow_and_preemptible_nodes_stand_at_the_ends_of_every_chain() {
         let chain = chain(&feeds, stripe);
         assert_eq!((chain[0], &chain[4..]), (2, &[1, 0][..]), "the fast one first: {chain:?}");
     }
+}
+
+/// `count` engines on each of two hosts.
+fn two_hosts(count: u64) -> Vec<Peer> {
+    let host = |id: u64| Some(if id < count { "a" } else { "b" }.to_owned());
+    (0..2 * count).map(|id| Peer { host: host(id), ..peer(id, Place::Wants) }).collect()
+}
+
+#[test]
+fn one_of_each_host_fetches_and_the_others_take_it_from_there() {
+    let feeds = plan(IMAGE, &two_hosts(4));
+    assert_eq!(feeds.len(), 8);
+    let of_landlord = |id: u64| &feeds[&SessionId(id)].parents;
+    assert!(of_landlord(0).contains(&Holder::Trainer) && of_landlord(4).contains(&at(0)));
+    for (id, feed) in &feeds {
+        let landlord = id.0 / 4 * 4;
+        let within = feed.parents.iter().all(|parent| *parent == at(landlord));
+        assert_eq!(within, id.0 != landlord, "{feeds:?}");
+    }
+    let guest = &feeds[&SessionId(5)];
+    assert_eq!(guest.sources[0].holder, at(4));
+    assert_eq!(guest.sources[0].stripes.len(), guest.parents.len());
+    assert_eq!(guest.sources.last().map(|s| s.holder), Some(Holder::Trainer), "should it die");
+}
+
+#[test]
+fn guests_are_parents_of_nobody_and_take_no_place_in_a_chain() {
+    let mut peers = two_hosts(3);
+    let feeds = plan(IMAGE, &peers);
+    receiving(&mut peers, &feeds);
+    peers.push(peer(9, Place::Wants));
+    let late = &plan(IMAGE, &peers)[&SessionId(9)];
+    let landlords = [at(0), at(3), Holder::Trainer];
+    assert!(late.sources.iter().all(|source| landlords.contains(&source.holder)), "{late:?}");
+    assert!(late.parents.iter().any(|parent| *parent != Holder::Trainer), "{late:?}");
+}
+
+#[test]
+fn a_late_guest_goes_to_the_housemate_that_has_it() {
+    let mut peers = two_hosts(2);
+    (peers[1].at, peers[3].at) = (Place::Complete, Place::Complete);
+    peers[2].host = None;
+    let feeds = plan(IMAGE, &peers);
+    assert_eq!(feeds[&SessionId(0)].parents, [at(1)]);
+    assert_ne!(feeds[&SessionId(2)].parents, [at(1)], "it shares no memory with anybody");
+}
+
+#[test]
+fn a_guest_whose_landlord_died_fetches_from_elsewhere_and_is_the_next_landlord() {
+    let mut peers = two_hosts(3);
+    let feeds = plan(IMAGE, &peers);
+    receiving(&mut peers, &feeds);
+    peers.remove(0);
+    peers[0].at = Place::Wants;
+    let again = plan(IMAGE, &peers);
+    assert!(again[&SessionId(1)].parents.iter().all(|parent| *parent == at(2)), "{again:?}");
+    let lives = |id| peers.iter().any(|peer| peer.id == id);
+    let now = feeds[&SessionId(2)].parents_now(lives);
+    assert!(now.iter().all(|parent| [at(3), Holder::Trainer].contains(parent)), "{now:?}");
 }
 
 #[test]
@@ -251,6 +311,7 @@ proptest! {
     fn plans_are_acyclic_feed_everybody_and_cost_each_one_copy(
         (mib, waves) in history(),
         mute in any::<bool>(),
+        hosts in any::<bool>(),
     ) {
         let image = Image { bytes: mib * MIB, ..IMAGE };
         let mut peers: Vec<Peer> = Vec::new();
@@ -265,7 +326,9 @@ proptest! {
                     _ => {
                         let ingress = measured.then_some(rate);
                         let serves = !(mute && fate % 5 == 0);
-                        peers.push(Peer { ingress, preemptible, serves, ..peer(next, Place::Wants) });
+                        let host = hosts.then(|| (next % 4).to_string());
+                        let fresh = peer(next, Place::Wants);
+                        peers.push(Peer { ingress, preemptible, serves, host, ..fresh });
                         next += 1;
                     }
                 }
@@ -276,7 +339,7 @@ proptest! {
             let feeds = plan(image, &peers);
             prop_assert_eq!(feeds.keys().copied().collect::<Vec<_>>(), wanted);
             receiving(&mut peers, &feeds);
-            check(image, &peers, &feeds, fresh && !mute)?;
+            check(image, &peers, &feeds, fresh && !mute && !hosts)?;
         }
     }
 }
@@ -301,7 +364,11 @@ fn check(
         prop_assert!(!named.contains(&Holder::Peer(*id)) && named.len() <= MOST_PEERS + 1);
         prop_assert_eq!(feed.sources.last().map(|s| s.holder), Some(Holder::Trainer));
         for source in &feed.sources {
-            let serves = |id| peers.iter().any(|p: &Peer| p.id == id && p.serves);
+            let host = peers.iter().find(|p| p.id == *id).and_then(|p| p.host.as_ref());
+            let serves = |id| {
+                let is_near = |p: &Peer| host.is_some() && p.host.as_ref() == host;
+                peers.iter().any(|p: &Peer| p.id == id && (p.serves || is_near(p)))
+            };
             prop_assert!(source.holder.peer().is_none_or(serves));
         }
         for (stripe, parent) in feed.parents.iter().enumerate() {

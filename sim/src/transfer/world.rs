@@ -203,6 +203,7 @@ impl<'a> World<'a> {
                 preemptible: false,
                 relay: false,
                 serves: true,
+                host: None,
                 at: place(host, node)?,
             })
         };

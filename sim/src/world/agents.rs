@@ -82,6 +82,7 @@ impl World {
                 false => BTreeMap::new(),
             },
             addresses: vec!["10.0.0.1:9000".into()],
+            host: None,
             held: agent.held(),
             loaded: agent.loaded,
             resume: agent.session,
