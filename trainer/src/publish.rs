@@ -53,6 +53,8 @@ pub struct WeightServer {
     pub dials: bool,
     /// Threads that hash a version. Default 1.
     pub hash_threads: usize,
+    /// Only one version will be published: no memory is got for a second before it comes.
+    pub single: bool,
     /// How engines of this host get at the weights. Default [`Shm::Auto`].
     pub shm: Shm,
     /// Also write each version into this directory of a shared file system, for engines that reach no
@@ -232,7 +234,7 @@ impl State {
 
 fn publisher_config(job: &Job) -> Result<PublisherConfig, Error> {
     let config = job.config();
-    let WeightServer { listen, advertise, links, dials, hash_threads, shm, export } =
+    let WeightServer { listen, advertise, links, dials, hash_threads, single, shm, export } =
         config.weights.clone();
     let listen = match listen {
         None if dials => SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
@@ -252,7 +254,7 @@ fn publisher_config(job: &Job) -> Result<PublisherConfig, Error> {
         Shm::Off => None,
     };
     let base = PublisherConfig::loopback(&config.job, config.epoch);
-    Ok(PublisherConfig { listen, advertise, links, hash_threads, shm, export, ..base })
+    Ok(PublisherConfig { listen, advertise, links, hash_threads, single, shm, export, ..base })
 }
 
 // === impl Weights ===
@@ -284,6 +286,7 @@ impl Default for WeightServer {
             links: Vec::new(),
             dials: false,
             hash_threads: 1,
+            single: false,
             shm: Shm::Auto,
             export: None,
         }

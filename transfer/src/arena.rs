@@ -1,6 +1,6 @@
-//! The trainer's side of the memory: prefaulted slots of shared memory, two in the steady state. Publishing
-//! copies into one and never waits for readers: streams are revoked, and memory that a receiver of this
-//! host adopted is left to it.
+//! The trainer's side of the memory: prefaulted slots of shared memory, two in the steady state, the second
+//! made ready behind the first version. Publishing copies into one and never waits for readers: streams are
+//! revoked, and memory that a receiver of this host adopted is left to it.
 //!
 //! ```text
 //!   slot:  Free ── begin ──► Writing ── seal ──► Sealed{version} ── two newer begin ──► Free
@@ -54,6 +54,7 @@ struct State {
     home: Option<Home>,
     slots: BTreeMap<SlotId, Slot>,
     next: SlotId,
+    closed: bool,
 }
 
 type SlotId = u64;
@@ -128,7 +129,7 @@ impl Arena {
         chunk_bytes: u32,
         home: Option<Home>,
     ) -> Result<Arena, ArenaError> {
-        let mut state = State { home, slots: BTreeMap::new(), next: 0 };
+        let mut state = State { home, slots: BTreeMap::new(), next: 0, closed: false };
         state.take_over()?;
         let state = Mutex::new(state);
         Ok(Arena {
@@ -158,6 +159,18 @@ impl Arena {
         let stamp = Stamp::of(&slot.generation);
         let (writer, sealer) = seal::ends(self, id, stamp, &slot.map, layout.image_bytes());
         Ok(Begun { writer, sealer, revoked, left })
+    }
+
+    /// The slot for the version after the first, before that comes. Whoever begins meanwhile waits for it,
+    /// instead of making the same one.
+    pub(crate) fn prepare(&self, bytes: u64, extent: &[Range<u64>]) {
+        let mut state = self.lock();
+        if state.closed || state.slots.len() >= SLOTS {
+            return;
+        }
+        if let Err(error) = state.fresh(bytes, extent) {
+            tracing::info!(%error, "no memory for a second version yet");
+        }
     }
 
     /// Returns the streams that read it.
@@ -198,6 +211,7 @@ impl Arena {
             slot.unlink();
         }
         state.home = None;
+        state.closed = true;
     }
 
     fn set(&self, slot: SlotId, to: SlotState) {

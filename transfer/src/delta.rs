@@ -8,7 +8,6 @@
 //! ```
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use anabranch_proto::manifest::{DType, Manifest};
 use anabranch_proto::version::Root;
@@ -20,12 +19,14 @@ mod bits;
 mod block;
 mod cpu;
 mod element;
+pub(crate) mod encode;
 mod masks;
 pub(crate) mod memory;
 
 use bits::BadBits;
 use block::Scratch;
 use chain::Single;
+pub use encode::encode;
 
 const MAGIC: [u8; 4] = *b"ABX1";
 /// Large enough that a block's head is small beside the changes of a sparse block, small enough that
@@ -54,47 +55,6 @@ pub enum DeltaError {
 struct BlockSpec {
     range: Range<usize>,
     dtype: DType,
-}
-
-/// The delta from `base` to `new`, both images with the tensors of `manifest`. `keep_going(raw, coded)`
-/// is told before each block how many bytes became how many so far: false gives up.
-pub fn encode(
-    manifest: &Manifest,
-    base: &[u8],
-    new: &[u8],
-    threads: usize,
-    keep_going: &(dyn Fn(u64, u64) -> bool + Sync),
-) -> Option<Vec<u8>> {
-    let blocks = blocks(manifest);
-    let next = AtomicUsize::new(0);
-    let (raw, small) = (AtomicU64::new(0), AtomicU64::new(0));
-    let work = || {
-        let mut scratch = Scratch::default();
-        let mut done = Vec::new();
-        loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some(spec) = blocks.get(at) else { return Some(done) };
-            if !keep_going(raw.load(Ordering::Relaxed), small.load(Ordering::Relaxed)) {
-                return None;
-            }
-            let (old, new) = (&base[spec.range.clone()], &new[spec.range.clone()]);
-            let block = encode_block(spec.dtype, old, new, &mut scratch);
-            raw.fetch_add(new.len() as u64, Ordering::Relaxed);
-            small.fetch_add(block.len() as u64, Ordering::Relaxed);
-            done.push((at, block));
-        }
-    };
-    let mut coded = vec![Vec::new(); blocks.len()];
-    for (at, block) in in_parallel(threads, &work)? {
-        coded[at] = block;
-    }
-    let size = 8 + coded.iter().map(|b| b.len() + 4).sum::<usize>();
-    let mut out = Vec::with_capacity(size);
-    out.extend_from_slice(&MAGIC);
-    out.extend_from_slice(&(coded.len() as u32).to_le_bytes());
-    coded.iter().for_each(|b| out.extend_from_slice(&(b.len() as u32).to_le_bytes()));
-    coded.iter().for_each(|b| out.extend_from_slice(b));
-    Some(out)
 }
 
 /// Memory that a worker needs over many blocks.
@@ -150,14 +110,6 @@ fn blocks(manifest: &Manifest) -> Vec<BlockSpec> {
     runs.iter().flat_map(cut).collect()
 }
 
-fn encode_block(dtype: DType, old: &[u8], new: &[u8], scratch: &mut Scratch) -> Vec<u8> {
-    match cpu::encode(dtype, CHANGES, old, new, scratch) {
-        None => Vec::new(),
-        Some(coded) if coded.len() <= new.len() => coded,
-        Some(_) => [&[RAW], new].concat(),
-    }
-}
-
 /// `block` gets the new bytes; the old ones are `base`, or in `block`.
 fn apply_block(
     at: usize,
@@ -182,25 +134,6 @@ fn apply_block(
         Some(_) => return Err(DeltaError::Block(at)),
     }
     Ok(())
-}
-
-/// Runs `work` on `threads` threads and joins what they give; `None` if one gave up.
-fn in_parallel<T: Send>(
-    threads: usize,
-    work: &(impl Fn() -> Option<Vec<T>> + Sync),
-) -> Option<Vec<T>> {
-    std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-        let mut out = work();
-        for other in others {
-            let theirs = other.join().expect("coding does not panic");
-            out = out.zip(theirs).map(|(mut all, more)| {
-                all.extend(more);
-                all
-            });
-        }
-        out
-    })
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ mod adopt;
 mod ask;
 mod delta;
 mod error;
+mod next;
 mod pool;
 mod pull;
 
@@ -31,6 +32,7 @@ use ask::{Unanswered, first_answer};
 use delta::Deltas;
 pub(crate) use error::StreamError;
 pub use error::{FetchError, Tried};
+use next::Next;
 use pool::{Pool, Session};
 use pull::{Job, Sink};
 
@@ -46,6 +48,7 @@ struct Shared {
     pool: Pool,
     deltas: Deltas,
     rules: FetchRules,
+    next: Next,
 }
 
 /// Deadlines and bounds of all fetches.
@@ -136,8 +139,8 @@ pub struct FetchReport {
 impl Fetcher {
     /// `holder` lends what is fetched, from its first verified chunk on.
     pub fn new(staging: Staging, holder: Holder, rules: FetchRules) -> Fetcher {
-        let (pool, deltas) = Default::default();
-        Fetcher { shared: Arc::new(Shared { staging, holder, pool, deltas, rules }) }
+        let (pool, deltas, next) = Default::default();
+        Fetcher { shared: Arc::new(Shared { staging, holder, pool, deltas, rules, next }) }
     }
 
     pub fn staging(&self) -> &Staging {
@@ -184,6 +187,10 @@ impl Fetcher {
             return Err(error);
         }
         let slot = filling.publish(version).map_err(stage)?;
+        if may_come_again(request) {
+            let Shared { next, staging, deltas, .. } = &*self.shared;
+            next.prepare(staging, deltas.memory(), manifest.image_bytes);
+        }
         report.took = started.elapsed();
         Ok(Staged { slot, version, report })
     }
@@ -273,6 +280,12 @@ fn ask_manifest(shared: &Shared, source: &SourceRef) -> Result<Vec<u8>, StreamEr
 }
 
 const SLOT_POLL: Duration = Duration::from_millis(50);
+
+/// A trainer that is there will publish another version. One that only left files may have ended.
+fn may_come_again(request: &FetchRequest) -> bool {
+    let mut addrs = request.sources.iter().flat_map(|source| &source.addrs);
+    addrs.any(|addr| !addr.starts_with("file:"))
+}
 
 /// Chunks that the slot still had from an earlier version or try, and those of the staged version.
 fn carried(filling: &Filling, manifest: &Manifest) -> Result<u64, StageError> {

@@ -41,6 +41,8 @@ pub struct PublisherConfig {
     pub hash_threads: usize,
     /// Also offer each version as a delta to the one before, and as a chain of deltas to older ones.
     pub delta: bool,
+    /// Only one version will be published: no memory is got for a second before it comes.
+    pub single: bool,
     /// Give the memory names, so that receivers of this host take it over instead of copying it.
     pub shm: Option<ShmArena>,
     /// Also write each version into this directory of a shared file system: `file:` receivers read it
@@ -159,6 +161,7 @@ impl PublisherConfig {
             chunk_bytes: DEFAULT_CHUNK_BYTES,
             hash_threads: 1,
             delta: true,
+            single: false,
             shm: None,
             export: None,
             export_keep: 2,
@@ -309,6 +312,7 @@ impl Publisher {
             };
             let (version, bytes) = (held.version(), manifest.image_bytes);
             let before = lock(&last).sealed.replace((version, Arc::clone(&manifest)));
+            let prepares = before.is_none() && !config.single;
             let mut delta_bytes = None;
             if let Some((base, base_manifest)) = before.filter(|_| config.delta)
                 && base_manifest.tensors == manifest.tensors
@@ -323,7 +327,7 @@ impl Publisher {
             let copied_in = Duration::ZERO;
             let published = Published {
                 version,
-                manifest,
+                manifest: Arc::clone(&manifest),
                 bytes,
                 delta_bytes,
                 copied_in,
@@ -333,6 +337,9 @@ impl Publisher {
             };
             // Nobody may be waiting for the seal: the version is lent all the same.
             done.send(published).ok();
+            if prepares {
+                prepare_next(&arena, &offers, &config, &manifest);
+            }
         };
         let builder = std::thread::Builder::new().name("transfer-seal".into());
         builder.spawn(seal).map(drop).map_err(PublishError::Thread)
@@ -343,6 +350,14 @@ impl Drop for Publisher {
     fn drop(&mut self) {
         // A sealing thread may hold the arena for a while yet; its names must be free for the next trainer.
         self.arena.close();
+    }
+}
+
+/// All that the versions after the first need, so that none of it is got while one of them is published.
+fn prepare_next(arena: &Arena, offers: &Offers, config: &PublisherConfig, manifest: &Manifest) {
+    arena.prepare(manifest.image_bytes, std::slice::from_ref(&(0..manifest.image_bytes)));
+    if config.delta {
+        offers.prepare(config, manifest);
     }
 }
 

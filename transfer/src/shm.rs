@@ -9,23 +9,30 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::slice;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use memmap2::{Advice, MmapRaw};
 
-/// A prefaulted shared mapping of a whole file.
+/// A shared mapping of a whole file, prefaulted but for what was only reserved.
 pub(crate) struct SharedMap {
     map: MmapRaw,
     file: Arc<File>,
+    /// So many bytes from the front have their memory.
+    backed: Mutex<u64>,
 }
+
+/// What is given back begins at a page, whatever the size of pages is.
+const LARGEST_PAGE_BYTES: u64 = 64 << 10;
 
 // === impl SharedMap ===
 
 impl SharedMap {
     /// Anonymous shared memory, named `name` in `/proc/<pid>/maps`; not bounded by the size of /dev/shm.
+    #[cfg(any(test, feature = "rdma"))]
     pub(crate) fn anonymous(name: &str, len: u64) -> io::Result<SharedMap> {
-        SharedMap::anonymous_in_part(name, len, slice::from_ref(&(0..len)))
+        let map = SharedMap::reserved(name, len)?;
+        map.back(len)?;
+        Ok(map)
     }
 
     /// As [`SharedMap::anonymous`], with memory for these ranges only: the rest must not be touched.
@@ -34,8 +41,15 @@ impl SharedMap {
         len: u64,
         parts: &[Range<u64>],
     ) -> io::Result<SharedMap> {
+        let map = SharedMap::reserved(name, len)?;
+        parts.iter().try_for_each(|part| map.populate(part.clone()))?;
+        Ok(map)
+    }
+
+    /// As [`SharedMap::anonymous`], but addresses only: [`SharedMap::back`] gives them memory.
+    pub(crate) fn reserved(name: &str, len: u64) -> io::Result<SharedMap> {
         let fd = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?;
-        SharedMap::over(File::from(fd), len, parts)
+        SharedMap::over(File::from(fd), len)
     }
 
     /// The file at `path`, created with mode 0644 or cut to `len`.
@@ -43,38 +57,67 @@ impl SharedMap {
         use std::os::unix::fs::OpenOptionsExt;
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false).mode(0o644);
-        SharedMap::over(options.open(path)?, len, slice::from_ref(&(0..len)))
+        let file = options.open(path)?;
+        let before = file.metadata()?.len();
+        let map = SharedMap::over(file, len)?;
+        map.back(len).inspect_err(|_| {
+            // A file without its memory must not pass for one that has it.
+            map.file.set_len(before.min(len)).ok();
+        })?;
+        Ok(map)
     }
 
-    /// Every page of the parts is touched here, so that none faults on the update path.
-    fn over(file: File, len: u64, parts: &[Range<u64>]) -> io::Result<SharedMap> {
-        let before = file.metadata()?.len();
-        if before != len {
+    fn over(file: File, len: u64) -> io::Result<SharedMap> {
+        if file.metadata()?.len() != len {
             file.set_len(len)?;
-        }
-        let parts = || parts.iter().filter(|part| !part.is_empty());
-        for part in parts() {
-            // Allocating fails with ENOSPC where writing to a sparse file would raise SIGBUS.
-            let flags = rustix::fs::FallocateFlags::empty();
-            rustix::fs::fallocate(&file, flags, part.start, part.end - part.start).inspect_err(
-                |_| {
-                    // A file without its memory must not pass for one that has it.
-                    file.set_len(before.min(len)).ok();
-                },
-            )?;
         }
         let len = usize::try_from(len).map_err(io::Error::other)?;
         let map = memmap2::MmapOptions::new().len(len.max(1)).map_raw(&file)?;
-        let shared = SharedMap { map, file: Arc::new(file) };
-        for part in parts() {
-            let (at, len) = shared.bounds(part.clone());
-            if shared.map.advise_range(Advice::PopulateWrite, at, len).is_err() {
-                // Kernels before 5.14 do not know it: fault the pages in by reading them.
-                let touch = |bytes: &[u8]| bytes.iter().step_by(4096).fold(0u8, |a, b| a ^ b);
-                std::hint::black_box(shared.read(part.clone(), touch));
-            }
+        Ok(SharedMap { map, file: Arc::new(file), backed: Mutex::default() })
+    }
+
+    /// Every page is touched here, so that none faults on the update path.
+    fn populate(&self, range: Range<u64>) -> io::Result<()> {
+        if range.is_empty() {
+            return Ok(());
         }
-        Ok(shared)
+        // Allocating fails with ENOSPC where writing to a sparse file would raise SIGBUS.
+        let flags = rustix::fs::FallocateFlags::empty();
+        rustix::fs::fallocate(&self.file, flags, range.start, range.end - range.start)?;
+        let (at, len) = self.bounds(range.clone());
+        if self.map.advise_range(Advice::PopulateWrite, at, len).is_err() {
+            // Kernels before 5.14 do not know it: fault the pages in by reading them.
+            let touch = |bytes: &[u8]| bytes.iter().step_by(4096).fold(0u8, |a, b| a ^ b);
+            std::hint::black_box(self.read(range, touch));
+        }
+        Ok(())
+    }
+
+    /// The first `to` bytes have their memory after this.
+    pub(crate) fn back(&self, to: u64) -> io::Result<()> {
+        let mut backed = self.backed.lock().expect("nothing panics under it");
+        if to > *backed {
+            self.populate(*backed..to)?;
+            *backed = to;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn backed(&self) -> u64 {
+        *self.backed.lock().expect("nothing panics under it")
+    }
+
+    /// Gives memory back behind the first `kept` bytes, in whole pages.
+    pub(crate) fn release(&self, kept: u64) -> io::Result<()> {
+        let mut backed = self.backed.lock().expect("nothing panics under it");
+        let kept = kept.next_multiple_of(LARGEST_PAGE_BYTES);
+        if kept < *backed {
+            use rustix::fs::FallocateFlags as Flags;
+            let flags = Flags::PUNCH_HOLE | Flags::KEEP_SIZE;
+            rustix::fs::fallocate(&self.file, flags, kept, *backed - kept)?;
+            *backed = kept;
+        }
+        Ok(())
     }
 
     pub(crate) fn len(&self) -> u64 {
@@ -87,6 +130,8 @@ impl SharedMap {
 
     /// True if nothing on this host but this map leads to its memory: no other name, no other open file, no
     /// other mapping, in any process, container or user's. The kernel grants a write lease only then.
+    // Some C libraries have the kinds of leases as short integers.
+    #[allow(clippy::useless_conversion)]
     pub(crate) fn is_exclusive(&self) -> io::Result<bool> {
         if self.file.metadata()?.nlink() > 1 {
             return Ok(false);
@@ -156,6 +201,21 @@ mod tests {
         let mut out = [0; 3];
         map.backing().read_exact_at(&mut out, 5000).expect("read");
         assert_eq!((&out, map.len()), (b"abc", 10_000));
+    }
+
+    #[test]
+    fn what_is_reserved_takes_memory_as_far_as_it_is_backed_until_that_is_released() {
+        let map = SharedMap::reserved("anabranch-test", 1 << 40).expect("memfd");
+        let used = || map.backing().metadata().expect("metadata").blocks() * 512;
+        assert_eq!((used(), map.len()), (0, 1 << 40));
+        map.back(1 << 20).expect("backed");
+        map.back(1000).expect("there already");
+        assert_eq!(used(), 1 << 20);
+        map.write(0..3, |b| b.copy_from_slice(b"abc"));
+        map.release(100 << 10).expect("released");
+        assert_eq!((used(), map.read(0..3, <[u8]>::to_vec)), (128 << 10, b"abc".to_vec()));
+        map.back(1 << 20).expect("backed again");
+        assert_eq!(used(), 1 << 20);
     }
 
     #[test]

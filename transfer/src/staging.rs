@@ -1,4 +1,5 @@
-//! The receiver's memory: two prefaulted slots as files on /dev/shm. A slot is written only while no
+//! The receiver's memory: two prefaulted slots as files on /dev/shm, the second made ready behind the first
+//! version. A slot is written only while no
 //! engine can be reading it, and is given to the engine under a new directory name each time.
 //!
 //! ```text
@@ -146,6 +147,28 @@ impl Staging {
         self.require((SLOTS as u64 * image_bytes).saturating_sub(have))
     }
 
+    /// Whether both slots have memory for a version of so many bytes.
+    pub(crate) fn is_prepared(&self, bytes: u64) -> bool {
+        let fits = |slot: &Slot| slot.memory.as_ref().is_some_and(|m| m.map.len() == bytes);
+        self.lock().iter().all(fits)
+    }
+
+    /// Both slots get memory for a version of so many bytes, but for what is in use. Holds them meanwhile: who
+    /// begins a version then would wait for this very memory.
+    pub(crate) fn prepare(&self, bytes: u64) -> Result<(), StageError> {
+        let mut slots = self.lock();
+        for ix in 0..SLOTS {
+            if slots[ix].state.user().is_some() {
+                continue;
+            }
+            self.recover(&mut slots[ix], ix)?;
+            if self.user(&slots[ix], ix)?.is_none() {
+                self.sized(&mut slots[ix], ix, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes a slot for `manifest`: the one that already holds most of it, unless it is staged or some
     /// process maps it.
     pub(crate) fn begin(&self, manifest: &Arc<Manifest>) -> Result<Filling, StageError> {
@@ -170,7 +193,7 @@ impl Staging {
         let Some((_, ix)) = best else { return Err(StageError::Busy { users }) };
         slots[ix].generation.fetch_add(1, Ordering::AcqRel);
         self.unlink_versions(ix)?;
-        let memory = self.sized(&mut slots[ix], ix, manifest)?;
+        let memory = self.sized(&mut slots[ix], ix, manifest.image_bytes)?;
         let held = memory.record.keep_matching(manifest, &memory.map).map_err(|e| self.io(e))?;
         let ledger = Arc::new(Ledger::new(held));
         slots[ix].state = SlotState::Filling;
@@ -202,21 +225,15 @@ impl Staging {
         Ok(())
     }
 
-    /// The slot's memory at the manifest's size. The mapping is kept where the size is the same.
-    fn sized(
-        &self,
-        slot: &mut Slot,
-        ix: usize,
-        manifest: &Manifest,
-    ) -> Result<Arc<Memory>, StageError> {
-        if let Some(memory) = slot.memory.as_ref().filter(|m| m.map.len() == manifest.image_bytes) {
+    /// The slot's memory at that size. The mapping is kept where the size is the same.
+    fn sized(&self, slot: &mut Slot, ix: usize, bytes: u64) -> Result<Arc<Memory>, StageError> {
+        if let Some(memory) = slot.memory.as_ref().filter(|m| m.map.len() == bytes) {
             return Ok(Arc::clone(memory));
         }
-        self.require(manifest.image_bytes.saturating_sub(self.slot_bytes(slot, ix)))?;
+        self.require(bytes.saturating_sub(self.slot_bytes(slot, ix)))?;
         slot.memory = None;
         let record = Record::open(&self.record_path(ix)).map_err(|e| self.io(e))?;
-        let map =
-            SharedMap::file(&self.slot_path(ix), manifest.image_bytes).map_err(|e| self.io(e))?;
+        let map = SharedMap::file(&self.slot_path(ix), bytes).map_err(|e| self.io(e))?;
         let memory = Arc::new(Memory { map, record });
         slot.memory = Some(Arc::clone(&memory));
         Ok(memory)

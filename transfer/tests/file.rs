@@ -218,5 +218,5 @@ fn a_directory_belongs_to_one_trainer_and_what_a_killed_one_left_is_cleared() {
     fs::create_dir(&part).expect("dir");
     fs::write(part.join("model.safetensors"), b"half").expect("write");
     let _third = exporting(dir.path(), 1);
-    assert_eq!(names(dir.path()), [String::new(); 0]);
+    assert!(names(dir.path()).is_empty());
 }

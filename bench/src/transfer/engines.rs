@@ -106,7 +106,7 @@ impl Cluster {
         let open = || Order::Open { manager: format!("http://{MANAGER}"), engines: ENGINES };
         let opened: anyhow::Result<Value> = trainer.ask(open()).await;
         opened.context("opening a job at the manager")?;
-        Ok(Cluster { trainer, others: others, net })
+        Ok(Cluster { trainer, others, net })
     }
 
     async fn publish(&self, order: Publish) -> anyhow::Result<Activated> {

@@ -69,6 +69,7 @@ pub async fn run(args: Args) -> Outcome {
     config.weights.links = args.weights_link.clone();
     config.weights.dials = args.dial_out;
     config.weights.export = args.export.clone();
+    config.weights.single = true;
     // Several of these may serve versions of one job at a time, each from memory of its own.
     let scope = format!("{} {}", args.manager.manager, std::process::id());
     config.weights.shm = Shm::AutoAt { scope };

@@ -10,7 +10,7 @@ fn a_slot_that_does_not_fit_says_what_is_missing_and_leaves_nothing() {
     for part in ["--shm-size", "medium: Memory", "1125899906842624", "are free"] {
         assert!(error.contains(part), "{part}: {error}");
     }
-    assert_eq!(home.leftovers().expect("dir"), [PathBuf::new(); 0]);
+    assert!(home.leftovers().expect("dir").is_empty());
 }
 
 #[test]

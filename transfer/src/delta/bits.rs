@@ -25,9 +25,11 @@ pub(super) struct BadBits;
 // === impl BitWriter ===
 
 impl BitWriter {
-    /// Bits that follow `head`.
-    pub(super) fn after(head: u8) -> BitWriter {
-        BitWriter { out: vec![head], ..BitWriter::default() }
+    /// Bits that follow `head`, in the memory of `out`.
+    pub(super) fn after(head: u8, mut out: Vec<u8>) -> BitWriter {
+        out.clear();
+        out.push(head);
+        BitWriter { out, ..BitWriter::default() }
     }
 
     /// The low `count` bits of `value`, at most 32 at once.

@@ -27,11 +27,11 @@ const K_MAX: u32 = 56;
 #[derive(Default)]
 pub(super) struct Scratch {
     masks: Masks,
-    /// Of each class.
-    changes: [Vec<Change>; MAX_CLASSES],
+    /// Those of one class behind those of the other; as many as there may be, so that memory for them is got once.
+    changes: Vec<Change>,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Change {
     /// Among the elements of its class.
     rank: u32,
@@ -39,35 +39,54 @@ struct Change {
     step: u64,
 }
 
-/// `None` if nothing changed; `head` comes first in what is returned.
+/// False if nothing changed; else `out` is `head` and what follows it.
 #[inline(always)]
 pub(super) fn encode<C: Cpu, E: Element>(
     head: u8,
     old: &[u8],
     new: &[u8],
     scratch: &mut Scratch,
-) -> Option<Vec<u8>> {
+    out: &mut Vec<u8>,
+) -> bool {
     if old == new {
-        return None;
+        return false;
     }
     let top = top_exponent::<E>(old);
     let Scratch { masks, changes } = scratch;
     masks.compare::<C, E>(old, new, top);
-    changes.iter_mut().for_each(Vec::clear);
+    let totals = masks.totals();
+    let starts = starts(totals);
+    let mut ends = starts;
+    if changes.len() < old.len() / E::BYTES {
+        changes.resize(old.len() / E::BYTES, Change::default());
+    }
     let class_of = |at| usize::from(E::class(E::read(old, at), top));
     masks.changes(class_of, |class, Place { rank, index }| {
         let step = E::step(E::read(old, index), E::read(new, index));
-        changes[class].push(Change { rank, step });
+        changes[ends[class]] = Change { rank, step };
+        ends[class] += 1;
     });
-    let mut bits = BitWriter::after(head);
+    let mut bits = BitWriter::after(head, std::mem::take(out));
     bits.put(top.into(), 8);
-    for (changes, total) in changes.iter().zip(masks.totals()).take(E::CLASSES) {
+    for class in 0..E::CLASSES {
+        let changes = &changes[starts[class]..ends[class]];
         bits.gamma(changes.len() as u32);
         if !changes.is_empty() {
-            put_class(&mut bits, changes, total);
+            put_class(&mut bits, changes, totals[class]);
         }
     }
-    Some(bits.finish())
+    *out = bits.finish();
+    true
+}
+
+/// Where the changes of each class begin, so that there is room for as many as it has elements.
+fn starts(totals: [u32; MAX_CLASSES]) -> [usize; MAX_CLASSES] {
+    let mut next = 0;
+    totals.map(|total| {
+        let start = next;
+        next += total as usize;
+        start
+    })
 }
 
 /// `block` gets the new elements; the old ones are `base`, or in `block`. Classes are those of the old elements, so the
@@ -81,7 +100,7 @@ pub(super) fn apply<C: Cpu, E: Element>(
 ) -> Result<(), BadBits> {
     let mut bits = BitReader::new(payload);
     let top = bits.take(8)? as u8;
-    let Scratch { masks, changes: [changes, ..] } = scratch;
+    let Scratch { masks, changes } = scratch;
     masks.classify::<C, E>(base, block, top);
     for (class, total) in masks.totals().into_iter().enumerate().take(E::CLASSES) {
         let count = bits.gamma()?;

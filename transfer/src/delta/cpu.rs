@@ -38,6 +38,7 @@ struct Encode<'a> {
     old: &'a [u8],
     new: &'a [u8],
     scratch: &'a mut Scratch,
+    out: &'a mut Vec<u8>,
 }
 
 struct Apply<'a> {
@@ -47,15 +48,16 @@ struct Apply<'a> {
     scratch: &'a mut Scratch,
 }
 
-/// `None` if nothing changed.
+/// False if nothing changed; else `out` is `head` and what follows it.
 pub(super) fn encode(
     dtype: DType,
     head: u8,
     old: &[u8],
     new: &[u8],
     scratch: &mut Scratch,
-) -> Option<Vec<u8>> {
-    for_dtype(dtype, Encode { head, old, new, scratch })
+    out: &mut Vec<u8>,
+) -> bool {
+    for_dtype(dtype, Encode { head, old, new, scratch, out })
 }
 
 /// `block` gets the new bytes; the old ones are `base`, or in `block`.
@@ -133,11 +135,11 @@ impl Cpu for Any {
 // === impl Work ===
 
 impl Work for Encode<'_> {
-    type Out = Option<Vec<u8>>;
+    type Out = bool;
 
     #[inline(always)]
-    fn run<C: Cpu, E: Element>(self) -> Option<Vec<u8>> {
-        block::encode::<C, E>(self.head, self.old, self.new, self.scratch)
+    fn run<C: Cpu, E: Element>(self) -> bool {
+        block::encode::<C, E>(self.head, self.old, self.new, self.scratch, self.out)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Getting a version as a delta to the one that is staged, or as a chain of them. What this leaves undone,
 //! for whatever reason, is fetched in full: every chunk of the result is verified like any other.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -14,8 +15,9 @@ use super::pull::{self, Job, Sink};
 use super::{FetchError, FetchReport, FetchRequest, Shared, SourceRef, StreamError};
 use crate::chunks::{ChunkSet, Ledger};
 use crate::delta::choice::{Rates, Way, choose};
-use crate::delta::memory::{DeltaMemory, blobs};
-use crate::holder::{Backing, Blob, Held};
+use crate::delta::memory::{DeltaMemory, blobs, room, trim};
+use crate::holder::{Backing, Blob, Held, Stamp};
+use crate::shm::SharedMap;
 use crate::staging::{Base, Filling};
 use crate::wire::{BlobId, Message};
 
@@ -29,7 +31,7 @@ const TELLING_BYTES: u64 = 64 << 20;
 /// What a fetcher keeps for its deltas.
 #[derive(Default)]
 pub(super) struct Deltas {
-    memory: DeltaMemory,
+    memory: Arc<DeltaMemory>,
     rates: Mutex<Rates>,
 }
 
@@ -52,7 +54,8 @@ pub(super) fn try_delta(
     let Some((manifest, encoded)) = find(shared, request, base.root, missing) else {
         return Ok(());
     };
-    let (map, stamp) = match shared.deltas.memory.take(manifest.image_bytes) {
+    let memory = shared.deltas.take(filling.filler().manifest(), manifest.image_bytes);
+    let (map, stamp) = match memory {
         Ok(memory) => memory,
         Err(error) => {
             tracing::warn!(%error, "no memory for a delta; fetching the version in full");
@@ -182,6 +185,22 @@ fn ask(
 // === impl Deltas ===
 
 impl Deltas {
+    /// For a delta of `bytes`, and a little more: the next one may be larger.
+    fn take(&self, version: &Manifest, bytes: u64) -> io::Result<(Arc<SharedMap>, Stamp)> {
+        let room = room(version.image_bytes);
+        if bytes > room {
+            return Err(io::Error::other("it is larger than the version itself"));
+        }
+        let (map, stamp) = self.memory.take(room)?;
+        trim(&map, bytes);
+        map.back(room.min(bytes + bytes / 8))?;
+        Ok((map, stamp))
+    }
+
+    pub(super) fn memory(&self) -> &Arc<DeltaMemory> {
+        &self.memory
+    }
+
     /// That `bytes` came over the link in `took`.
     pub(super) fn note_link(&self, bytes: u64, took: Duration) {
         if bytes >= TELLING_BYTES && !took.is_zero() {

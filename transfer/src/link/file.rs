@@ -201,7 +201,7 @@ impl Reader {
                 return Ok(());
             }
             Message::WatchHave { blob } => self.stored(blob).map(|stored| {
-                let ranges = vec![0..stored.manifest.chunk_count()];
+                let ranges = std::iter::once(0..stored.manifest.chunk_count()).collect();
                 Answer::Message(Message::Have { ranges })
             }),
             other => Err((FailCode::Protocol, format!("{other:?} is not a request"))),

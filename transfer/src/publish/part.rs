@@ -189,6 +189,7 @@ impl Publisher {
         let (epoch, threads) = (self.config.epoch, self.config.hash_threads);
         let chunk_bytes = self.config.chunk_bytes;
         let (layout, last) = (Arc::clone(layout), Arc::clone(&self.last));
+        let (arena, single) = (self.arena.clone(), self.config.single);
         let hash = move || {
             let whole = extent.whole();
             let Some(hashes) = sealer.hash(&whole, threads) else { return };
@@ -200,9 +201,12 @@ impl Publisher {
             for range in extent.pieces() {
                 info.add_piece(range.start, sealer.map().read(range, <[u8]>::to_vec));
             }
-            let held = extent.held();
+            let (held, image_bytes) = (extent.held(), layout.image_bytes());
             // Whoever gave up on the part has it dropped here.
             done.send(Part { info, layout, held, epoch, number, sealer, started, last }).ok();
+            if !single {
+                arena.prepare(image_bytes, &extent.memory());
+            }
         };
         let builder = std::thread::Builder::new().name("transfer-part".into());
         builder.spawn(hash).map_err(PublishError::Thread)?;
