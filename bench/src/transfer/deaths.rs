@@ -4,18 +4,20 @@
 //! The manager's plan says who fetches from whom: three relays in chains, and a receiver at their ends that serves
 //! nobody.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use serde_json::json;
 
-use super::fleet::{Feed, Fleet, RATE, planned};
-use super::host::Pending;
+use super::fleet::{Fleet, RATE, planned};
 use super::lab::{Lab, PROGRESS};
 use super::netns::Traffic;
-use super::order::*;
 use super::report::Figure;
 use crate::progress;
+
+mod course;
+
+use course::Course;
 
 /// 5.8 s on the wire: eighteen cases in less than four minutes.
 const BYTES: u64 = 128 << 20;
@@ -25,7 +27,6 @@ const PERCENT: [u64; 3] = [10, 50, 90];
 const AGAIN: f64 = 0.02;
 const FINISH: f64 = 1.25;
 const GIVE_UP: Duration = Duration::from_secs(90);
-const LOOK: Duration = Duration::from_millis(10);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Victim {
@@ -125,101 +126,6 @@ async fn run(
     let Course { after, sourceless, errors, .. } = course;
     let after = after.into_iter().map(|a| a.unwrap_or(GIVE_UP)).collect();
     Ok(Run { after, arrived_bytes, sourceless, errors })
-}
-
-/// A transfer to all receivers under way.
-struct Course {
-    issued: Issued,
-    feeds: Vec<Feed>,
-    started: Instant,
-    /// By receiver: when it was asked, and the order.
-    pending: Vec<(Duration, Pending)>,
-    after: Vec<Option<Duration>>,
-    sourceless: Duration,
-    errors: Vec<String>,
-}
-
-impl Course {
-    async fn start(fleet: &Fleet<'_>, issued: &Issued, feeds: Vec<Feed>) -> anyhow::Result<Course> {
-        let started = Instant::now();
-        let mut pending = Vec::new();
-        for (at, feed) in feeds.iter().enumerate() {
-            pending.push((started.elapsed(), fleet.fetch(at, &issued.version, feed).await?));
-        }
-        let after = vec![None; feeds.len()];
-        let (sourceless, errors) = (Duration::ZERO, Vec::new());
-        Ok(Course { issued: issued.clone(), feeds, started, pending, after, sourceless, errors })
-    }
-
-    async fn strike(
-        &mut self,
-        fleet: &mut Fleet<'_>,
-        victim: Victim,
-        fault: Fault,
-        bytes: u64,
-    ) -> anyhow::Result<()> {
-        let now = Instant::now();
-        match (victim.receiver(), fault) {
-            (None, Fault::Kill) => {
-                fleet.trainer.host.kill().await?;
-                fleet.restart_trainer(&self.issued, bytes).await?;
-                self.sourceless = now.elapsed();
-            }
-            (None, Fault::Link) => {
-                fleet.net.set_link(0, false).await?;
-                tokio::time::sleep(PROGRESS).await;
-                fleet.net.set_link(0, true).await?;
-                self.sourceless = now.elapsed();
-            }
-            (Some(at), Fault::Kill) => {
-                fleet.receivers[at].host.kill().await?;
-                fleet.restart(at).await?;
-                self.ask(fleet, at).await?;
-            }
-            (Some(at), Fault::Link) => fleet.net.set_link(at + 1, false).await?,
-        }
-        Ok(())
-    }
-
-    async fn ask(&mut self, fleet: &Fleet<'_>, at: usize) -> anyhow::Result<()> {
-        let order = fleet.fetch(at, &self.issued.version, &self.feeds[at]).await?;
-        self.pending[at] = (self.started.elapsed(), order);
-        Ok(())
-    }
-
-    /// Until those receivers have everything. One whose fetch failed is asked again, as a manager would.
-    async fn finish(
-        &mut self,
-        fleet: &Fleet<'_>,
-        of: impl Fn(usize) -> bool,
-    ) -> anyhow::Result<()> {
-        loop {
-            let open: Vec<usize> =
-                (0..RECEIVERS).filter(|at| of(*at) && self.after[*at].is_none()).collect();
-            if open.is_empty() {
-                return Ok(());
-            }
-            anyhow::ensure!(
-                self.started.elapsed() < GIVE_UP,
-                "receivers {open:?} are not done after {GIVE_UP:?}: {:?}",
-                self.errors
-            );
-            for at in open {
-                let (asked, order) = &mut self.pending[at];
-                match tokio::time::timeout(LOOK, order.answer_in_place::<Fetched>()).await {
-                    Ok(Ok(fetched)) => {
-                        let took = Duration::from_secs_f64(fetched.took_ms / 1e3);
-                        self.after[at] = Some(*asked + took);
-                    }
-                    Ok(Err(error)) => {
-                        self.errors.push(format!("{error:#}"));
-                        self.ask(fleet, at).await?;
-                    }
-                    Err(_) => {}
-                }
-            }
-        }
-    }
 }
 
 fn judge(
