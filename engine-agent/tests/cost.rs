@@ -1,7 +1,5 @@
 //! What a chunk costs the agent in CPU, sockets included: the engine is a process of its own, the agent a
 //! thread of its own whose clock is read.
-//!
-//! `cargo test --release -p anabranch-agent --test cost -- --ignored --nocapture`
 
 mod common;
 
@@ -21,7 +19,7 @@ const SECONDS: u64 = 10;
 
 /// Not a test: the engine's process, when [`engine_process`] starts this executable again.
 #[tokio::test]
-#[ignore = "a process of the test beside it"]
+#[ignore = "a process of the test `cost_of_a_chunk`"]
 async fn serve_engine() {
     let Ok(addr) = std::env::var("ANABRANCH_TEST_ENGINE") else { return };
     let mut config = EngineConfig::synthetic(params());
@@ -60,7 +58,7 @@ fn thread_cpu() -> Duration {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-#[ignore = "prints a figure"]
+#[ignore = "prints a figure: cargo test --release -p anabranch-agent --test cost -- --ignored --exact cost_of_a_chunk --nocapture"]
 async fn cost_of_a_chunk() {
     let engine = engine_process();
     let mut manager = TestManager::start().await;

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Not a test: the engine's process, when the agent starts this executable again.
 #[tokio::test]
-#[ignore = "a process of the test beside it"]
+#[ignore = "a process of the test an_engine_of_ours_is_started_restarted_and_stopped"]
 async fn serve_engine() {
     let Ok(addr) = std::env::var("ANABRANCH_TEST_ENGINE") else { return };
     let mut config = EngineConfig::synthetic(params());

@@ -26,7 +26,7 @@ const PHASES: usize = 4;
 
 /// Not a test: what the measured process runs until its stdin closes.
 #[test]
-#[ignore = "started by `measure`"]
+#[ignore = "a process of the test `measure`"]
 fn child() {
     let Some(path) = std::env::var_os(ANNOUNCE) else { return };
     let runtime =
@@ -40,7 +40,7 @@ fn child() {
 }
 
 #[test]
-#[ignore = "measures for ten seconds and more; wants an idle machine"]
+#[ignore = "measures on an idle machine: cargo test --release -p anabranch-manager --test throughput -- --ignored --exact measure --nocapture"]
 fn measure() {
     let dir = tempfile::tempdir().expect("dir");
     let path = dir.path().join("m.json");

@@ -1,5 +1,4 @@
-//! What each link costs against plain TCP, sender and receiver in this process, over loopback. Prints; run by
-//! `cargo test --release -p anabranch-transfer --test links_cost -- --ignored --nocapture`.
+//! What each link costs against plain TCP, sender and receiver in this process, over loopback. Prints.
 #![allow(clippy::err_expect)]
 
 mod common;
@@ -61,7 +60,7 @@ fn transfer(
 }
 
 #[test]
-#[ignore = "a measurement"]
+#[ignore = "prints figures: cargo test --release -p anabranch-transfer --test links_cost -- --ignored --nocapture"]
 fn links_against_plain_tcp() {
     let publisher = publisher_with(|c| {
         (c.links, c.delta, c.chunk_bytes, c.hash_threads) = (LINKS.to_vec(), false, 1 << 20, 2);

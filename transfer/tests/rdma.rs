@@ -350,9 +350,9 @@ fn fetch_without_rdma(at: &str) {
     assert_holds(staged.expect("over tcp").dir(), &Weights::new(8, 6));
 }
 
-/// Rates of both links in one run: cargo test --release --features rdma -- --ignored --nocapture links
+/// Rates of both links in one run.
 #[test]
-#[ignore = "a measurement of a minute"]
+#[ignore = "prints figures for a minute: cargo test --release -p anabranch-transfer --features rdma --test rdma -- --ignored --exact links_side_by_side --nocapture"]
 fn links_side_by_side() {
     const MIB: usize = 512;
     let Some(source) = source_in_a_process(MIB, 9, "none") else { return };

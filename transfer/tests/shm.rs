@@ -266,7 +266,7 @@ fn killed_later(host: &Host) -> (Child, Version, String) {
 }
 
 #[test]
-#[ignore = "the child of another test"]
+#[ignore = "a process of the test what_a_killed_trainer_left_is_taken_over_or_cleared_away"]
 fn a_trainer_that_is_killed() {
     let root = PathBuf::from(std::env::var_os("TEST_SHM_HOST").expect("run by its parent"));
     let shm = Some(ShmArena { dir: root.join("anabranch-math-1.arena"), required: true });

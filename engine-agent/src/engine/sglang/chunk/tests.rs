@@ -139,9 +139,8 @@ fn events_are_found_however_the_bytes_are_cut() {
     }
 }
 
-/// `cargo test --release -p anabranch-agent decode_cost -- --ignored --nocapture`
 #[test]
-#[ignore = "prints a figure"]
+#[ignore = "prints a figure: cargo test --release -p anabranch-agent --lib decode_cost -- --ignored --nocapture"]
 fn decode_cost() {
     let ids = [151_643, 220, 16, 488, 9707, 11, 1879, 0];
     let line = format!("data: {}\n\n", chunk(&ids, &ids, 8, "null", ""));
