@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fuzzes a parser of the data plane: scripts/fuzz.sh wire|manifest|grant|delta SECONDS
+# Fuzzes a parser of the data plane: scripts/fuzz.sh wire|manifest|grant|delta|part SECONDS
 # New inputs go to transfer/fuzz/found/TARGET; what is worth keeping is copied to transfer/tests/corpus/TARGET
 # by --keep, minimised, and from then on replayed by `cargo test`. Stable Rust and a C++ compiler suffice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-target=${1:?wire, manifest, grant or delta}
+target=${1:?wire, manifest, grant, delta or part}
 seconds=${2:?seconds}
 keep=${3:-}
 

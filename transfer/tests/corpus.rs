@@ -6,9 +6,12 @@ mod targets;
 use std::path::{Path, PathBuf};
 
 use anabranch_proto::grant::{Grant, Role};
+use anabranch_proto::manifest::{DType, Kind, Manifest, Tensor};
 use anabranch_proto::version::{Root, Version};
 use anabranch_transfer::delta;
+use anabranch_transfer::layout::TensorSpec;
 use anabranch_transfer::wire::{BlobId, FailCode, Message, PROTO};
+use anabranch_transfer::{PieceRef, Publisher, PublisherConfig};
 use targets::{KEY, TARGETS, Target, small_image};
 
 #[test]
@@ -23,8 +26,9 @@ fn what_the_fuzzer_found_is_taken_or_refused() {
 /// The fuzzer starts from them: without a valid input it finds no way past a magic.
 #[test]
 fn the_corpus_has_a_valid_input_of_each_kind() {
-    for (name, _) in TARGETS {
+    for (name, target) in TARGETS {
         for (nth, seed) in seeds(name).into_iter().enumerate() {
+            assert!(target(&seed), "{name}: seed {nth} is not valid");
             let path = corpus(name).join(format!("seed-{nth}"));
             if std::env::var_os("UPDATE_CORPUS").is_some() {
                 std::fs::write(&path, &seed).expect("written");
@@ -63,10 +67,43 @@ fn damage(target: Target, seed: &[u8]) {
 fn seeds(target: &str) -> Vec<Vec<u8>> {
     match target {
         "wire" => messages().iter().map(Message::to_bytes).collect(),
-        "manifest" => vec![small_image().0.encode()],
+        "manifest" => manifests().iter().map(Manifest::encode).collect(),
         "grant" => vec![grant(Role::Fetch), grant(Role::Feed)],
+        "part" => (0..2).map(part).collect(),
         _ => [(1, 1), (3, 7), (1, 200)].map(|(every, step)| delta_blob(every, step)).to_vec(),
     }
+}
+
+/// Of each kind; with several chunks, without dimensions, without tensors.
+fn manifests() -> Vec<Manifest> {
+    let (base, result) = (Root([1; 32]), Root([2; 32]));
+    let full = small_image().0;
+    let (chunk_bytes, mut tensors) = (4 << 10, full.tensors.clone());
+    tensors[0].shape = vec![2, 5, 10];
+    let (name, shape) = ("scale".to_owned(), Vec::new());
+    let (offset, len) = (full.image_bytes.next_multiple_of(4), 4);
+    tensors.push(Tensor { name, dtype: DType::F32, shape, offset, len });
+    let image_bytes = offset + len;
+    let hashes = |bytes: u64| vec![[7; 32]; bytes.div_ceil(chunk_bytes) as usize];
+    let chunk_hashes = hashes(image_bytes);
+    let (kind, chunk_bytes) = (Kind::Adapter { base }, chunk_bytes as u32);
+    let adapter = Manifest { kind, chunk_bytes, image_bytes, tensors, chunk_hashes };
+    let (kind, chunk_hashes) = (Kind::Delta { base, result }, hashes(5000));
+    let delta =
+        Manifest { kind, chunk_bytes, image_bytes: 5000, tensors: Vec::new(), chunk_hashes };
+    vec![full, adapter, delta]
+}
+
+/// Of two senders of one version, with pieces of chunks that neither has.
+fn part(sender: u64) -> Vec<u8> {
+    let config = PublisherConfig { chunk_bytes: 4 << 10, ..PublisherConfig::loopback("math", 1) };
+    let publisher = Publisher::start(config).expect("started");
+    let (name, shape) = ("w".to_owned(), vec![20_000]);
+    let spec = TensorSpec { name, dtype: DType::U8, shape };
+    let (data, offset) = (vec![sender as u8; 10_000], sender * 10_000);
+    let piece = PieceRef { tensor: "w", offset, data: &data };
+    let part = publisher.publish_part(1, &[spec], &[piece]).expect("published");
+    part.wait().expect("hashed").info().encode()
 }
 
 fn messages() -> Vec<Message> {

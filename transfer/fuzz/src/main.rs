@@ -15,4 +15,6 @@ static TARGET: LazyLock<targets::Target> = LazyLock::new(|| {
     found.expect("FUZZ_TARGET is one of tests/targets").1
 });
 
-fuzz_target!(|bytes: &[u8]| (*TARGET)(bytes));
+fuzz_target!(|bytes: &[u8]| {
+    (*TARGET)(bytes);
+});
