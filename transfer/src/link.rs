@@ -37,8 +37,6 @@ pub use identity::PinMismatch;
 
 use file::FileLink;
 use identity::PinnedAddr;
-use shm::ShmLink;
-use tcp::TcpLink;
 
 /// One stream of the data plane, from either end. Blocking, with a deadline on every step: a call fails
 /// with [`LinkError::Stalled`] when no byte moves for the patience that was set.
@@ -129,11 +127,11 @@ pub enum LinkError {
 pub(crate) fn dial(addr: &str, within: Duration) -> Result<Box<dyn Link>, LinkError> {
     match addr.split_once(':') {
         Some(("file", dir)) => Ok(Box::new(FileLink::open(addr, dir)?)),
-        Some(("shm", path)) => Ok(Box::new(ShmLink::connect(addr, path, within)?)),
+        Some(("shm", path)) => Ok(Box::new(shm::dial(addr, path, within)?)),
         Some(("rdma", at)) => rdma::connect(at.strip_prefix("//").unwrap_or(at), within),
         Some(("tls", rest)) => tls::connect(&pinned(addr, rest)?, within),
         Some(("quic", rest)) => quic::connect(&pinned(addr, rest)?, within),
-        _ => Ok(Box::new(TcpLink::connect(addr, within)?)),
+        _ => Ok(Box::new(tcp::dial(addr, within)?)),
     }
 }
 

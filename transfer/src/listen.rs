@@ -12,7 +12,7 @@ use rustls::ServerConfig;
 
 use crate::link::identity::Identity;
 use crate::link::rdma::{self, Lendings};
-use crate::link::tcp::TcpLink;
+use crate::link::tcp;
 use crate::link::{Link, tls};
 use crate::serve::ServeError;
 use crate::wire::{FailCode, Message};
@@ -223,7 +223,7 @@ impl Door {
             (tls::HANDSHAKE, None, _) => Err(refuse(socket, NO_TLS)),
             (rdma::FIRST_BYTE, _, Some(lendings)) => rdma::accepted(socket, lendings),
             (rdma::FIRST_BYTE, _, None) => Err(refuse(socket, NO_RDMA)),
-            _ if self.plain => Ok(Box::new(TcpLink::over(socket)?)),
+            _ if self.plain => Ok(Box::new(tcp::link(socket)?)),
             (_, Some(_), _) => Err(refuse(socket, TLS_ONLY)),
             (_, None, _) => Err(refuse(socket, RDMA_ONLY)),
         }

@@ -1,4 +1,4 @@
-//! Messages and chunks over any stream of bytes: what tcp, tls and quic have in common.
+//! Messages and chunks over any stream of bytes: for the links and for who looks at a stream first.
 
 use std::io::{self, ErrorKind, Read};
 use std::ops::Range;

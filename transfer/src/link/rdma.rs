@@ -115,7 +115,7 @@ impl ReadingLink {
         stream.set_write_timeout(Some(within)).map_err(LinkError::Broken)?;
         (&stream).write_all(HELLO).map_err(|e| LinkError::of(e, within))?;
         let watched = stream.try_clone().map_err(LinkError::Broken)?;
-        let control = TcpLink::over(stream).map_err(LinkError::Broken)?;
+        let control = tcp::link(stream).map_err(LinkError::Broken)?;
         let (patience, source, next) = (within, None, None);
         Ok(ReadingLink { control, watched, patience, endpoint, source, next })
     }
@@ -249,7 +249,7 @@ impl LendingLink {
     fn over(stream: TcpStream, lendings: &Lendings) -> Result<LendingLink, LinkError> {
         let interface = stream.local_addr().map_err(LinkError::Broken)?.ip();
         let lending = lendings.at(interface)?;
-        let control = TcpLink::over(stream).map_err(LinkError::Broken)?;
+        let control = tcp::link(stream).map_err(LinkError::Broken)?;
         let (patience, bulk_patience) = (Duration::MAX, Duration::MAX);
         let (introduced, unread) = (false, 0);
         Ok(LendingLink { control, lending, introduced, unread, patience, bulk_patience })

@@ -1,42 +1,30 @@
 //! TCP: `sendfile` on one side, receiving into shared memory while hashing on the other.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::ops::Range;
 use std::time::Duration;
 
-use anabranch_proto::manifest::ChunkHash;
+use super::stream::{ByteStream, StreamLink, sendfile};
+use super::{Closer, LinkError};
 
-use super::frame::{self, ReadError};
-use super::{Closer, Link, LinkError};
-use crate::shm::SharedMap;
-use crate::wire::Message;
+pub(crate) type TcpLink = StreamLink<PlainStream>;
 
-pub(crate) struct TcpLink {
-    stream: TcpStream,
+pub(crate) struct PlainStream {
+    socket: TcpStream,
     peer: SocketAddr,
-    patience: Duration,
-    out: Vec<u8>,
 }
 
-// === impl TcpLink ===
+pub(crate) fn dial(addr: &str, within: Duration) -> Result<TcpLink, LinkError> {
+    link(connect(addr, within)?).map_err(LinkError::Broken)
+}
 
-impl TcpLink {
-    pub(crate) fn connect(addr: &str, within: Duration) -> Result<TcpLink, LinkError> {
-        TcpLink::over(connect(addr, within)?).map_err(LinkError::Broken)
-    }
-
-    pub(crate) fn over(stream: TcpStream) -> io::Result<TcpLink> {
-        // Socket buffers are left alone: setting them turns the kernel's autotuning off.
-        stream.set_nodelay(true)?;
-        let peer = stream.peer_addr()?;
-        Ok(TcpLink { stream, peer, patience: Duration::MAX, out: Vec::new() })
-    }
-
-    fn failed(&self, error: io::Error) -> LinkError {
-        LinkError::of(error, self.patience)
-    }
+pub(crate) fn link(socket: TcpStream) -> io::Result<TcpLink> {
+    // Socket buffers are left alone: setting them turns the kernel's autotuning off.
+    socket.set_nodelay(true)?;
+    let peer = socket.peer_addr()?;
+    Ok(StreamLink::over(PlainStream { socket, peer }))
 }
 
 /// A TCP connection to the first address of `addr` that accepts.
@@ -52,77 +40,68 @@ pub(crate) fn connect(addr: &str, within: Duration) -> Result<TcpStream, LinkErr
     Err(LinkError::Connect { addr: addr.to_owned(), within, error: last })
 }
 
-impl Link for TcpLink {
+/// Ends the waits on both sides of it.
+pub(super) fn closer(socket: &TcpStream) -> io::Result<Closer> {
+    let socket = socket.try_clone()?;
+    Ok(Box::new(move || {
+        socket.shutdown(Shutdown::Both).ok();
+    }))
+}
+
+pub(super) fn set_patience(socket: &TcpStream, patience: Duration) -> io::Result<()> {
+    socket.set_read_timeout(Some(patience))?;
+    socket.set_write_timeout(Some(patience))
+}
+
+/// True if nothing can be read and the peer is there.
+pub(super) fn is_quiet(socket: &TcpStream) -> bool {
+    let quiet = socket.set_nonblocking(true).is_ok()
+        && matches!(socket.peek(&mut [0]), Err(e) if e.kind() == ErrorKind::WouldBlock);
+    quiet && socket.set_nonblocking(false).is_ok()
+}
+
+// === impl PlainStream ===
+
+impl Read for PlainStream {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.socket.read(out)
+    }
+}
+
+impl Write for PlainStream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl ByteStream for PlainStream {
     fn peer(&self) -> String {
         self.peer.to_string()
     }
 
-    fn closer(&self) -> Result<Closer, LinkError> {
-        let stream = self.stream.try_clone().map_err(LinkError::Broken)?;
-        Ok(Box::new(move || {
-            stream.shutdown(Shutdown::Both).ok();
-        }))
+    fn closer(&self) -> io::Result<Closer> {
+        closer(&self.socket)
     }
 
-    fn set_patience(&mut self, patience: Duration) -> Result<(), LinkError> {
-        self.patience = patience;
-        let set = self.stream.set_read_timeout(Some(patience));
-        set.and_then(|()| self.stream.set_write_timeout(Some(patience))).map_err(LinkError::Broken)
-    }
-
-    fn send(&mut self, message: &Message) -> Result<(), LinkError> {
-        self.out.clear();
-        message.encode(&mut self.out);
-        self.stream.write_all(&self.out).map_err(|e| self.failed(e))
-    }
-
-    fn receive(&mut self) -> Result<Message, LinkError> {
-        frame::read_message(&mut self.stream).map_err(|error| match error {
-            ReadError::Io(error) => self.failed(error),
-            ReadError::Wire(error) => error.into(),
-        })
-    }
-
-    fn receive_chunk(
-        &mut self,
-        map: &SharedMap,
-        range: Range<u64>,
-    ) -> Result<ChunkHash, LinkError> {
-        frame::read_chunk(&mut self.stream, map, range).map_err(|e| self.failed(e))
-    }
-
-    /// The bytes are not copied through this process.
-    fn send_chunk(
-        &mut self,
-        header: &Message,
-        file: &File,
-        range: Range<u64>,
-    ) -> Result<(), LinkError> {
-        self.out.clear();
-        header.encode(&mut self.out);
-        // MORE keeps header and first bytes in one segment.
-        let flags = rustix::net::SendFlags::MORE | rustix::net::SendFlags::NOSIGNAL;
-        let mut rest: &[u8] = &self.out;
-        while !rest.is_empty() {
-            let sent = rustix::net::send(&self.stream, rest, flags);
-            rest = &rest[sent.map_err(|e| self.failed(e.into()))?..];
-        }
-        let mut at = range.start;
-        while at < range.end {
-            let want = (range.end - at) as usize;
-            match rustix::fs::sendfile(&self.stream, file, Some(&mut at), want) {
-                // The file ends before the range: it was cut while we held it.
-                Ok(0) => return Err(LinkError::Broken(ErrorKind::UnexpectedEof.into())),
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(e) => return Err(self.failed(e.into())),
-            }
-        }
-        Ok(())
+    fn set_patience(&mut self, patience: Duration) -> io::Result<()> {
+        set_patience(&self.socket, patience)
     }
 
     fn is_idle(&mut self) -> bool {
-        let quiet = self.stream.set_nonblocking(true).is_ok()
-            && matches!(self.stream.peek(&mut [0]), Err(e) if e.kind() == ErrorKind::WouldBlock);
-        quiet && self.stream.set_nonblocking(false).is_ok()
+        is_quiet(&self.socket)
+    }
+
+    fn send_range(&mut self, out: &mut Vec<u8>, file: &File, range: Range<u64>) -> io::Result<()> {
+        // MORE keeps header and first bytes in one segment.
+        let flags = rustix::net::SendFlags::MORE | rustix::net::SendFlags::NOSIGNAL;
+        let mut rest: &[u8] = out;
+        while !rest.is_empty() {
+            rest = &rest[rustix::net::send(&self.socket, rest, flags)?..];
+        }
+        sendfile(&self.socket, file, range)
     }
 }

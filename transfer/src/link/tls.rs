@@ -7,7 +7,7 @@
 //! ```
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -109,7 +109,7 @@ fn set_timeouts(socket: &TcpStream, until: Instant) -> io::Result<()> {
     if left.is_zero() {
         return Err(ErrorKind::TimedOut.into());
     }
-    socket.set_read_timeout(Some(left)).and_then(|()| socket.set_write_timeout(Some(left)))
+    tcp::set_patience(socket, left)
 }
 
 fn said(error: &io::Error, within: Duration) -> String {
@@ -229,28 +229,17 @@ impl ByteStream for TlsStream {
     }
 
     fn closer(&self) -> io::Result<Closer> {
-        let socket = self.socket.socket.try_clone()?;
-        Ok(Box::new(move || {
-            socket.shutdown(Shutdown::Both).ok();
-        }))
+        tcp::closer(&self.socket.socket)
     }
 
     fn set_patience(&mut self, patience: Duration) -> io::Result<()> {
-        let socket = &self.socket.socket;
-        socket.set_read_timeout(Some(patience))?;
-        socket.set_write_timeout(Some(patience))
+        tcp::set_patience(&self.socket.socket, patience)
     }
 
     fn is_idle(&mut self) -> bool {
         let state = self.connection.process_new_packets();
         let unread = !state.is_ok_and(|state| state.plaintext_bytes_to_read() == 0);
-        if unread || !self.socket.unread.is_empty() {
-            return false;
-        }
-        let socket = &self.socket.socket;
-        let quiet = socket.set_nonblocking(true).is_ok()
-            && matches!(socket.peek(&mut [0]), Err(e) if e.kind() == ErrorKind::WouldBlock);
-        quiet && socket.set_nonblocking(false).is_ok()
+        !unread && self.socket.unread.is_empty() && tcp::is_quiet(&self.socket.socket)
     }
 }
 

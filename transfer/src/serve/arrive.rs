@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
 use super::Shared;
-use crate::link::tcp::TcpLink;
+use crate::link::tcp;
 use crate::link::{Closer, Link};
 use crate::listen::Door;
 use crate::wire::{FailCode, Message};
@@ -55,7 +55,7 @@ impl Arrived {
         let link: Option<Box<dyn Link>> = match self {
             Arrived::Link(link) => Some(link),
             Arrived::Socket(socket) if door.is_plain() => {
-                TcpLink::over(socket).ok().map(|link| Box::new(link) as Box<dyn Link>)
+                tcp::link(socket).ok().map(|link| Box::new(link) as Box<dyn Link>)
             }
             Arrived::Socket(_) => None,
         };

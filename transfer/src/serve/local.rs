@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use super::{Arrived, ServeError, Server, Shared, serve_stream};
-use crate::link::shm::ShmLink;
+use crate::link::shm;
 
 /// Removed with its thread when dropped.
 pub(super) struct LocalDoor {
@@ -40,7 +40,7 @@ fn accept_loop(shared: &Arc<Shared>, listener: &UnixListener) {
         if shared.closing() {
             return;
         }
-        match stream.and_then(ShmLink::over) {
+        match stream.and_then(shm::link) {
             Ok(link) => serve_stream(shared, Arrived::Link(Box::new(link))),
             Err(error) => tracing::warn!(%error, "could not accept a stream of this host"),
         }
