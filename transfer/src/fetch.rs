@@ -83,6 +83,9 @@ pub struct SourceRef {
     pub stripes: Vec<u32>,
     /// Stripes whose parent it may stand in for; for others only when nobody else is left.
     pub fallback_for: Vec<u32>,
+    /// It has a part of what all sources of this name have between them (senders of one version), and they
+    /// stand in for each other. Empty: it is on its own.
+    pub origin: String,
 }
 
 #[derive(Clone)]

@@ -3,7 +3,8 @@
 //! back; a stream that holds up the end is told to let go.
 //!
 //! With a plan, chunk i belongs to stripe i mod S and one source is in charge of each stripe: its planned
-//! parent, or, while that one is not live or stuck, the next source of the list.
+//! parent, or, while that one is not live or stuck, the next source of the list. Sources that have parts of
+//! one whole between them count as one here (`origin`).
 //!
 //! ```text
 //!   chunk:   Missing ── take ──► Taken{stream} ── verified ──► Held
@@ -16,9 +17,11 @@ use std::time::{Duration, Instant};
 
 use crate::chunks::ChunkSet;
 
+mod origin;
 mod source;
 mod stripe;
 
+use origin::Origins;
 use source::Source;
 use stripe::Stripe;
 pub use stripe::StripePlan;
@@ -48,6 +51,7 @@ pub struct ChunkQueue {
     taken: BTreeMap<u32, StreamId>,
     streams: BTreeMap<StreamId, Stream>,
     sources: Vec<Source>,
+    origins: Origins,
     /// Empty without a plan.
     stripes: Vec<Stripe>,
     /// Chunks that came wrong from a source: asked from another one while there is one.
@@ -121,18 +125,24 @@ impl ChunkQueue {
         for index in held.iter() {
             missing.remove(index);
         }
-        let mut stripes = plan.stripes(held.len(), sources, now);
+        let origins = Origins::new(&plan.origins, sources);
+        let mut stripes = plan.stripes(held.len(), sources, &origins, now);
         if let count @ 1.. = stripes.len() {
             missing.iter().for_each(|index| stripes[index as usize % count].left += 1);
         }
+        let source = |ix: SourceId| {
+            let counted = if origins.is_part(ix) { stripes.len().max(1) } else { 0 };
+            Source::new(held.len(), counted)
+        };
         ChunkQueue {
+            sources: (0..sources).map(source).collect(),
+            origins,
             stripes,
             rules,
             chunks: held.len(),
             missing,
             taken: BTreeMap::new(),
             streams: BTreeMap::new(),
-            sources: (0..sources).map(|_| Source::new(held.len())).collect(),
             wrong: BTreeSet::new(),
             stats: QueueStats::default(),
         }
@@ -169,19 +179,26 @@ impl ChunkQueue {
         rest.min().map_or(Assign::None, Assign::Wait)
     }
 
-    /// Stripes with work left that the source is in charge of; without a plan, 1.
+    /// Stripes with work left that the source is in charge of and may have something for; without a plan
+    /// 1, if it may have something.
     fn share(&self, source: SourceId) -> usize {
+        let (origin, at) = (self.origins.of(source), &self.sources[source]);
         if self.stripes.is_empty() {
-            return 1;
+            return usize::from(at.may_give(0));
         }
-        self.stripes.iter().filter(|s| s.left > 0 && s.charge == Some(source)).count()
+        let serves = |(ix, stripe): &(usize, &Stripe)| {
+            stripe.left > 0 && stripe.charge == Some(origin) && at.may_give(*ix)
+        };
+        self.stripes.iter().enumerate().filter(serves).count()
     }
 
     /// Ends rests that are over, and gives each stripe the best source there is for it now.
     fn review(&mut self, now: Instant) {
         source::wake(&mut self.sources, now);
-        for stripe in self.stripes.iter_mut().filter(|s| s.left > 0) {
-            stripe.review(&self.sources, self.rules.stuck_after, now);
+        let (origins, sources) = (&self.origins, &self.sources);
+        for (ix, stripe) in self.stripes.iter_mut().enumerate().filter(|(_, s)| s.left > 0) {
+            let is_live = |origin| origins.is_live(origin, ix, sources);
+            stripe.review(is_live, self.rules.stuck_after, now);
         }
     }
 
@@ -197,13 +214,17 @@ impl ChunkQueue {
 
     /// The source said what it has.
     pub fn learned(&mut self, source: SourceId, ranges: &[Range<u32>]) {
-        for range in ranges {
-            self.sources[source].has.insert_range(range.clone());
+        let (missing, taken) = (&self.missing, &self.taken);
+        let is_verified = |index| !missing.contains(index) && !taken.contains_key(&index);
+        // No range at all also says something.
+        for range in ranges.iter().cloned().chain(std::iter::once(0..0)) {
+            self.sources[source].learned(range, is_verified);
         }
     }
 
     pub fn learned_all(&mut self, source: SourceId) {
-        self.sources[source].has = ChunkSet::full(self.chunks);
+        let all = 0..self.chunks;
+        self.learned(source, std::slice::from_ref(&all));
     }
 
     pub fn take(&mut self, stream: StreamId, now: Instant) -> Take {
@@ -273,7 +294,10 @@ impl ChunkQueue {
     fn is_in_charge(&self, source: SourceId, index: u32) -> bool {
         match self.stripes.len() {
             0 => true,
-            count => self.stripes[index as usize % count].charge == Some(source),
+            count => {
+                let charge = self.stripes[index as usize % count].charge;
+                charge == Some(self.origins.of(source))
+            }
         }
     }
 
@@ -310,6 +334,7 @@ impl ChunkQueue {
         if let count @ 1.. = self.stripes.len() {
             self.stripes[index as usize % count].note_verified(now);
         }
+        self.sources.iter_mut().for_each(|s| s.note_verified(index));
         true
     }
 

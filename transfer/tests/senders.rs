@@ -6,10 +6,12 @@
 mod common;
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
+use anabranch_proto::version::Version;
 use anabranch_transfer::layout::TensorSpec;
 use anabranch_transfer::{
-    Part, PartInfo, PieceRef, PublishError, Published, Publisher, Sender, SourceRef,
+    FetchRequest, Part, PartInfo, PieceRef, PublishError, Published, Publisher, Sender, SourceRef,
 };
 use common::*;
 
@@ -62,7 +64,7 @@ fn sources(publishers: &[Publisher], published: &Published) -> Vec<SourceRef> {
 }
 
 /// The version that one sender which has everything would make.
-fn root_of_one(number: u64, weights: &Weights) -> anabranch_proto::version::Version {
+fn root_of_one(number: u64, weights: &Weights) -> Version {
     publish(&publisher(), number, weights).version
 }
 
@@ -121,6 +123,55 @@ fn a_sender_that_dies_is_stood_in_for_by_one_that_has_everything() {
     let staged = receiver.fetcher.fetch_blocking(&request(v, sources)).expect("fetch");
     assert_holds(staged.dir(), &weights);
     assert!(whole.sent_bytes() > 0);
+}
+
+/// As planned: the senders are the parent of both stripes, and another holder may stand in for them.
+fn planned(mut sources: Vec<SourceRef>, senders: usize, version: Version) -> FetchRequest {
+    for source in &mut sources[..senders] {
+        (source.stripes, source.origin) = (vec![0, 1], "trainer".to_owned());
+    }
+    sources[senders..].iter_mut().for_each(|source| source.fallback_for = vec![0, 1]);
+    FetchRequest { stripe_count: 2, ..request(version, sources) }
+}
+
+#[test]
+fn with_a_plan_every_chunk_comes_from_the_sender_that_has_it() {
+    let weights = Weights::new(24, 3);
+    let publishers = [publisher(), publisher(), publisher(), publisher()];
+    let parts = (0..3).map(|rank| part(&publishers[rank], 1, &weights, &shards(&weights, rank)));
+    let published = seal(parts.collect());
+    let whole = publish(&publishers[3], 1, &weights);
+    let request = planned(sources(&publishers, &published[0]), 3, whole.version);
+    let receiver = receiver();
+    let staged = receiver.fetcher.fetch_blocking(&request).expect("fetch");
+    assert_holds(staged.dir(), &weights);
+    assert_eq!(staged.report.received_bytes, whole.bytes, "every chunk came once");
+    assert_eq!(whole.sent_bytes(), 0, "nobody had to stand in");
+    let sent: Vec<u64> = published.iter().map(Published::sent_bytes).collect();
+    assert!(sent.iter().all(|bytes| *bytes > 4 << 20), "all gave: {sent:?}");
+}
+
+#[test]
+fn with_a_plan_a_senders_part_comes_from_the_stand_in_as_soon_as_it_is_lost() {
+    let weights = Weights::new(24, 4);
+    let publishers = [publisher(), publisher(), publisher()];
+    let parts = vec![
+        part(&publishers[0], 1, &weights, &tensors(&weights, |ix| ix < 13)),
+        part(&publishers[1], 1, &weights, &tensors(&weights, |ix| ix >= 13)),
+    ];
+    let published = seal(parts);
+    let whole = publish(&publishers[2], 1, &weights);
+    let dying = Proxy::start(&publishers[1].addresses()[0], Fault::DieAfter(4 << 20));
+    let mut sources = sources(&publishers, &published[0]);
+    sources[1].addrs = vec![dying.addr.to_string()];
+    let request = planned(sources, 2, whole.version);
+    let receiver = receiver();
+    let started = Instant::now();
+    let staged = receiver.fetcher.fetch_blocking(&request).expect("fetch");
+    assert_holds(staged.dir(), &weights);
+    assert!(started.elapsed() < Duration::from_secs(10), "not by the patience with a stuck stripe");
+    let (first, stand_in) = (published[0].sent_bytes(), whole.sent_bytes());
+    assert!(first > 8 << 20 && (1 << 20..14 << 20).contains(&stand_in), "{first}, {stand_in}");
 }
 
 #[test]

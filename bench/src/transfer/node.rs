@@ -213,6 +213,7 @@ impl Node {
                 grant,
                 stripes: s.stripes.clone(),
                 fallback_for: s.fallback_for.clone(),
+                origin: String::new(),
             })
         };
         let request = FetchRequest {

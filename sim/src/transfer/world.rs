@@ -227,6 +227,7 @@ impl<'a> World<'a> {
             stripe_count: feed.parents.len() as u32,
             stripes: feed.sources.iter().map(|source| source.stripes.clone()).collect(),
             fallbacks: feed.sources.iter().map(|source| source.fallback_for.clone()).collect(),
+            origins: Vec::new(),
         };
         let sources: Vec<usize> = feed.sources.iter().map(|source| at(source.holder)).collect();
         let streams = (feed.streams as usize).max(feed.parents.len());

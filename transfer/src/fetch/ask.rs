@@ -2,7 +2,7 @@
 //! parents are asked at once, since receivers that start together are each other's parents and any of them
 //! may itself still be asking; every other source only when those before it failed or are silent.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -82,12 +82,15 @@ where
     }
 }
 
-/// Who is asked together: those of this host, all planned parents, then each other one by itself.
+/// Who is asked together: those of this host, all planned parents (one of each origin: its senders know the
+/// same), then each other one by itself.
 fn waves(sources: &[SourceRef]) -> Vec<Vec<SourceRef>> {
+    let mut origins = BTreeSet::new();
     let (near, far): (Vec<_>, Vec<_>) =
         sources.iter().cloned().partition(|source| adopt::address_here(source).is_some());
+    let mut is_first = |origin: &str| origin.is_empty() || origins.insert(origin.to_owned());
     let (parents, others): (Vec<_>, Vec<_>) =
-        far.into_iter().partition(|source| !source.stripes.is_empty());
+        far.into_iter().partition(|source| !source.stripes.is_empty() && is_first(&source.origin));
     let alone = others.into_iter().map(|source| vec![source]);
     [near, parents].into_iter().chain(alone).filter(|wave| !wave.is_empty()).collect()
 }
@@ -104,16 +107,28 @@ mod tests {
             grant: Vec::new(),
             stripes: stripes.to_vec(),
             fallback_for: Vec::new(),
+            origin: String::new(),
         };
         let listed = [
             source("a", &[0]),
             source("x", &[]),
             source("b", &[1, 2]),
+            SourceRef { origin: "t".to_owned(), ..source("sender 1", &[3]) },
+            SourceRef { origin: "t".to_owned(), ..source("sender 2", &[3]) },
             source("trainer", &[]),
             SourceRef { addrs: vec!["shm:/proc/self/exe".to_owned()], ..source("here", &[]) },
         ];
         let names = |wave: Vec<SourceRef>| wave.into_iter().map(|s| s.holder).collect::<Vec<_>>();
         let asked: Vec<Vec<String>> = waves(&listed).into_iter().map(names).collect();
-        assert_eq!(asked, [vec!["here"], vec!["a", "b"], vec!["x"], vec!["trainer"]]);
+        assert_eq!(
+            asked,
+            [
+                vec!["here"],
+                vec!["a", "b", "sender 1"],
+                vec!["x"],
+                vec!["sender 2"],
+                vec!["trainer"],
+            ]
+        );
     }
 }

@@ -94,6 +94,7 @@ pub(super) fn pull(
         stripe_count: request.stripe_count,
         stripes: request.sources.iter().map(|s| s.stripes.clone()).collect(),
         fallbacks: request.sources.iter().map(|s| s.fallback_for.clone()).collect(),
+        origins: request.sources.iter().map(|s| s.origin.clone()).collect(),
     };
     let (rules, sources) = (shared.rules.queue(), request.sources.len());
     let queue = ChunkQueue::new(rules, &held, sources, &plan, Instant::now());
@@ -132,8 +133,12 @@ impl Pull {
         if !matches!(self.lock().outcome, Outcome::Running) {
             return;
         }
+        let sources = &self.request.sources;
+        // A parent's streams are not enough where it is several senders, each with a part.
+        let senders =
+            sources.iter().filter(|s| !s.origin.is_empty() && !s.stripes.is_empty()).count();
         let planned = self.request.stripe_count as usize;
-        let least = if planned > 0 { planned } else { self.request.sources.len() };
+        let least = if planned > 0 { planned.max(senders) } else { sources.len() };
         for id in 0..self.request.streams.max(least).max(1) {
             let pull = Arc::clone(self);
             let name = format!("transfer-recv-{id}");

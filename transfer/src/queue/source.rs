@@ -5,6 +5,7 @@
 //!            Live, Resting ── refused, wrong chunks too often, or all failed too often ──► Dropped{why}
 //! ```
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::QueueRules;
@@ -13,6 +14,11 @@ use crate::chunks::ChunkSet;
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) has: ChunkSet,
+    /// Chunks that it has and that are not verified here, by stripe (by none, in one number). Empty
+    /// where more is always expected of it.
+    left: Vec<u32>,
+    /// It said what it has.
+    told: bool,
     state: SourceState,
     /// Failures in a row, without a verified chunk between them.
     pub(super) strikes: u32,
@@ -37,10 +43,12 @@ enum SourceState {
 // === impl Source ===
 
 impl Source {
-    /// Of which nothing is known yet.
-    pub(super) fn new(chunks: u32) -> Source {
+    /// Of which nothing is known yet; `stripes`: 0 where more is always expected.
+    pub(super) fn new(chunks: u32, stripes: usize) -> Source {
         Source {
             has: ChunkSet::empty(chunks),
+            left: vec![0; stripes],
+            told: false,
             state: SourceState::Live,
             strikes: 0,
             wrong_chunks: 0,
@@ -69,6 +77,34 @@ impl Source {
             SourceState::Resting { until, at_need } => Some(until.min(at_need)),
             SourceState::Live => Some(now + rules.rest),
             SourceState::Dropped { .. } => None,
+        }
+    }
+
+    /// It has something for the stripe that is not verified here, or may have.
+    pub(super) fn may_give(&self, stripe: usize) -> bool {
+        self.left.get(stripe).is_none_or(|left| *left > 0 || !self.told)
+    }
+
+    /// It said that it has these chunks; `is_verified`: they are here.
+    pub(super) fn learned(&mut self, range: Range<u32>, is_verified: impl Fn(u32) -> bool) {
+        self.told = true;
+        if let count @ 1.. = self.left.len() {
+            let end = range.end.min(self.has.len());
+            for index in
+                (range.start..end).filter(|ix| !self.has.contains(*ix) && !is_verified(*ix))
+            {
+                self.left[index as usize % count] += 1;
+            }
+        }
+        self.has.insert_range(range);
+    }
+
+    /// A chunk is here, from whomever.
+    pub(super) fn note_verified(&mut self, index: u32) {
+        if let count @ 1.. = self.left.len()
+            && self.has.contains(index)
+        {
+            self.left[index as usize % count] -= 1;
         }
     }
 

@@ -1,14 +1,15 @@
-//! Stripes: chunk i belongs to stripe i modulo their number, and one source is in charge of each.
+//! Stripes: chunk i belongs to stripe i modulo their number, and one origin (a source, or several that have
+//! parts of one whole) is in charge of each.
 //!
 //! ```text
 //!   stripe:  Planned parent ── not live, or stuck ──► next of the list ── parent is well again ──► Planned
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use super::SourceId;
-use super::source::Source;
+use super::origin::{OriginId, Origins};
 
 /// The planned parents of the stripes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,28 +20,36 @@ pub struct StripePlan {
     pub stripes: Vec<Vec<u32>>,
     /// By source: the stripes that it may stand in for; it gets others only when nobody else is left.
     pub fallbacks: Vec<Vec<u32>>,
+    /// By source: what it is a part of, together with the others of that name. Empty: it is on its own.
+    pub origins: Vec<String>,
 }
 
 #[derive(Debug)]
 pub(super) struct Stripe {
     /// The planned parent, those that may stand in for it, all others.
-    order: Vec<SourceId>,
-    pub(super) charge: Option<SourceId>,
+    order: Vec<OriginId>,
+    pub(super) charge: Option<OriginId>,
     /// Chunks of it that are not verified.
     pub(super) left: u32,
     /// When it last got a chunk, or another source.
     moved: Instant,
-    /// Sources that were stuck with it, and when they may have another try.
-    stuck: BTreeMap<SourceId, Instant>,
+    /// Those that were stuck with it, and when they may have another try.
+    stuck: BTreeMap<OriginId, Instant>,
 }
 
 // === impl StripePlan ===
 
 impl StripePlan {
     /// Of at most `chunks` stripes, each with its planned parent in charge.
-    pub(super) fn stripes(&self, chunks: u32, sources: usize, now: Instant) -> Vec<Stripe> {
+    pub(super) fn stripes(
+        &self,
+        chunks: u32,
+        sources: usize,
+        origins: &Origins,
+        now: Instant,
+    ) -> Vec<Stripe> {
         let stripe = |stripe: u32| {
-            let order = self.order(stripe, sources);
+            let order = self.order(stripe, sources, origins);
             let planned = self.stripes.iter().take(sources).any(|s| s.contains(&stripe));
             let charge = order.first().copied().filter(|_| planned);
             Stripe { order, charge, left: 0, moved: now, stuck: BTreeMap::new() }
@@ -48,7 +57,7 @@ impl StripePlan {
         (0..self.stripe_count.min(chunks)).map(stripe).collect()
     }
 
-    fn order(&self, stripe: u32, sources: usize) -> Vec<SourceId> {
+    fn order(&self, stripe: u32, sources: usize, origins: &Origins) -> Vec<OriginId> {
         let named =
             |list: &[Vec<u32>], ix: usize| list.get(ix).is_some_and(|s| s.contains(&stripe));
         let tier = |ix: &usize| match named(&self.stripes, *ix) {
@@ -57,7 +66,8 @@ impl StripePlan {
         };
         let mut order: Vec<SourceId> = (0..sources).collect();
         order.sort_by_key(tier);
-        order
+        let mut seen = BTreeSet::new();
+        order.into_iter().map(|ix| origins.of(ix)).filter(|origin| seen.insert(*origin)).collect()
     }
 }
 
@@ -69,15 +79,20 @@ impl Stripe {
         self.moved = now;
     }
 
-    /// Gives it the best source there is for it now.
-    pub(super) fn review(&mut self, sources: &[Source], stuck_after: Duration, now: Instant) {
+    /// Gives it the best there is for it now.
+    pub(super) fn review(
+        &mut self,
+        is_live: impl Fn(OriginId) -> bool,
+        stuck_after: Duration,
+        now: Instant,
+    ) {
         self.stuck.retain(|_, until| *until > now);
-        if let Some(source) = self.charge
+        if let Some(origin) = self.charge
             && now.saturating_duration_since(self.moved) >= stuck_after
         {
-            self.stuck.insert(source, now + 2 * stuck_after);
+            self.stuck.insert(origin, now + 2 * stuck_after);
         }
-        let in_order = || self.order.iter().copied().filter(|ix| sources[*ix].is_live());
+        let in_order = || self.order.iter().copied().filter(|origin| is_live(*origin));
         let well = in_order().find(|ix| !self.stuck.contains_key(ix));
         // Where all are stuck, the one that was so longest ago.
         let charge = well.or_else(|| in_order().min_by_key(|ix| self.stuck.get(ix)));

@@ -175,6 +175,7 @@ fn a_dead_parents_stripe_goes_first_to_those_that_may_stand_in_for_it() {
         stripe_count: 2,
         stripes: vec![vec![0], vec![1], vec![], vec![]],
         fallbacks: vec![vec![], vec![], vec![0], vec![0, 1]],
+        ..StripePlan::default()
     };
     let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(8), 4, &plan, now);
     assert_eq!([q.assign(0, now), q.assign(1, now)], [Assign::To(0), Assign::To(1)]);
@@ -301,5 +302,159 @@ proptest! {
             prop_assert_eq!(held, q.taken.len());
             prop_assert_eq!(q.missing.count() as usize + held + verified.len(), 20);
         }
+    }
+}
+
+/// Senders of parts at 0 and 1, and at 2 one that has everything and may stand in.
+fn senders(chunks: u32, stripes: u32) -> ChunkQueue {
+    let all: Vec<u32> = (0..stripes).collect();
+    let plan = StripePlan {
+        stripe_count: stripes,
+        stripes: vec![all.clone(), all.clone(), vec![]],
+        fallbacks: vec![vec![], vec![], all],
+        origins: vec!["trainer".into(), "trainer".into(), String::new()],
+    };
+    let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(chunks), 3, &plan, Instant::now());
+    q.learned(0, &[0..chunks / 2]);
+    q.learned(1, &[chunks / 2..chunks]);
+    q.learned_all(2);
+    q
+}
+
+/// What the stream gets until it gets no chunk, verified at once.
+fn drain(q: &mut ChunkQueue, stream: StreamId, now: Instant) -> (Vec<u32>, Take) {
+    let mut got = Vec::new();
+    loop {
+        match q.take(stream, now) {
+            Take::Chunk(index) => {
+                assert!(q.verified(stream, index, now));
+                got.push(index);
+            }
+            other => return (got, other),
+        }
+    }
+}
+
+#[test]
+fn senders_of_one_origin_each_give_what_they_have_of_its_stripes() {
+    let now = Instant::now();
+    for stripes in [1, 2, 3] {
+        let mut q = senders(12, stripes);
+        assert_eq!((q.assign(0, now), q.assign(1, now)), (Assign::To(0), Assign::To(1)));
+        let (mut got, then) = drain(&mut q, 0, now);
+        got.sort_unstable();
+        assert_eq!((got, then), ((0..6).collect(), Take::Leave), "{stripes} stripes");
+        q.release(0);
+        assert_eq!(q.assign(0, now), Assign::To(1), "the first one has given all that it has");
+        let (mut got, then) = drain(&mut q, 1, now);
+        got.sort_unstable();
+        assert_eq!((got, then), ((6..12).collect(), Take::Done), "{stripes} stripes");
+    }
+}
+
+#[test]
+fn what_only_a_lost_sender_had_comes_from_the_next_of_the_list_at_once() {
+    let now = Instant::now();
+    let mut q = senders(12, 2);
+    assert_eq!((q.assign(0, now), q.assign(1, now)), (Assign::To(0), Assign::To(1)));
+    assert_eq!(q.take(1, now), Take::Chunk(6));
+    q.lost(1, now, "gone", true);
+    // The origin keeps its stripes for as long as one of its senders has something for them.
+    assert_eq!(q.assign(1, now), Assign::To(0));
+    q.release(1);
+    assert_eq!(drain(&mut q, 0, now).1, Take::Leave);
+    q.release(0);
+    assert_eq!(q.assign(0, now), Assign::To(2));
+    let (mut got, then) = drain(&mut q, 0, now);
+    got.sort_unstable();
+    assert_eq!((got, then), ((6..12).collect(), Take::Done));
+}
+
+#[test]
+fn a_sender_that_has_not_said_what_it_has_is_asked() {
+    let now = Instant::now();
+    let plan = StripePlan {
+        stripe_count: 1,
+        stripes: vec![vec![0], vec![0]],
+        origins: vec!["trainer".into(), "trainer".into()],
+        ..StripePlan::default()
+    };
+    let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(2), 2, &plan, now);
+    assert_eq!(q.assign(0, now), Assign::To(0));
+    assert_eq!(q.take(0, now), Take::Wait);
+    // It has nothing of it.
+    q.learned(0, &[]);
+    assert_eq!(q.take(0, now), Take::Leave);
+    q.release(0);
+    assert_eq!(q.assign(0, now), Assign::To(1));
+    q.learned_all(1);
+    assert_eq!(drain(&mut q, 0, now), (vec![0, 1], Take::Done));
+}
+
+#[test]
+fn without_a_plan_streams_leave_a_sender_that_has_given_all_it_has() {
+    let now = Instant::now();
+    let plan = StripePlan { origins: vec!["t".into(), "t".into()], ..StripePlan::default() };
+    let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(8), 2, &plan, now);
+    q.learned(0, &[0..2]);
+    q.learned(1, &[2..8]);
+    for stream in 0..4 {
+        assert_eq!(q.assign(stream, now), Assign::To(stream % 2));
+    }
+    assert_eq!(drain(&mut q, 0, now).1, Take::Leave);
+    assert_eq!(q.take(2, now), Take::Leave);
+    q.release(0);
+    q.release(2);
+    assert_eq!((q.assign(0, now), q.assign(2, now)), (Assign::To(1), Assign::To(1)));
+    q.lost(0, now, "reset", false);
+    assert!(matches!(q.assign(0, now), Assign::Wait(_)), "the other has nothing, this one rests");
+}
+
+proptest! {
+    /// Whatever parts there are and whoever is lost: while somebody live has a chunk, streams get it, with
+    /// no more patience than it takes to be assigned again.
+    #[test]
+    fn parts_in_any_order_give_everything_that_a_live_source_has(
+        chunks in 1u32..40,
+        stripes in 0u32..4,
+        parts in proptest::collection::vec(proptest::collection::vec(any::<bool>(), 40), 1..4),
+        lost in proptest::option::of(0usize..3),
+    ) {
+        let now = Instant::now();
+        let (senders, all): (usize, Vec<u32>) = (parts.len(), (0..stripes).collect());
+        let plan = StripePlan {
+            stripe_count: stripes,
+            stripes: vec![all.clone(); senders],
+            fallbacks: Vec::new(),
+            origins: vec!["trainer".into(); senders],
+        };
+        // The last source has everything, and is nobody's parent.
+        let mut q = ChunkQueue::new(rules(), &ChunkSet::empty(chunks), senders + 1, &plan, now);
+        for (sender, has) in parts.iter().enumerate() {
+            let one = |ix: u32| has[ix as usize].then_some(ix..ix + 1);
+            q.learned(sender, &(0..chunks).filter_map(one).collect::<Vec<_>>());
+        }
+        q.learned_all(senders);
+        if let Some(lost) = lost.filter(|lost| *lost < senders) {
+            let mut stream = 100;
+            while q.assign(stream, now) != Assign::To(lost) && stream < 110 {
+                stream += 1;
+            }
+            q.lost(stream, now, "gone", true);
+            for stream in 100..110 {
+                q.release(stream);
+            }
+        }
+        for _ in 0..4 * senders * (stripes as usize + 1) + 4 {
+            match q.assign(0, now) {
+                Assign::Done => break,
+                Assign::To(_) => {}
+                other => panic!("{other:?} while one that has everything lives"),
+            }
+            let then = drain(&mut q, 0, now).1;
+            q.release(0);
+            prop_assert!(matches!(then, Take::Leave | Take::Done), "{:?}", then);
+        }
+        prop_assert!(q.is_done());
     }
 }

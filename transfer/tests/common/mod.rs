@@ -82,7 +82,8 @@ pub fn grant(version: Version, receiver: &str) -> Vec<u8> {
 
 pub fn source(holder: &str, addr: &str, version: Version) -> SourceRef {
     let (addrs, grant) = (vec![addr.into()], grant(version, "engine-1"));
-    SourceRef { holder: holder.into(), addrs, grant, stripes: Vec::new(), fallback_for: Vec::new() }
+    let (stripes, fallback_for) = (Vec::new(), Vec::new());
+    SourceRef { holder: holder.into(), addrs, grant, stripes, fallback_for, origin: String::new() }
 }
 
 pub fn from(publisher: &Publisher, version: Version) -> SourceRef {
