@@ -285,7 +285,7 @@ fn sources(orders: &[pb::Source]) -> Vec<SourceRef> {
                 grant: order.grant.to_vec(),
                 stripes: order.stripes.clone(),
                 fallback_for: order.fallback_for.clone(),
-                origin: String::new(),
+                origin: order.origin.clone(),
             }),
         }
     }

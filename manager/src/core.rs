@@ -17,6 +17,7 @@ mod leases;
 mod loads;
 mod modes;
 mod placing;
+mod publishing;
 mod samples;
 mod trainer;
 mod weights;

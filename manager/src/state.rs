@@ -326,7 +326,7 @@ fn version_view(record: &crate::versions::VersionRecord) -> VersionView {
         state: record.state,
         bytes: record.bytes,
         settled: record.settled,
-        at_trainer: record.publisher.is_some(),
+        at_trainer: record.is_served(),
         engines: record.engines.iter().map(|(id, p)| (id.to_string(), progress(p))).collect(),
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anabranch_proto::{EngineId, Version};
+use anabranch_proto::{EngineId, Root, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
 use crate::core::event::{LoadStage, PublisherId};
@@ -39,14 +39,11 @@ impl VersionState {
 pub(crate) struct VersionRecord {
     pub version: Version,
     pub state: VersionState,
-    /// While the trainer serves it.
-    pub publisher: Option<PublisherId>,
-    /// Where it can be fetched now, but for engines.
-    pub addresses: Vec<String>,
-    /// It cannot be dialled; told to, it dials receivers.
-    pub dials: bool,
+    /// How many processes publish it together: one, or as many as the first of them said.
+    pub of: u32,
+    /// Those that came, by their number. The trainer, where nothing tells them apart.
+    pub senders: BTreeMap<u32, Sender>,
     pub directory: Option<String>,
-    pub serve_key: [u8; 32],
     pub bytes: u64,
     pub sealed: Option<Now>,
     pub settled: bool,
@@ -54,10 +51,62 @@ pub(crate) struct VersionRecord {
     pub engines: BTreeMap<EngineId, Progress>,
 }
 
+/// One process that publishes a version, with all of its chunks or a part of them.
+pub(crate) struct Sender {
+    /// While it serves the version.
+    pub publisher: Option<PublisherId>,
+    /// Where it can be fetched now.
+    pub addresses: Vec<String>,
+    /// It cannot be dialled; told to, it dials receivers.
+    pub dials: bool,
+    pub part: bool,
+    pub session: SessionId,
+    pub serve_key: [u8; 32],
+    /// Once it has sealed.
+    pub root: Option<Root>,
+}
+
 impl VersionRecord {
     /// Who has no engine to get it from may get it all the same.
     pub fn is_offered(&self) -> bool {
-        self.directory.is_some() || self.dials || !self.addresses.is_empty()
+        self.directory.is_some() || self.at_trainer()
+    }
+
+    /// What its senders serve now is all of it.
+    pub fn at_trainer(&self) -> bool {
+        let mut serve = self.senders.values().filter(|sender| sender.serves());
+        serve.clone().any(|sender| !sender.part) || serve.by_ref().count() == self.of as usize
+    }
+
+    /// One of them gives only to those that it can dial.
+    pub fn dials(&self) -> bool {
+        self.senders.values().any(|sender| sender.dials)
+    }
+
+    pub fn is_served(&self) -> bool {
+        self.publishers().next().is_some()
+    }
+
+    pub fn publishers(&self) -> impl Iterator<Item = PublisherId> {
+        self.senders.values().filter_map(|sender| sender.publisher)
+    }
+
+    pub fn sender_of(&mut self, publisher: PublisherId) -> Option<(u32, &mut Sender)> {
+        let mut senders = self.senders.iter_mut();
+        let (index, sender) = senders.find(|(_, s)| s.publisher == Some(publisher))?;
+        Some((*index, sender))
+    }
+
+    /// All of them came, and sealed.
+    pub fn is_sealed(&self) -> bool {
+        let sealed = self.senders.values().filter(|sender| sender.root.is_some());
+        sealed.count() == self.of as usize
+    }
+}
+
+impl Sender {
+    pub fn serves(&self) -> bool {
+        self.dials || !self.addresses.is_empty()
     }
 }
 
@@ -165,11 +214,14 @@ impl Versions {
         self.records.values_mut()
     }
 
-    /// The one announced (or available) by this publisher that is not sealed yet.
-    pub fn unsealed(&mut self, publisher: PublisherId) -> Option<&mut VersionRecord> {
-        self.records.values_mut().find(|record| {
-            record.publisher == Some(publisher) && record.state == VersionState::Announced
-        })
+    /// If this publisher announced it.
+    pub fn of_publisher(
+        &mut self,
+        publisher: PublisherId,
+        number: u64,
+    ) -> Option<&mut VersionRecord> {
+        let record = self.records.get_mut(&number)?;
+        record.sender_of(publisher).is_some().then_some(record)
     }
 
     /// The newest sealed version that is waiting to become current.

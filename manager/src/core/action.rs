@@ -167,6 +167,10 @@ pub struct DialOrder {
 #[derive(Clone, Debug)]
 pub struct Holder {
     pub name: String,
+    /// It has a part of what all holders of this origin have between them. Empty: it is on its own.
+    pub origin: String,
+    /// To tell it whom to dial.
+    pub publisher: Option<PublisherId>,
     pub addresses: Vec<String>,
     /// It has no address: it dials the receiver.
     pub dials: bool,

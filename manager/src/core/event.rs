@@ -289,6 +289,17 @@ pub struct Announce {
     pub bytes: u64,
     /// Every engine host can read it; then nothing is fetched.
     pub directory: Option<String>,
+    /// Where it is not the only publisher of the version.
+    pub sender: Option<SenderOf>,
+}
+
+/// One of several senders of a version, as it says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SenderOf {
+    pub index: u32,
+    pub count: u32,
+    /// It has some of the chunks only.
+    pub part: bool,
 }
 
 #[derive(Clone, Debug)]

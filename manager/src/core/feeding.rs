@@ -10,6 +10,7 @@ use super::action::Holder;
 use super::event::{LoadReport, LoadStage};
 use crate::fleet::{Engine, EngineState, Load};
 use crate::plan::{self, Feed, Image, Peer, Place};
+use crate::versions::Sender;
 
 /// Addresses that only processes of the same host can dial.
 const WITHIN_HOST: &str = "shm:";
@@ -27,8 +28,8 @@ impl Core {
         let image = Image {
             bytes: record.bytes,
             chunk_bytes: DEFAULT_CHUNK_BYTES.into(),
-            at_trainer: record.dials || !record.addresses.is_empty(),
-            trainer_dials: record.dials,
+            at_trainer: record.at_trainer(),
+            trainer_dials: record.dials(),
         };
         let wanting: BTreeSet<SessionId> = wanting.iter().copied().collect();
         let place = |engine: &Engine| match &engine.load {
@@ -65,27 +66,45 @@ impl Core {
         noticed || engine.is_labelled_preemptible()
     }
 
-    /// The feed's sources, with what the driver needs to mint grants.
+    /// The feed's sources, with what the driver needs to mint grants. The trainer is one for each sender.
     pub(super) fn holders(&self, feed: &Feed, version: Version) -> Vec<Holder> {
-        let holder = |source: &plan::Source| match source.holder {
-            plan::Holder::Peer(session) => self.engines.get(&session).map(|engine| Holder {
-                name: engine.id.to_string(),
-                addresses: engine.hello.addresses.clone(),
-                dials: false,
-                serve_key: engine.serve_key,
-                stripes: source.stripes.clone(),
-                fallback_for: source.fallback_for.clone(),
-            }),
-            plan::Holder::Trainer => self.versions.find(version).map(|record| Holder {
-                name: TRAINER.into(),
-                addresses: record.addresses.clone(),
-                dials: record.dials,
-                serve_key: record.serve_key,
-                stripes: source.stripes.clone(),
-                fallback_for: source.fallback_for.clone(),
-            }),
+        let holders = |source: &plan::Source| match source.holder {
+            plan::Holder::Peer(session) => self.peer_holder(session, source).into_iter().collect(),
+            plan::Holder::Trainer => self.trainer_holders(version, source),
         };
-        feed.sources.iter().filter_map(holder).collect()
+        feed.sources.iter().flat_map(holders).collect()
+    }
+
+    fn peer_holder(&self, session: SessionId, source: &plan::Source) -> Option<Holder> {
+        self.engines.get(&session).map(|engine| Holder {
+            name: engine.id.to_string(),
+            origin: String::new(),
+            publisher: None,
+            addresses: engine.hello.addresses.clone(),
+            dials: false,
+            serve_key: engine.serve_key,
+            stripes: source.stripes.clone(),
+            fallback_for: source.fallback_for.clone(),
+        })
+    }
+
+    fn trainer_holders(&self, version: Version, source: &plan::Source) -> Vec<Holder> {
+        let Some(record) = self.versions.find(version) else { return Vec::new() };
+        let several = record.of > 1;
+        let holder = |(index, sender): (&u32, &Sender)| Holder {
+            name: match several {
+                true => format!("{TRAINER} {}/{}", index + 1, record.of),
+                false => TRAINER.to_owned(),
+            },
+            origin: if several { TRAINER.to_owned() } else { String::new() },
+            publisher: sender.publisher,
+            addresses: sender.addresses.clone(),
+            dials: sender.dials,
+            serve_key: sender.serve_key,
+            stripes: source.stripes.clone(),
+            fallback_for: source.fallback_for.clone(),
+        };
+        record.senders.iter().filter(|(_, sender)| sender.serves()).map(holder).collect()
     }
 
     /// By stripe, as people know them.

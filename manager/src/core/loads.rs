@@ -7,7 +7,7 @@ use anabranch_proto::{EngineId, OrderId, SampleId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Action, DialOrder, LoadOrder, Notice};
+use super::action::{Action, DialOrder, Holder, LoadOrder, Notice};
 use super::event::{LoadReport, LoadStage, ProbeResult, Verdict};
 use super::timer::Timer;
 use crate::fleet::{EngineState, Load};
@@ -129,7 +129,7 @@ impl Core {
 
     /// Told once: it is found again at every event until somebody has the version.
     fn no_path(&mut self, session: SessionId, version: Version) {
-        let dials = self.versions.find(version).is_some_and(|r| r.dials && r.publisher.is_some());
+        let dials = self.versions.find(version).is_some_and(|r| r.dials() && r.is_served());
         let why = match dials {
             true => {
                 "the trainer can only dial, and neither this engine nor one that has the version has a listener \
@@ -168,9 +168,8 @@ impl Core {
         let reference = self.reference_probe(session, version);
         let job = self.job.as_ref().expect("order_loads has checked it");
         let (job_name, on_running) = (job.name.clone(), job.on_running);
-        if let Some(dialling) = sources.iter().find(|source| source.dials) {
-            let (source, streams) = (dialling.name.clone(), feed.streams);
-            self.order_dial(session, order, version, source, streams);
+        for dialling in sources.iter().filter(|source| source.dials) {
+            self.order_dial(session, order, version, dialling, feed.streams);
         }
         let engine = self.engines.get_mut(&session).expect("it is in the wave");
         let receiver = engine.id.clone();
@@ -217,14 +216,14 @@ impl Core {
         session: SessionId,
         nonce: OrderId,
         version: Version,
-        source: String,
+        source: &Holder,
         streams: u32,
     ) {
         let (Some(engine), Some(job)) = (self.engines.get(&session), &self.job) else { return };
-        let Some(publisher) = self.versions.find(version).and_then(|r| r.publisher) else { return };
+        let Some(publisher) = source.publisher else { return };
         let order = DialOrder {
             publisher,
-            source,
+            source: source.name.clone(),
             receiver: engine.id.clone(),
             addresses: engine.hello.addresses.clone(),
             serve_key: engine.serve_key,

@@ -12,6 +12,7 @@ use super::event::*;
 use crate::ledger::{Fact, Finished};
 
 mod feeding;
+mod senders;
 
 /// A core with one job, whose actions are collected.
 struct Bench {
@@ -26,6 +27,12 @@ impl Bench {
         let now = Now::from_millis(1);
         let core = Core::new(CoreConfig::default(), now);
         let mut bench = Self { core, now, next: 0, trainer: SessionId(0) };
+        bench.trainer = bench.open();
+        bench
+    }
+
+    /// A session of the job's trainer, or of another rank of it.
+    fn open(&mut self) -> SessionId {
         let open = OpenJob {
             job: "job".into(),
             epoch: 0,
@@ -38,13 +45,12 @@ impl Bench {
             seed: 1,
             rolling: None,
         };
-        let actions = bench.tell(Event::JobOpened { open: Box::new(open), reply: ReplyTo(1) });
+        let actions = self.tell(Event::JobOpened { open: Box::new(open), reply: ReplyTo(1) });
         let opened = actions.into_iter().find_map(|action| match action {
             Action::Reply { answer: Answer::Opened { session, .. }, .. } => Some(session),
             _ => None,
         });
-        bench.trainer = opened.expect("the job opens");
-        bench
+        opened.expect("the job opens")
     }
 
     fn tell(&mut self, event: Event) -> Vec<Action> {
@@ -226,7 +232,15 @@ fn a_version_in_files_outlives_its_trainer_and_is_taken_up_again() {
         let announce = |bench: &Bench| {
             let (addresses, directory) = (addresses.clone(), directory.clone());
             let session = bench.trainer;
-            Box::new(Announce { session, version, addresses, dials: false, bytes: 1, directory })
+            Box::new(Announce {
+                session,
+                version,
+                addresses,
+                dials: false,
+                bytes: 1,
+                directory,
+                sender: None,
+            })
         };
         let (publisher, reply) = (PublisherId(1), ReplyTo(3));
         let told = announce(&bench);
@@ -265,6 +279,7 @@ fn a_version_waits_for_samples_whose_first_tokens_may_be_on_their_way() {
         dials: false,
         bytes: 1,
         directory: None,
+        sender: None,
     };
     let publisher = PublisherId(1);
     let announce = Box::new(announce);

@@ -1,139 +1,15 @@
-//! Weight versions: announced, sealed, made current, settled, retired.
-
-use std::collections::BTreeMap;
+//! Weight versions: made current, settled, retired, attested. How they come is in `publishing`.
 
 use anabranch_proto::{EngineId, GroupId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
 use super::action::{Action, Answer, FailKind, Notice, OnEngine, VersionStatus};
-use super::event::{Announce, LoadStage, OnExceed, PublisherId, ReplyTo};
+use super::event::{LoadStage, OnExceed, ReplyTo};
 use crate::fleet::EngineState;
 use crate::versions::{Progress, VersionRecord, VersionState};
 
 impl Core {
-    pub(super) fn announce(
-        &mut self,
-        now: Now,
-        publisher: PublisherId,
-        announce: Announce,
-        reply: ReplyTo,
-    ) {
-        let epoch = match self.job_of(announce.session) {
-            Ok(job) => job.epoch,
-            Err((kind, why)) => return self.fail(reply, kind, why),
-        };
-        self.trainer_heard(now);
-        let mut version = announce.version;
-        version.epoch = epoch;
-        if let Some(why) = self.published_elsewhere(publisher, &announce) {
-            return self.fail(reply, FailKind::BadRequest, why);
-        }
-        // Its old stream may not be known to be lost yet: the same addresses are the same trainer.
-        let orphan = self
-            .versions
-            .get(version.number)
-            .is_some_and(|r| r.publisher.is_none() || is_at(r, &announce));
-        if let (false, Err(why)) = (orphan, self.versions.check(version)) {
-            return self.fail(reply, FailKind::BadRequest, why.to_string());
-        }
-        if announce.addresses.is_empty() && !announce.dials && announce.directory.is_none() {
-            let why = "nothing to fetch from: give data-plane addresses, a trainer that dials, or a directory every engine host can read";
-            return self.fail(reply, FailKind::BadRequest, why);
-        }
-        let bytes = announce.bytes;
-        if orphan {
-            return self.adopt_version(publisher, announce, reply);
-        }
-        self.versions.insert(VersionRecord {
-            version,
-            state: VersionState::Announced,
-            publisher: Some(publisher),
-            addresses: announce.addresses,
-            dials: announce.dials,
-            directory: announce.directory,
-            serve_key: self.config.serve_key("trainer", announce.session.0),
-            bytes,
-            sealed: None,
-            settled: false,
-            engines: BTreeMap::new(),
-        });
-        self.tell(Notice::VersionAnnounced { version, bytes });
-        self.reply(reply, Answer::Done);
-    }
-
-    /// Another trainer is at it with the same number.
-    fn published_elsewhere(&self, publisher: PublisherId, announce: &Announce) -> Option<String> {
-        let record = self.versions.get(announce.version.number)?;
-        let other = record.publisher.filter(|other| *other != publisher)?;
-        (!is_at(record, announce)).then(|| {
-            format!(
-                "{} is published by another trainer already (stream {}, at {}); this one is at {} (session {}). Are \
-                 there two trainers with the same job? Stop one, or open the job with a higher epoch",
-                record.version,
-                other.0,
-                named(&record.addresses),
-                named(&announce.addresses),
-                announce.session.0
-            )
-        })
-    }
-
-    /// The trainer's link broke and it is back with a version that we know: it serves it again.
-    fn adopt_version(&mut self, publisher: PublisherId, announce: Announce, reply: ReplyTo) {
-        let serve_key = self.config.serve_key("trainer", announce.session.0);
-        if let Some(record) = self.versions.get_mut(announce.version.number) {
-            record.publisher = Some(publisher);
-            record.addresses = announce.addresses;
-            record.dials = announce.dials;
-            record.directory = announce.directory;
-            record.serve_key = serve_key;
-        }
-        self.reply(reply, Answer::Done);
-    }
-
-    pub(super) fn seal(
-        &mut self,
-        now: Now,
-        publisher: PublisherId,
-        version: Version,
-        reply: ReplyTo,
-    ) {
-        let again = self
-            .versions
-            .find(version)
-            .is_some_and(|r| r.publisher == Some(publisher) && r.state != VersionState::Announced);
-        if again {
-            return self.reply(reply, Answer::Done);
-        }
-        let Some(record) = self.versions.unsealed(publisher) else {
-            let why = "seal without an announced version on this stream";
-            return self.fail(reply, FailKind::BadRequest, why);
-        };
-        record.version.root = version.root;
-        record.state = VersionState::Available;
-        record.sealed = Some(now);
-        let version = record.version;
-        self.tell(Notice::VersionAvailable { version });
-        self.reply(reply, Answer::Done);
-    }
-
-    /// The trainer does not serve its versions any more. Peers that have them still do, and what lies in
-    /// files is read without it.
-    pub(super) fn lose_publisher(&mut self, _now: Now, publisher: PublisherId) {
-        if let Some(record) = self.versions.unsealed(publisher) {
-            let number = record.version.number;
-            self.versions.remove(number);
-        }
-        for record in self.versions.iter_mut() {
-            if record.publisher == Some(publisher) {
-                record.publisher = None;
-                record.dials = false;
-                record.addresses.retain(|addr| addr.starts_with(EXPORTED));
-            }
-        }
-    }
-
     /// The newest sealed version becomes current, unless that would make unfinished groups too old and the
     /// job said to wait for them.
     pub(super) fn advance_current(&mut self, now: Now) {
@@ -257,9 +133,11 @@ impl Core {
 
     pub(super) fn tell_publisher(&mut self, version: Version) {
         let Some(record) = self.versions.get(version.number) else { return };
-        let Some(publisher) = record.publisher else { return };
+        let publishers: Vec<_> = record.publishers().collect();
         let status = status_of(record);
-        self.act(Action::TellPublisher { publisher, status });
+        for publisher in publishers {
+            self.act(Action::TellPublisher { publisher, status: status.clone() });
+        }
     }
 
     /// A holder is gone; a version that nobody has any more is retired.
@@ -327,18 +205,6 @@ impl Core {
         self.reply(reply, Answer::Done);
     }
 }
-
-fn is_at(record: &VersionRecord, announce: &Announce) -> bool {
-    let in_place = announce.directory.is_some() && record.directory == announce.directory;
-    in_place || (record.addresses == announce.addresses && !announce.addresses.is_empty())
-}
-
-fn named(addresses: &[String]) -> String {
-    if addresses.is_empty() { "no address".to_owned() } else { addresses.join(", ") }
-}
-
-/// Addresses of exported versions, which need no trainer.
-const EXPORTED: &str = "file:";
 
 pub(crate) fn status_of(record: &VersionRecord) -> VersionStatus {
     let on_engine = |(engine, p): (&EngineId, &Progress)| OnEngine {

@@ -169,6 +169,7 @@ fn sources(order: &LoadOrder) -> Vec<pb::Source> {
             holder: holder.name.clone(),
             stripes: holder.stripes.clone(),
             fallback_for: holder.fallback_for.clone(),
+            origin: holder.origin.clone(),
         };
         match holder.dials {
             true => vec![source(&String::new())],

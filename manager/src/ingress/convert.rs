@@ -11,7 +11,7 @@ use super::check::{Invalid, field, name, number, optional_word, word};
 use crate::agent_link::model;
 use crate::core::event::{
     Announce, CancelWhat, Convention, NewGroup, OnExceed, OnRunning, OpenJob, Pack, Sampling,
-    Shard, Staleness,
+    SenderOf, Shard, Staleness,
 };
 
 /// Where the trainer does not say how long it may be away.
@@ -244,8 +244,24 @@ pub(super) fn announce(
         }
         _ => super::check::words("begin.addresses", &begin.addresses)?,
     }
-    let (addresses, dials) = (begin.addresses, begin.dials);
-    Ok(Announce { session, version, addresses, dials, bytes: begin.bytes, directory })
+    let sender = begin.sender.map(|of| sender(of, directory.is_some())).transpose()?;
+    let (addresses, dials, bytes) = (begin.addresses, begin.dials, begin.bytes);
+    Ok(Announce { session, version, addresses, dials, bytes, directory, sender })
+}
+
+/// More senders than this are a mistake.
+const MOST_SENDERS: u32 = 1024;
+
+fn sender(of: pb::publish_part::Sender, in_place: bool) -> Result<SenderOf, Invalid> {
+    let pb::publish_part::Sender { index, count, part } = of;
+    if index >= count || count > MOST_SENDERS {
+        let what = format!("number {index} (from 0) of {count}; at most {MOST_SENDERS}");
+        return Err(field("begin.sender", what));
+    }
+    if in_place {
+        return Err(field("begin.sender", "a directory that is loaded in place has one publisher"));
+    }
+    Ok(SenderOf { index, count, part })
 }
 
 pub(super) fn version(at: &str, wire: pb::Version) -> Result<Version, Invalid> {

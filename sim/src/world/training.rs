@@ -108,6 +108,7 @@ impl World {
             dials: false,
             bytes: 1 << 20,
             directory: None,
+            sender: None,
         };
         let reply = self.ask(Waiting::Announce { version });
         self.post(Event::VersionAnnounced { publisher, announce: Box::new(announce), reply });

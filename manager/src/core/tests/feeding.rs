@@ -49,6 +49,7 @@ impl Rollout {
             dials: false,
             bytes: 512 * MIB,
             directory: None,
+            sender: None,
         };
         change(&mut announce);
         let (publisher, announce) = (PublisherId(self.number), Box::new(announce));
@@ -273,6 +274,7 @@ fn a_second_trainer_with_the_same_number_is_told_of_the_first() {
         dials: false,
         bytes: 256 * MIB,
         directory: None,
+        sender: None,
     });
     let publisher = PublisherId(77);
     let event = Event::VersionAnnounced { publisher, announce, reply: ReplyTo(9) };
