@@ -8,7 +8,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anabranch_proto::{Root, Version, pb};
-use anabranch_transfer::{FeedOrder, Publisher};
+use anabranch_transfer::{FeedOrder, Publisher, Sender};
 use bytes::Bytes;
 use pb::publish_event::Kind as In;
 use pb::publish_part::Kind as Out;
@@ -37,6 +37,8 @@ pub(crate) struct Offer {
     pub number: u64,
     pub bytes: u64,
     pub source: Source,
+    /// It has some of the chunks only.
+    pub part: bool,
     pub sealing: Sealing,
 }
 
@@ -51,6 +53,8 @@ pub(crate) struct Announcement {
     /// Weak: the job owns this task.
     job: Weak<Inner>,
     source: Source,
+    /// Where there are several.
+    sender: Option<pb::publish_part::Sender>,
     /// Receivers cannot reach it.
     dials: bool,
     number: u64,
@@ -74,9 +78,14 @@ impl Source {
 
 impl Announcement {
     pub(crate) fn new(job: &Job, offer: Offer, progress: watch::Sender<Progress>) -> Self {
-        let Offer { number, bytes, source, sealing } = offer;
+        let Offer { number, bytes, source, part, sealing } = offer;
+        let sender =
+            job.config().weights.sender.filter(|_| !matches!(source, Source::Directory(_)));
+        let sender =
+            sender.map(|Sender { index, count }| pb::publish_part::Sender { index, count, part });
         Self {
             job: job.downgrade(),
+            sender,
             dials: source.dials(job),
             source,
             number,
@@ -129,11 +138,15 @@ impl Announcement {
 
     fn begin(&self) -> pb::PublishPart {
         let version = Version { epoch: self.epoch, number: self.number, root: Root::default() };
-        let (addresses, directory) = match &self.source {
+        let (mut addresses, directory) = match &self.source {
             Source::Publisher(_) if self.dials => (Vec::new(), String::new()),
             Source::Publisher(publisher) => (publisher.addresses(), String::new()),
             Source::Directory(path) => (Vec::new(), path.clone()),
         };
+        if self.sender.is_some_and(|sender| sender.part) {
+            // What is no whole is not passed on as memory.
+            addresses.retain(|addr| !addr.starts_with("shm:"));
+        }
         let begin = pb::publish_part::Begin {
             session: self.session,
             version: Some(pb::Version { root: Bytes::new(), ..version.into() }),
@@ -142,6 +155,7 @@ impl Announcement {
             directory,
             dials: self.dials,
             bytes: self.bytes,
+            sender: self.sender,
             ..Default::default()
         };
         pb::PublishPart { kind: Some(Out::Begin(begin)) }

@@ -7,6 +7,8 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anabranch_proto::{Version, pb};
+use anabranch_transfer::layout::TensorSpec;
+use anabranch_transfer::{PieceRef, Publisher};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -15,6 +17,7 @@ use crate::config::{JobConfig, millis};
 use crate::consume::{Consumer, Pack, Shard, Window};
 use crate::error::{Error, Failure};
 use crate::group::{Group, SubmitResult};
+use crate::part::{NamedPiece, Part};
 use crate::publish::{NamedTensor, Publications, Published, Weights};
 use crate::submit::Pending;
 use crate::trajectory::version;
@@ -249,6 +252,32 @@ impl Job {
         self.inner.publications.publish_in_place(self, number, path).await
     }
 
+    /// Publishes what this process has of version `number`: one of the senders that the job was opened with
+    /// ([`crate::WeightServer::sender`]). `layout` are all tensors, the same at every sender in the same
+    /// order. See [`Part`] for how it goes on.
+    pub async fn publish_part(
+        &self,
+        number: u64,
+        layout: Vec<TensorSpec>,
+        pieces: Vec<NamedPiece>,
+    ) -> Result<Part, Error> {
+        let write = move |publisher: &Publisher| {
+            let pieces: Vec<PieceRef<'_>> = pieces.iter().map(NamedPiece::borrow).collect();
+            publisher.publish_part(number, &layout, &pieces)
+        };
+        Part::new(self, number, self.inner.publications.publish_part(self, number, write)).await
+    }
+
+    /// Publishes this sender's share of a safetensors directory that all senders see: whole tensors, in
+    /// about equal bytes.
+    pub async fn publish_directory_part(&self, number: u64, path: &Path) -> Result<Part, Error> {
+        let sender = Part::sender(self, number)?;
+        let path = path.to_owned();
+        let write =
+            move |publisher: &Publisher| publisher.publish_directory_part(number, &path, sender);
+        Part::new(self, number, self.inner.publications.publish_part(self, number, write)).await
+    }
+
     /// Ends this trainer's session; `cancel_running` also gives up what is still open.
     pub async fn close(self, cancel_running: bool) -> Result<(), Error> {
         self.inner.closed.cancel();
@@ -275,6 +304,10 @@ impl Job {
 
     pub(crate) fn upgrade(weak: &Weak<Inner>) -> Option<Self> {
         weak.upgrade().map(|inner| Self { inner })
+    }
+
+    pub(crate) fn publications(&self) -> &Publications {
+        &self.inner.publications
     }
 
     pub(crate) fn client(&self) -> &Client {

@@ -38,6 +38,7 @@ mod consume;
 mod trajectory;
 // weights
 mod announce;
+mod part;
 mod publish;
 mod versions;
 
@@ -45,13 +46,15 @@ pub use anabranch_proto::Version;
 pub use anabranch_proto::manifest::DType;
 pub use anabranch_proto::pb::Model;
 
-pub use anabranch_transfer::LinkKind;
+pub use anabranch_transfer::layout::TensorSpec;
+pub use anabranch_transfer::{LinkKind, Sender};
 pub use client::{Client, Trainer};
 pub use config::{Convention, JobConfig, OnExceed, OnRunning, Resume, Roll, Staleness};
 pub use consume::{Advice, Batch, Consumer, Delivery, Pack, Shard, Short, StepDone, Window};
 pub use error::Error;
 pub use group::{Group, Outcome, SubmitResult};
 pub use job::{Cancelled, Job, Mode, PerEngine, Which};
+pub use part::{NamedPiece, Part};
 pub use publish::{NamedTensor, Published, Shm, WeightServer};
 pub use sampling::{Replay, Sampling};
 pub use trajectory::{AttestedBy, Column, Finish, Span, Trajectory};

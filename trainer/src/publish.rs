@@ -18,7 +18,8 @@ use anabranch_proto::manifest::DType;
 use anabranch_transfer::checkpoint::Checkpoint;
 use anabranch_transfer::directory::{ReadOptions, index_directory};
 use anabranch_transfer::{
-    LinkKind, PublishError, Publisher, PublisherConfig, Publishing, ShmArena, TensorRef,
+    LinkKind, PublishError, Publisher, PublisherConfig, Publishing, PublishingPart, Sender,
+    ShmArena, TensorRef,
 };
 use bytes::Bytes;
 use tokio::sync::{Mutex, watch};
@@ -60,6 +61,9 @@ pub struct WeightServer {
     /// Also write each version into this directory of a shared file system, for engines that reach no
     /// socket of this process, or outlive it. They must see it under the same path.
     pub export: Option<PathBuf>,
+    /// This process is one of several that publish each version of the job together, each from its own host
+    /// or NIC: with all of the tensors ([`Job::publish`] and the like) or with a part ([`Job::publish_part`]).
+    pub sender: Option<Sender>,
 }
 
 /// Whether receivers of this host take the memory over instead of copying it.
@@ -145,11 +149,40 @@ impl Publications {
             sealed.map(|p| p.version).map_err(|error| error.to_string())
         };
         let source = Source::Publisher(publisher);
-        Ok(state.follow(
-            job,
-            Offer { number, bytes, source, sealing: Box::pin(sealing) },
-            copied_in,
-        ))
+        let offer = Offer { number, bytes, source, part: false, sealing: Box::pin(sealing) };
+        Ok(state.follow(job, offer, copied_in))
+    }
+
+    /// Copies a part; nobody is told of it before it is sealed.
+    pub(crate) async fn publish_part(
+        &self,
+        job: &Job,
+        number: u64,
+        write: impl FnOnce(&Publisher) -> Result<PublishingPart, PublishError> + Send + 'static,
+    ) -> Result<PublishingPart, Error> {
+        check_number(number)?;
+        let mut state = self.state.lock().await;
+        let publisher = state.publisher(job).await?;
+        while state.announced.len() > 1 {
+            state.announced.pop_front();
+        }
+        let written = spawn_blocking(move || write(&publisher)).await;
+        written.map_err(|error| failed(number, error))?.map_err(|error| failed(number, error))
+    }
+
+    /// Of a part that this process lends from now on.
+    pub(crate) async fn publish_sealed(
+        &self,
+        job: &Job,
+        version: Version,
+        bytes: u64,
+        copied_in: Duration,
+    ) -> Result<Published, Error> {
+        let mut state = self.state.lock().await;
+        let source = Source::Publisher(state.publisher(job).await?);
+        let sealing = Box::pin(std::future::ready(Ok(version)));
+        let offer = Offer { number: version.number, bytes, source, part: true, sealing };
+        Ok(state.follow(job, offer, copied_in))
     }
 
     /// Nothing is copied or served: engines read the directory.
@@ -183,7 +216,7 @@ impl Publications {
         };
         let source = Source::Directory(directory);
         let mut state = self.state.lock().await;
-        let offer = Offer { number, bytes, source, sealing: Box::pin(sealing) };
+        let offer = Offer { number, bytes, source, part: false, sealing: Box::pin(sealing) };
         Ok(state.follow(job, offer, started.elapsed()))
     }
 
@@ -200,7 +233,7 @@ fn check_number(number: u64) -> Result<(), Error> {
     }
 }
 
-fn failed(number: u64, error: impl ToString) -> Error {
+pub(crate) fn failed(number: u64, error: impl ToString) -> Error {
     Error::Publish { number, why: error.to_string() }
 }
 
@@ -234,7 +267,7 @@ impl State {
 
 fn publisher_config(job: &Job) -> Result<PublisherConfig, Error> {
     let config = job.config();
-    let WeightServer { listen, advertise, links, dials, hash_threads, single, shm, export } =
+    let WeightServer { listen, advertise, links, dials, hash_threads, single, shm, export, sender } =
         config.weights.clone();
     let listen = match listen {
         None if dials => SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
@@ -247,6 +280,14 @@ fn publisher_config(job: &Job) -> Result<PublisherConfig, Error> {
         )));
     }
     let hash_threads = hash_threads.max(1);
+    let shm = match (shm, sender) {
+        // Several senders may well be on one host.
+        (Shm::Auto, Some(Sender { index, .. })) => {
+            let scope = format!("{} sender {index}", job.client().manager());
+            Shm::AutoAt { scope }
+        }
+        (shm, _) => shm,
+    };
     let shm = match shm {
         Shm::Auto => Some(ShmArena::of_job(&config.job, job.client().manager())),
         Shm::AutoAt { scope } => Some(ShmArena::of_job(&config.job, &scope)),
@@ -289,6 +330,7 @@ impl Default for WeightServer {
             single: false,
             shm: Shm::Auto,
             export: None,
+            sender: None,
         }
     }
 }

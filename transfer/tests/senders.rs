@@ -230,15 +230,15 @@ fn parts_that_do_not_make_one_version_name_senders_and_tensors() {
     let mut other = Weights::new(6, 5);
     other.tensors[3].3[70_000] ^= 1;
     let text = refused(vec![half(0, 2, &weights, &|ix| ix < 4), half(1, 2, &other, &|ix| ix >= 3)]);
-    assert!(text.contains("senders 0 and 1 both have bytes of `layers.2.weight`"), "{text}");
+    assert!(text.contains("senders 1 and 2 both have bytes of `layers.2.weight`"), "{text}");
     // Another layout, another number.
     let longer = Weights::new(7, 5);
     let text =
         refused(vec![half(0, 3, &weights, &|ix| ix < 4), half(1, 3, &longer, &|ix| ix >= 4)]);
-    assert!(text.contains("sender 1 has another layout (9 tensors"), "{text}");
+    assert!(text.contains("sender 2 has another layout (9 tensors"), "{text}");
     let text =
         refused(vec![half(0, 4, &weights, &|ix| ix < 4), half(1, 5, &weights, &|ix| ix >= 4)]);
-    assert!(text.contains("sender 1 has a part of version 1.5, sender 0"), "{text}");
+    assert!(text.contains("sender 2 has a part of version 1.5, sender 1"), "{text}");
     // Somebody else's list.
     let stray = half(0, 6, &weights, &|ix| ix < 4);
     let error = stray.seal(&[]).err().expect("refused").to_string();

@@ -2,17 +2,24 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use anabranch_proto::Root;
 use anabranch_runtime::Exit;
 use anabranch_runtime::signal::ShutdownSignals;
-use anabranch_trainer::{JobConfig, LinkKind, Published, Shm, VersionState, VersionStatus};
+use anabranch_trainer::{
+    JobConfig, LinkKind, Part, Published, Sender, Shm, VersionState, VersionStatus,
+};
 use serde_json::json;
 
 use crate::failure::{Failure, OrExit, Outcome};
 use crate::link::ManagerArgs;
 use crate::progress::Progress;
+
+mod exchange;
+
+use exchange::Exchange;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -50,6 +57,16 @@ pub struct Args {
     /// this host
     #[arg(long)]
     export: Option<PathBuf>,
+    /// One of several processes that publish the version together, each from its own host or NIC: the K-th of
+    /// N, with a share of DIR's tensors (see --exchange), or with all of them (--whole)
+    #[arg(long, value_name = "K/N", conflicts_with = "once")]
+    sender: Option<SenderOf>,
+    /// This sender has all of the tensors, as the others do
+    #[arg(long, requires = "sender")]
+    whole: bool,
+    /// A directory that all senders see: what each must know of the others' shares goes through it
+    #[arg(long, value_name = "DIR", requires = "sender", conflicts_with_all = ["whole", "export"])]
+    exchange: Option<PathBuf>,
     /// Give up after so many seconds
     #[arg(long, default_value_t = 3600)]
     timeout: u64,
@@ -58,9 +75,18 @@ pub struct Args {
     json: bool,
 }
 
+/// K/N, K from 1.
+#[derive(Clone, Copy, Debug)]
+struct SenderOf(Sender);
+
 pub async fn run(args: Args) -> Outcome {
     if !args.dir.is_dir() {
         return Err(Failure::usage(format!("{} is not a directory", args.dir.display())));
+    }
+    if args.sender.is_some() && !args.whole && args.exchange.is_none() {
+        let text =
+            "--sender needs --exchange DIR, or --whole where every sender publishes all of it";
+        return Err(Failure::usage(text.to_owned()));
     }
     let mut signals = ShutdownSignals::install().or_exit(Exit::Io)?;
     let mut config = JobConfig { epoch: args.epoch, ..JobConfig::new(&args.job) };
@@ -70,6 +96,7 @@ pub async fn run(args: Args) -> Outcome {
     config.weights.dials = args.dial_out;
     config.weights.export = args.export.clone();
     config.weights.single = true;
+    config.weights.sender = args.sender.map(|SenderOf(sender)| sender);
     // Several of these may serve versions of one job at a time, each from memory of its own.
     let scope = format!("{} {}", args.manager.manager, std::process::id());
     config.weights.shm = Shm::AutoAt { scope };
@@ -78,11 +105,30 @@ pub async fn run(args: Args) -> Outcome {
         Some(number) => number,
         None => job.opened_at().await.number + 1,
     };
-    let published = match args.once {
-        true => job.publish_in_place(number, &args.dir).await?,
-        false => job.publish_directory(number, &args.dir).await?,
+    // What it told goes away with it: by then all have sealed.
+    let mut told = None;
+    let published = match (&args.exchange, args.sender) {
+        (Some(dir), Some(SenderOf(sender))) => {
+            let within = Duration::from_secs(args.timeout);
+            let part = job.publish_directory_part(number, &args.dir).await?;
+            if !args.json {
+                eprintln!("version {number}: {}", said_of_part(&part));
+            }
+            let exchange = Exchange::new(dir, &args.job, args.epoch, number, sender);
+            told = Some(exchange.tell(part.info())?);
+            let infos = tokio::select! {
+                infos = exchange.gather(within) => infos?,
+                signal = signals.recv() => {
+                    let text = format!("{signal}: version {number} was not published");
+                    return Err(Failure::new(Exit::TryAgain, text));
+                }
+            };
+            part.seal(&infos).await?
+        }
+        _ if args.once => job.publish_in_place(number, &args.dir).await?,
+        _ => job.publish_directory(number, &args.dir).await?,
     };
-    if !args.json {
+    if !args.json && told.is_none() {
         eprintln!("version {number}: {}", said_of(&published, args.once));
     }
     if args.detach {
@@ -100,6 +146,7 @@ pub async fn run(args: Args) -> Outcome {
         }
     };
     let status = ended?;
+    drop(told);
     job.close(false).await?;
     finish(&status, number, args.json)
 }
@@ -110,6 +157,15 @@ fn said_of(published: &Published, once: bool) -> String {
         true => format!("{mib:.1} MiB, loaded from where they are"),
         false => format!("{mib:.1} MiB, snapshot in {:.0?}", published.copied_in),
     }
+}
+
+fn said_of_part(part: &Part) -> String {
+    let mib = |bytes| bytes as f64 / f64::from(1 << 20);
+    let (mine, all) = (mib(part.bytes), mib(part.image_bytes));
+    format!(
+        "{mine:.1} of {all:.1} MiB, snapshot in {:.0?}; waiting for the other senders",
+        part.copied_in
+    )
 }
 
 /// The version needs us no more once the manager knows it.
@@ -186,4 +242,21 @@ fn finish(status: &VersionStatus, number: u64, as_json: bool) -> Outcome {
         eprintln!("version {number} {word}");
     }
     Ok(if failed.is_empty() && status.settled { Exit::Ok } else { Exit::Failed })
+}
+
+// === impl SenderOf ===
+
+impl FromStr for SenderOf {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |part: &str| part.parse::<u32>().ok();
+        let parsed = text.split_once('/').and_then(|(k, n)| Some((number(k)?, number(n)?)));
+        match parsed {
+            Some((k, count)) if (1..=count).contains(&k) => {
+                Ok(Self(Sender { index: k - 1, count }))
+            }
+            _ => Err(format!("{text:?} is not K/N with K from 1 to N, such as 2/4")),
+        }
+    }
 }

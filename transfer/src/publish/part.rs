@@ -250,7 +250,7 @@ impl Part {
     }
 
     /// Makes the version out of what all senders told, this one too, in the same order everywhere (errors
-    /// number them from 0), and lends what is here of it.
+    /// number them from 1), and lends what is here of it.
     pub fn seal(self, parts: &[PartInfo]) -> Result<Published, PartError> {
         let Part { info, layout, held, epoch, number, sealer, started, last } = self;
         let joined = join(&layout, &info, parts)?;

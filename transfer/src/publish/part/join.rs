@@ -17,13 +17,15 @@ pub(super) struct Joined {
     pub assembled: BTreeMap<u32, Vec<u8>>,
 }
 
-/// Why the parts do not make one version. Senders are numbered as in the list.
+/// Why the parts do not make one version. Senders are numbered as in the list, in texts from 1.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PartError {
     #[error("what this sender tells is not among the {senders} given")]
     NotAmong { senders: usize },
     #[error(
-        "sender {sender} has a part of version {epoch}.{number}, sender {us} (this one) of {our_epoch}.{our_number}"
+        "sender {} has a part of version {epoch}.{number}, sender {} (this one) of {our_epoch}.{our_number}",
+        sender + 1,
+        us + 1
     )]
     OtherVersion {
         sender: usize,
@@ -34,11 +36,17 @@ pub enum PartError {
         our_number: u64,
     },
     #[error(
-        "sender {sender} has another layout ({theirs}) than sender {us}, this one ({ours}): all must \
-         give the same tensors in the same order"
+        "sender {} has another layout ({theirs}) than sender {}, this one ({ours}): all must give the same \
+         tensors in the same order",
+        sender + 1,
+        us + 1
     )]
     OtherLayout { sender: usize, theirs: String, us: usize, ours: String },
-    #[error("senders {first} and {second} both have bytes of {tensors}, and not the same")]
+    #[error(
+        "senders {} and {} both have bytes of {tensors}, and not the same",
+        first + 1,
+        second + 1
+    )]
     Differ { first: usize, second: usize, tensors: String },
     #[error("no sender has {tensors} ({bytes} bytes)")]
     Missing { tensors: String, bytes: u64 },
