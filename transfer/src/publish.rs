@@ -136,8 +136,6 @@ pub enum PublishError {
     )]
     PartExport { number: u64 },
     #[error(transparent)]
-    Part(#[from] PartError),
-    #[error(transparent)]
     Export(#[from] ExportError),
     #[error("version {number}: {error}")]
     Checkpoint { number: u64, error: CheckpointError },

@@ -26,6 +26,8 @@ pub(super) use sink::Sink;
 /// Wakes idle streams to look at the clock; also bounds how late a cancel is noticed.
 const TICK: Duration = Duration::from_millis(50);
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+/// With more senders of parts than this, streams go from one to the next as they have given all.
+const MOST_SENDERS: usize = 16;
 
 /// What is pulled, and where to.
 pub(super) struct Job {
@@ -138,7 +140,10 @@ impl Pull {
         let senders =
             sources.iter().filter(|s| !s.origin.is_empty() && !s.stripes.is_empty()).count();
         let planned = self.request.stripe_count as usize;
-        let least = if planned > 0 { planned.max(senders) } else { sources.len() };
+        let least = match planned {
+            0 => sources.len(),
+            _ => planned.max(senders.min(MOST_SENDERS)),
+        };
         for id in 0..self.request.streams.max(least).max(1) {
             let pull = Arc::clone(self);
             let name = format!("transfer-recv-{id}");

@@ -115,6 +115,29 @@ fn a_version_that_nobody_could_fetch_is_refused() {
 }
 
 #[test]
+fn a_sender_is_one_of_as_many_as_it_says() {
+    let begin = |index, count, directory: &str| pb::publish_part::Begin {
+        version: Some(pb::Version { number: 1, ..Default::default() }),
+        addresses: vec!["h:1".into()],
+        directory: directory.into(),
+        sender: Some(pb::publish_part::Sender { index, count, part: true }),
+        ..Default::default()
+    };
+    let read = |begin| announce(begin, SessionId(1)).map_err(|error| error.to_string());
+    let announced = read(begin(3, 4, "")).expect("the last of four");
+    assert_eq!(announced.sender, Some(SenderOf { index: 3, count: 4, part: true }));
+    for (begin, says) in [
+        (begin(4, 4, ""), "number 4 (from 0) of 4"),
+        (begin(0, 0, ""), "number 0 (from 0) of 0"),
+        (begin(0, 5000, ""), "at most 1024"),
+        (begin(0, 2, "/shared/v1"), "loaded in place"),
+    ] {
+        let error = read(begin).expect_err(says);
+        assert!(error.contains(says), "{says}: {error}");
+    }
+}
+
+#[test]
 fn shards_are_counted_from_zero() {
     assert_eq!(shard(0, 0), Ok(Shard { index: 0, count: 1 }));
     assert_eq!(shard(3, 4), Ok(Shard { index: 3, count: 4 }));
