@@ -73,9 +73,9 @@ fn links_against_plain_tcp() {
     }
     let mut costs = vec![Vec::new(); LINKS.len()];
     for round in 0..ROUNDS {
-        for link in 0..LINKS.len() {
+        for (link, costs) in costs.iter_mut().enumerate() {
             let number = 3 + round * LINKS.len() as u64 + link as u64;
-            costs[link].push(transfer(&publisher, &receiver, &mut weights, number, link));
+            costs.push(transfer(&publisher, &receiver, &mut weights, number, link));
         }
     }
     let of = |link: usize| Cost {

@@ -20,8 +20,8 @@ const DELTA_TRIAL_BYTES: u64 = 8 << 20;
 const PREPARED_BYTES: u64 = 10 << 20;
 
 /// The anchor: a receiver so far behind that its chain would cost more than one part in so many of the
-/// image gets the version in full. This also bounds the memory of the chains.
-const CHAIN_SHARE: u64 = 4;
+/// image gets the version in full. This also bounds the memory of the chains, of which there are two.
+const CHAIN_SHARE: u64 = 16;
 
 #[derive(Default)]
 pub(super) struct Offers {

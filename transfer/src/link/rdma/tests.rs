@@ -38,7 +38,7 @@ fn memory(seed: u8) -> Memory {
 fn fill(map: &SharedMap, seed: u8) {
     map.write(0..BYTES, |bytes| {
         for (i, byte) in bytes.iter_mut().enumerate() {
-            *byte = (i * 31 >> 7) as u8 ^ seed;
+            *byte = ((i * 31) >> 7) as u8 ^ seed;
         }
     });
 }

@@ -39,7 +39,7 @@ fn domain(registration: Registration) -> Option<Arc<Domain>> {
 }
 
 fn source(domain: &Arc<Domain>) -> Source {
-    let bytes: Vec<u8> = (0..BYTES).map(|i| (i * 31 >> 7) as u8).collect();
+    let bytes: Vec<u8> = (0..BYTES).map(|i| ((i * 31) >> 7) as u8).collect();
     let memory = SharedMap::anonymous("anabranch-test", BYTES as u64).expect("memory");
     memory.write(0..BYTES as u64, |out| out.copy_from_slice(&bytes));
     let map = Arc::new(ReadMap::of(memory.backing(), BYTES as u64).expect("mapped"));
