@@ -129,13 +129,19 @@ impl Core {
 
     /// Told once: it is found again at every event until somebody has the version.
     fn no_path(&mut self, session: SessionId, version: Version) {
-        let dials = self.versions.find(version).is_some_and(|r| r.dials() && r.is_served());
-        let why = match dials {
-            true => {
+        let Some(record) = self.versions.find(version) else { return };
+        let serving = record.senders.values().filter(|sender| sender.serves()).count();
+        let why = match record.is_served() {
+            true if !record.at_trainer() => format!(
+                "of its {} senders {serving} serve it, each a part, and no attached engine has all of it",
+                record.of
+            ),
+            true if record.dials() => {
                 "the trainer can only dial, and neither this engine nor one that has the version has a listener \
                  (start an agent with --listen, or `anabranch relay`)"
+                    .to_owned()
             }
-            false => "the trainer does not serve it any more, and no attached engine has it",
+            _ => "the trainer does not serve it any more, and no attached engine has it".to_owned(),
         };
         let Some(engine) = self.engines.get_mut(&session) else { return };
         let error = format!("no path to any holder of {version}: {why}");

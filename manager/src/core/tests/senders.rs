@@ -172,6 +172,9 @@ fn a_version_is_offered_from_the_trainer_while_its_senders_have_all_of_it() {
         let trainers = late.iter().flat_map(|o| &o.sources).filter(|s| s.origin == "trainer");
         let names: Vec<_> = trainers.map(|s| s.name.as_str()).collect();
         assert_eq!(names, if whole { vec!["trainer 1/2"] } else { vec![] });
+        let state = senders.bench.core.state(senders.bench.now);
+        let error = &state.engines.last().expect("it is attached").load_error;
+        assert_eq!(error.contains("of its 2 senders 1 serve it, each a part"), !whole, "{error}");
         // It is back, and nothing has to be sealed by the other one again.
         assert_eq!(refusal(&senders.announce(SenderOf { part: !whole, ..part(1, 2) }, 1)), None);
         assert_eq!(refusal(&senders.seal(1, version(1, 9))), None);
