@@ -25,6 +25,8 @@ pub struct AgentConfig {
     pub listen: Option<Listen>,
     /// Where weights are staged for the engine to read.
     pub staging: PathBuf,
+    /// Versions are taken over from other agents of this host, and passed to them, instead of copied.
+    pub share: bool,
     /// How long running samples may go on after SIGTERM.
     pub drain_deadline: Duration,
     /// `None`: what the engine says, else tempered.
@@ -108,6 +110,7 @@ impl AgentConfig {
             gpus: 0,
             listen: None,
             staging: PathBuf::from("/dev/shm"),
+            share: true,
             drain_deadline: Duration::from_secs(30),
             logprob_convention: None,
             weights_by_trainer: false,

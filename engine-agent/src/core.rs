@@ -58,6 +58,8 @@ pub struct CoreConfig {
     pub labels: BTreeMap<String, String>,
     pub gpus: u32,
     pub addresses: Vec<String>,
+    /// The same for all agents that it can pass memory to; empty: none.
+    pub host: String,
     pub weights_by_trainer: bool,
     /// Unacknowledged bytes above which samples are given back, newest first.
     pub buffer_bytes: usize,

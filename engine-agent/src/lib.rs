@@ -159,6 +159,7 @@ fn core(config: &AgentConfig, id: &str, weights: &Weights) -> Core {
         labels: config.labels.clone(),
         gpus: config.gpus,
         addresses: weights.addresses(),
+        host: weights.host(),
         weights_by_trainer: config.weights_by_trainer,
         buffer_bytes: config.buffer_bytes,
     })
@@ -190,7 +191,7 @@ fn open_weights(config: &AgentConfig, id: &str) -> Result<Arc<Weights>, AgentErr
     let allowed = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' };
     let name = format!("anabranch-{}", id.chars().map(allowed).collect::<String>());
     warn_if_small(&config.staging);
-    match Weights::open(&config.staging, &name, config.listen.as_ref()) {
+    match Weights::open(&config.staging, &name, config.listen.as_ref(), config.share) {
         Ok(weights) => Ok(Arc::new(weights)),
         Err(weights::WeightsError::Stage(error)) => Err(AgentError::Staging(error.to_string())),
         Err(error) => Err(AgentError::Listen(error.to_string())),

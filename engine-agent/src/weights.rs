@@ -22,6 +22,8 @@ pub type Progress = Arc<dyn Fn(Moved) + Send + Sync>;
 
 pub struct Weights {
     staging: Staging,
+    /// The socket for agents of this host, and what tells this host from others.
+    sharing: Option<(PathBuf, String)>,
     inner: Mutex<Inner>,
 }
 
@@ -67,7 +69,12 @@ const MOST_STREAMS: usize = 64;
 
 impl Weights {
     /// `name` must be the agent's own on this host: a second one is refused.
-    pub fn open(shm: &Path, name: &str, listen: Option<&Listen>) -> Result<Weights, WeightsError> {
+    pub fn open(
+        shm: &Path,
+        name: &str,
+        listen: Option<&Listen>,
+        share: bool,
+    ) -> Result<Weights, WeightsError> {
         let staging = Staging::open(shm, name)?;
         let inner = Inner {
             link: Link::Reserved { listener: listen.map(Listener::bind).transpose()? },
@@ -76,16 +83,23 @@ impl Weights {
             serving: None,
             verified: None,
         };
-        Ok(Weights { staging, inner: Mutex::new(inner) })
+        let sharing = if share { staging.sharing() } else { None };
+        Ok(Weights { staging, sharing, inner: Mutex::new(inner) })
     }
 
     /// Where peers will find what this agent holds, best first; none: it lends nothing.
     pub fn addresses(&self) -> Vec<String> {
-        match &self.lock().link {
+        let abroad = match &self.lock().link {
             Link::Reserved { listener } => listener.as_ref().map(Listener::addresses),
             Link::Open { server, .. } => server.as_ref().map(Server::addresses),
-        }
-        .unwrap_or_default()
+        };
+        let here = self.sharing.as_ref().map(|(socket, _)| format!("shm:{}", socket.display()));
+        here.into_iter().chain(abroad.unwrap_or_default()).collect()
+    }
+
+    /// The same for all agents that it can pass memory to; empty: none.
+    pub fn host(&self) -> String {
+        self.sharing.as_ref().map(|(_, host)| host.clone()).unwrap_or_default()
     }
 
     /// The manager named the job and the key that its grants are made with.
@@ -112,13 +126,27 @@ impl Weights {
 
     fn open_link(&self, job: &str, listener: Option<Listener>) -> Link {
         let holder = Holder::new(job);
-        let server = listener.and_then(|listener| {
-            Server::serve(listener, holder.clone(), ServeLimits::default())
-                .inspect_err(|error| tracing::error!(%error, "peers cannot fetch from this agent"))
-                .ok()
-        });
+        let server = self.start_server(listener, &holder);
         let fetcher = Fetcher::new(self.staging.clone(), holder.clone(), FetchRules::default());
         Link::Open { job: job.to_owned(), fetcher, holder, server }
+    }
+
+    fn start_server(&self, listener: Option<Listener>, holder: &Holder) -> Option<Server> {
+        let limits = ServeLimits::default();
+        let socket = self.sharing.as_ref().map(|(socket, _)| socket);
+        let started = match (listener, socket) {
+            (Some(listener), _) => Server::serve(listener, holder.clone(), limits).map(Some),
+            (None, Some(_)) => Server::within_host(holder.clone(), limits).map(Some),
+            (None, None) => Ok(None),
+        };
+        let started = started.and_then(|server| match (server, socket) {
+            (Some(mut server), Some(socket)) => server.share(socket).map(|()| Some(server)),
+            (server, _) => Ok(server),
+        });
+        started.unwrap_or_else(|error| {
+            tracing::error!(%error, "peers cannot fetch from this agent");
+            None
+        })
     }
 
     /// A new engine process: its own files are the baseline, if they can be read here.

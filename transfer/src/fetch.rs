@@ -226,22 +226,20 @@ impl Fetcher {
         pulled
     }
 
-    /// Waits a while for an engine that still maps the older version.
+    /// Waits a while for those who still use the older version's memory; what other agents of this host
+    /// use then is left to them.
     fn slot(
         &self,
         request: &FetchRequest,
         manifest: &Arc<Manifest>,
     ) -> Result<Filling, FetchError> {
-        let version = request.version;
+        let (version, staging) = (request.version, &self.shared.staging);
         let until = Instant::now() + self.shared.rules.slot_wait;
         loop {
-            match self.shared.staging.begin(manifest) {
+            let patient = Instant::now() < until && !request.cancel.is_cancelled();
+            match staging.begin(manifest, !patient && staging.is_shared()) {
                 Ok(filling) => return Ok(filling),
-                Err(StageError::Busy { .. })
-                    if Instant::now() < until && !request.cancel.is_cancelled() =>
-                {
-                    std::thread::park_timeout(SLOT_POLL);
-                }
+                Err(StageError::Busy { .. }) if patient => std::thread::park_timeout(SLOT_POLL),
                 Err(error) => return Err(FetchError::Stage { version, error }),
             }
         }

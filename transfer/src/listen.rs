@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -142,6 +142,14 @@ impl Listener {
         }
         let addresses = addresses(&links, listen, at, identity.as_ref());
         Ok(Listener { tcp, udp, identity, at, addresses, door })
+    }
+
+    /// For a server that is found within its host only.
+    pub(crate) fn nowhere() -> Listener {
+        let (tcp, udp, identity, addresses) = (None, None, None, Vec::new());
+        let (at, door) =
+            ((Ipv4Addr::LOCALHOST, 0).into(), Door { plain: false, tls: None, rdma: None });
+        Listener { tcp, udp, identity, at, addresses, door }
     }
 
     /// Where it listens: with port 0, the port that was chosen.

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -115,6 +115,18 @@ impl Server {
         server.quic = start_quic(listener, &server.shared)
             .map_err(|error| ServeError::Listen { addr, error })?;
         Ok(server)
+    }
+
+    /// For those that it is shared with only (see [`Server::share`]).
+    pub fn within_host(holder: Holder, limits: ServeLimits) -> Result<Server, ServeError> {
+        Server::serve(Listener::nowhere(), holder, limits)
+    }
+
+    /// Also passes memory to processes of this host, at a socket of a [`crate::Staging`].
+    pub fn share(&mut self, socket: &Path) -> Result<(), ServeError> {
+        self.listen_locally(socket)?;
+        self.shared.holder.pass_memory(true);
+        Ok(())
     }
 
     /// Where it listens: with port 0, the port that was chosen.

@@ -5,7 +5,7 @@
 //! ```text
 //!   slot:  Idle ── begin ──► Filling ── publish ──► Staged (until its guard is dropped) ──► Idle
 //!          Filling ── fetch failed, cancelled ──► Idle (verified chunks are kept for the next)
-//!   Idle -> Filling only if no process maps the slot's file.
+//!   Idle -> Filling only if no process maps the slot's file or, where slots are shared, has it open.
 //! ```
 //! The hashes of what a slot holds stand in a file beside it, so that chunks outlive the process.
 
@@ -13,7 +13,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use anabranch_proto::manifest::{ChunkHash, Manifest};
@@ -27,6 +27,7 @@ use crate::shm::SharedMap;
 
 mod filling;
 mod record;
+mod sharing;
 mod staged;
 
 pub(crate) use filling::{Base, Filler, Filling};
@@ -50,6 +51,10 @@ struct Shared {
     /// Locked while this process lives.
     _lock: File,
     slots: Mutex<[Slot; SLOTS]>,
+    /// Whether other agents of this host may have a slot's memory.
+    shared: AtomicBool,
+    /// Memory of former slots that others still use.
+    left: Mutex<Vec<Arc<Memory>>>,
     published: AtomicU64,
 }
 
@@ -131,9 +136,9 @@ impl Staging {
                 fs::remove_dir_all(&path).map_err(failed)?;
             }
         }
-        let slots = Mutex::default();
-        let published = AtomicU64::new(0);
-        Ok(Staging { shared: Arc::new(Shared { root, _lock: lock, slots, published }) })
+        let (slots, shared, left, published) = Default::default();
+        let shared = Shared { root, _lock: lock, slots, shared, left, published };
+        Ok(Staging { shared: Arc::new(shared) })
     }
 
     pub fn root(&self) -> &Path {
@@ -162,42 +167,66 @@ impl Staging {
                 continue;
             }
             self.recover(&mut slots[ix], ix)?;
-            if self.user(&slots[ix], ix)?.is_none() {
+            // Memory of another size may be in the hands of others: whoever begins a version looks.
+            if slots[ix].memory.is_none() {
                 self.sized(&mut slots[ix], ix, bytes)?;
             }
         }
         Ok(())
     }
 
-    /// Takes a slot for `manifest`: the one that already holds most of it, unless it is staged or some
-    /// process maps it.
-    pub(crate) fn begin(&self, manifest: &Arc<Manifest>) -> Result<Filling, StageError> {
+    /// Takes a slot for `manifest`: the one that already holds most of it, unless it is staged or somebody
+    /// uses its memory. With `leave`, memory that others use is left to them and the slot gets new.
+    pub(crate) fn begin(
+        &self,
+        manifest: &Arc<Manifest>,
+        leave: bool,
+    ) -> Result<Filling, StageError> {
         let mut slots = self.lock();
-        let mut users = Vec::new();
-        let mut best: Option<(u32, usize)> = None;
+        self.forget_unused();
+        let (mut users, mut free) = (Vec::new(), Vec::new());
         for ix in 0..SLOTS {
             if let Some(user) = slots[ix].state.user() {
                 users.push(format!("slot {ix} {user}"));
                 continue;
             }
             self.recover(&mut slots[ix], ix)?;
-            if let Some(user) = self.user(&slots[ix], ix)? {
-                users.push(user);
-                continue;
-            }
-            let known = slots[ix].memory.as_ref().map_or(0, |m| m.record.matching(manifest));
-            if best.is_none_or(|(most, _)| known > most) {
-                best = Some((known, ix));
+            match self.user(&slots[ix], ix)? {
+                Some(user) if !leave || slots[ix].is_read() => users.push(user),
+                _ => {
+                    let known = |m: &Arc<Memory>| m.record.matching(manifest);
+                    free.push((slots[ix].memory.as_ref().map_or(0, known), ix));
+                }
             }
         }
-        let Some((_, ix)) = best else { return Err(StageError::Busy { users }) };
-        slots[ix].generation.fetch_add(1, Ordering::AcqRel);
-        self.unlink_versions(ix)?;
-        let memory = self.sized(&mut slots[ix], ix, manifest.image_bytes)?;
+        free.sort_by_key(|(known, ix)| (std::cmp::Reverse(*known), *ix));
+        for (_, ix) in free {
+            // First, so that whoever opens the memory from now on finds that it is too late: then it can be
+            // seen whether somebody has it.
+            slots[ix].generation.fetch_add(1, Ordering::AcqRel);
+            self.unlink_versions(ix)?;
+            if leave {
+                self.leave_if_used(&mut slots[ix], ix)?;
+            } else if self.is_with_others(&slots[ix]) {
+                users.push(format!("slot {ix} is used by other agents of this host"));
+                continue;
+            }
+            return self.fill(&mut slots[ix], ix, manifest);
+        }
+        Err(StageError::Busy { users })
+    }
+
+    fn fill(
+        &self,
+        slot: &mut Slot,
+        ix: usize,
+        manifest: &Arc<Manifest>,
+    ) -> Result<Filling, StageError> {
+        let memory = self.sized(slot, ix, manifest.image_bytes)?;
         let held = memory.record.keep_matching(manifest, &memory.map).map_err(|e| self.io(e))?;
         let ledger = Arc::new(Ledger::new(held));
-        slots[ix].state = SlotState::Filling;
-        let stamp = Stamp::of(&slots[ix].generation);
+        slot.state = SlotState::Filling;
+        let stamp = Stamp::of(&slot.generation);
         let filler = Filler { memory, manifest: Arc::clone(manifest), ledger };
         Ok(Filling { staging: self.clone(), slot: ix, filler, stamp })
     }
@@ -205,7 +234,7 @@ impl Staging {
     /// Who keeps an idle slot from being reused.
     fn user(&self, slot: &Slot, ix: usize) -> Result<Option<String>, StageError> {
         let Some(memory) = &slot.memory else { return Ok(None) };
-        if Arc::strong_count(&slot.reading) > 1 {
+        if slot.is_read() {
             return Ok(Some(format!("slot {ix} is the base of a transfer")));
         }
         let mapped = mappers(memory.map.backing(), memory.map.address()).map_err(|e| self.io(e))?;
@@ -325,6 +354,15 @@ impl Staging {
 
 fn ignore_absent(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+}
+
+// === impl Slot ===
+
+impl Slot {
+    /// A transfer has it as its base.
+    fn is_read(&self) -> bool {
+        Arc::strong_count(&self.reading) > 1
+    }
 }
 
 // === impl SlotState ===

@@ -96,7 +96,8 @@ impl Cluster {
             agent.args(["agent", "--manager", &url, "--id", &id]);
             agent.args(["--engine", &format!("sglang=http://{ENGINE}")]);
             let listen = Net::addr(at).to_string();
-            agent.args(["--listen", &listen, "--weights-link", "tcp"]);
+            // Hosts of their own would have memory of their own.
+            agent.args(["--listen", &listen, "--weights-link", "tcp", "--no-sharing"]);
             let staging = lab.staging(&id);
             std::fs::create_dir_all(&staging).context("making a staging area")?;
             agent.arg("--staging").arg(&staging);

@@ -44,6 +44,9 @@ pub struct Args {
     /// Where weights are staged for the engine to read
     #[arg(long, default_value = "/dev/shm")]
     staging: PathBuf,
+    /// Copy each version, also where another agent of this host has it in memory
+    #[arg(long)]
+    no_sharing: bool,
     /// How long running samples may go on after SIGTERM, in seconds
     #[arg(long, default_value_t = 30)]
     drain_deadline: u64,
@@ -117,6 +120,7 @@ impl Args {
             gpus: self.gpus,
             listen,
             staging: self.staging,
+            share: !self.no_sharing,
             drain_deadline: Duration::from_secs(self.drain_deadline),
             logprob_convention: self.logprob_convention,
             weights_by_trainer: self.weights_by_trainer,

@@ -109,6 +109,7 @@ impl Core {
             resume_session: session.map_or(0, |session| session.id),
             engine_kind: info.map(|info| info.kind.clone()).unwrap_or_default(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            host: self.config.host.clone(),
         }
     }
 

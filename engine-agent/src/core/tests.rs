@@ -61,6 +61,7 @@ impl World {
             labels: BTreeMap::new(),
             gpus: 1,
             addresses: Vec::new(),
+            host: String::new(),
             weights_by_trainer: false,
             buffer_bytes,
         });

@@ -79,32 +79,15 @@ impl Home {
         let ShmArena { dir, required } = at;
         let failed = |error| ArenaError::Home { path: dir.clone(), error };
         let socket = dir.join(SOCKET);
-        if socket.as_os_str().len() > MAX_SOCKET_PATH_BYTES {
-            return Err(failed(io::Error::other("its name is too long for a socket in it")));
-        }
+        check_socket(&socket).map_err(failed)?;
         let lock = lock(dir, job).map_err(|error| match error {
             LockError::Io(error) => failed(error),
             error => ArenaError::Taken { path: dir.clone(), error },
         })?;
         fs::remove_file(&socket).or_else(ignore_absent).map_err(failed)?;
         let home = Home { dir: dir.clone(), required: *required, _lock: lock };
-        home.probe().map_err(failed)?;
+        probe(dir).map_err(failed)?;
         Ok(home)
-    }
-
-    /// That the kernel can say who uses a file here: without it no memory may be passed on.
-    fn probe(&self) -> io::Result<()> {
-        let path = self.dir.join("probe");
-        let map = SharedMap::file(&path, 1)?;
-        fs::remove_file(&path)?;
-        let exclusive = map.is_exclusive()?;
-        let opened = fs::File::open(crate::shm::descriptor_path(map.backing()))?;
-        let shared = !map.is_exclusive()?;
-        drop(opened);
-        if exclusive && shared {
-            return Ok(());
-        }
-        Err(io::Error::other("leases do not tell here whether a file is used"))
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -144,6 +127,29 @@ impl Drop for Home {
     fn drop(&mut self) {
         clear(&self.dir);
     }
+}
+
+/// That the kernel can say who uses a file there: without it no memory may be passed on.
+pub(crate) fn probe(dir: &Path) -> io::Result<()> {
+    let path = dir.join("probe");
+    let map = SharedMap::file(&path, 1)?;
+    fs::remove_file(&path)?;
+    let exclusive = map.is_exclusive()?;
+    let opened = fs::File::open(crate::shm::descriptor_path(map.backing()))?;
+    let shared = !map.is_exclusive()?;
+    drop(opened);
+    if exclusive && shared {
+        return Ok(());
+    }
+    Err(io::Error::other("leases do not tell here whether a file is used"))
+}
+
+/// That its path fits a socket's address.
+pub(crate) fn check_socket(path: &Path) -> io::Result<()> {
+    if path.as_os_str().len() > MAX_SOCKET_PATH_BYTES {
+        return Err(io::Error::other("its name is too long for a socket in it"));
+    }
+    Ok(())
 }
 
 /// The directory may be cleared away by another process this moment: then it is made anew.

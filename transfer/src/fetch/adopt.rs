@@ -32,6 +32,10 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 enum NotAdopted {
     #[error(transparent)]
     Stream(#[from] StreamError),
+    #[error("it is still receiving the version")]
+    Incomplete,
+    #[error("nothing came to it for {0:?}")]
+    Stuck(Duration),
     #[error("it did not pass its memory with the answer")]
     NoDescriptor,
     #[error("its memory has {have} bytes, the manifest says {want}")]
@@ -46,7 +50,8 @@ enum NotAdopted {
     Cancelled,
 }
 
-/// The version where it lies in memory of this host, if a source is there. `None`: copy it.
+/// The version where it lies in memory of this host, if a source is there. `None`: copy it. A source that is
+/// still receiving it is waited for where nobody here has it all.
 pub(super) fn try_adopt(
     shared: &Arc<Shared>,
     request: &FetchRequest,
@@ -54,16 +59,22 @@ pub(super) fn try_adopt(
     encoded: &Arc<[u8]>,
 ) -> Result<Option<(StagedSlot, FetchReport)>, FetchError> {
     let version = request.version;
-    for source in sources_here(request) {
-        match adopt(shared, request, &source, manifest, encoded) {
-            Ok(slot) => return Ok(Some((slot, report(request, &source, manifest.image_bytes)))),
-            Err(NotAdopted::Cancelled) => return Err(FetchError::Cancelled(version)),
-            Err(error) => {
-                let (holder, addr) = (&source.holder, &source.addrs[0]);
-                tracing::warn!(
-                    %version, holder, addr, %error,
-                    "could not take over memory of this host: the version is copied"
-                );
+    let mut sources = sources_here(request);
+    for patient in [false, true] {
+        for source in std::mem::take(&mut sources) {
+            match adopt(shared, request, &source, manifest, encoded, patient) {
+                Ok(slot) => {
+                    return Ok(Some((slot, report(request, &source, manifest.image_bytes))));
+                }
+                Err(NotAdopted::Cancelled) => return Err(FetchError::Cancelled(version)),
+                Err(NotAdopted::Incomplete) if !patient => sources.push(source),
+                Err(error) => {
+                    let (holder, addr) = (&source.holder, &source.addrs[0]);
+                    tracing::warn!(
+                        %version, holder, addr, %error,
+                        "could not take over memory of this host: the version is copied"
+                    );
+                }
             }
         }
     }
@@ -98,8 +109,9 @@ fn adopt(
     source: &SourceRef,
     manifest: &Arc<Manifest>,
     encoded: &Arc<[u8]>,
+    patient: bool,
 ) -> Result<StagedSlot, NotAdopted> {
-    let file = ask_file(shared, source, manifest)?;
+    let file = ask_file(shared, request, source, manifest, patient)?;
     let adopting = shared.staging.adopt(request.version, manifest, file)?;
     let held = Held::new(request.version, adopting.blob(Arc::clone(encoded)));
     shared.holder.prune();
@@ -118,14 +130,43 @@ fn adopt(
     }
 }
 
-fn ask_file(shared: &Shared, source: &SourceRef, manifest: &Manifest) -> Result<File, NotAdopted> {
-    let mut session = Session::open(shared, source, Root::default())?;
+/// Its memory. Only the patient wait for one that does not have it all.
+fn ask_file(
+    shared: &Shared,
+    request: &FetchRequest,
+    source: &SourceRef,
+    manifest: &Manifest,
+    patient: bool,
+) -> Result<File, NotAdopted> {
+    let mut session = begun(shared, request, source, patient)?;
+    if !session.complete && !patient {
+        session.keep(shared);
+        return Err(NotAdopted::Incomplete);
+    }
     let blob = BlobId::Image;
     session.link.send(&Message::WantFile { blob }).map_err(StreamError::from)?;
-    let (answer, file) = session.link.receive_file().map_err(StreamError::from)?;
-    let len = match answer {
-        Message::File { blob: BlobId::Image, len } => len,
-        other => return Err(StreamError::from_reply(other).into()),
+    let (mut moved, mut had) = (Instant::now(), 0);
+    let (len, file) = loop {
+        if request.cancel.is_cancelled() {
+            return Err(NotAdopted::Cancelled);
+        }
+        let (answer, file) = session.link.receive_file().map_err(StreamError::from)?;
+        match answer {
+            Message::File { blob: BlobId::Image, len } => break (len, file),
+            // It tells that it lives, and what came to it.
+            Message::Have { ranges } if ranges.is_empty() => {
+                let silent = moved.elapsed();
+                if silent > shared.rules.stuck_after {
+                    return Err(NotAdopted::Stuck(silent));
+                }
+            }
+            Message::Have { ranges } => {
+                moved = Instant::now();
+                had += ranges.iter().map(|r| u64::from(r.end - r.start)).sum::<u64>();
+                tell(request, manifest, had * u64::from(manifest.chunk_bytes));
+            }
+            other => return Err(StreamError::from_reply(other).into()),
+        }
     };
     session.keep(shared);
     let file = file.ok_or(NotAdopted::NoDescriptor)?;
@@ -134,6 +175,36 @@ fn ask_file(shared: &Shared, source: &SourceRef, manifest: &Manifest) -> Result<
         return Err(NotAdopted::Length { have, want });
     }
     Ok(file)
+}
+
+/// A session with a source that has begun with the version. Those that have the same order as we may wait
+/// for a slot before they do.
+fn begun(
+    shared: &Shared,
+    request: &FetchRequest,
+    source: &SourceRef,
+    patient: bool,
+) -> Result<Session, NotAdopted> {
+    let until = Instant::now() + shared.rules.slot_wait;
+    loop {
+        match Session::open(shared, source, Root::default()) {
+            Err(error) if !error.is_early() => return Err(error.into()),
+            Err(_) if !patient => return Err(NotAdopted::Incomplete),
+            Err(error) if Instant::now() > until => return Err(error.into()),
+            Err(_) if request.cancel.is_cancelled() => return Err(NotAdopted::Cancelled),
+            // It was asked for as long as it waits for the version itself.
+            Err(_) => {}
+            Ok(session) => return Ok(session),
+        }
+    }
+}
+
+fn tell(request: &FetchRequest, manifest: &Manifest, bytes: u64) {
+    if let Some(progress) = &request.progress {
+        let total_bytes = manifest.image_bytes;
+        let bytes = bytes.min(total_bytes);
+        progress(FetchProgress { bytes, received_bytes: 0, total_bytes });
+    }
 }
 
 /// What the threads that verify have in common.
@@ -216,10 +287,6 @@ impl Check<'_> {
     }
 
     fn tell(&self) {
-        if let Some(progress) = &self.request.progress {
-            let bytes = self.verified_bytes.load(Ordering::Relaxed);
-            let total_bytes = self.manifest.image_bytes;
-            progress(FetchProgress { bytes, received_bytes: 0, total_bytes });
-        }
+        tell(self.request, self.manifest, self.verified_bytes.load(Ordering::Relaxed));
     }
 }

@@ -150,7 +150,8 @@ fn send_chunks(
     Ok(())
 }
 
-/// Passes the memory itself to a process of this host, to read only.
+/// Passes the memory itself to a process of this host, to read only. What is still on its way here is told
+/// as it comes; the memory follows.
 fn send_file(
     shared: &Shared,
     link: &mut dyn Link,
@@ -162,6 +163,9 @@ fn send_file(
         return Err(StreamEnd::Refused { code: FailCode::NotHeld, text });
     }
     let blob = bound.blob(id)?;
+    if !blob.ledger.is_full() {
+        send_haves(shared, link, bound, id)?;
+    }
     if !blob.ledger.is_full() {
         let text = format!("{} has not come here as a whole yet", bound.version());
         return Err(StreamEnd::Refused { code: FailCode::NotHeld, text });

@@ -25,7 +25,7 @@ fn image(fill: u8) -> (Arc<Manifest>, Vec<u8>) {
 
 fn fill(staging: &Staging, fill: u8) -> Result<StagedSlot, StageError> {
     let (manifest, bytes) = image(fill);
-    let filling = staging.begin(&manifest)?;
+    let filling = staging.begin(&manifest, false)?;
     for index in 0..manifest.chunk_count() {
         let range = manifest.chunk_range(index);
         let from = &bytes[range.start as usize..range.end as usize];
@@ -59,11 +59,11 @@ fn a_staged_slot_is_never_given_away_and_a_dropped_one_is() {
 fn an_unfinished_slot_keeps_its_chunks_for_the_next_try() {
     let (_dir, staging) = staging();
     let (manifest, bytes) = image(1);
-    let filling = staging.begin(&manifest).expect("begin");
+    let filling = staging.begin(&manifest, false).expect("begin");
     filling.filler().map().write(4096..8192, |to| to.copy_from_slice(&bytes[4096..8192]));
     filling.filler().verified(1).expect("record");
     drop(filling);
-    let again = staging.begin(&manifest).expect("again");
+    let again = staging.begin(&manifest, false).expect("again");
     assert_eq!(again.filler().ledger.snapshot().ranges(), [1..2]);
 }
 
@@ -79,7 +79,7 @@ fn an_earlier_life_leaves_slots_and_no_directories() {
     let staging = Staging::open(dir.path(), "a").expect("reopened");
     assert!(!stale.exists() && other.exists());
     let (manifest, _) = image(1);
-    let filling = staging.begin(&manifest).expect("begin");
+    let filling = staging.begin(&manifest, false).expect("begin");
     assert!(filling.filler().ledger.is_full(), "all of it is still here and was hashed again");
 }
 

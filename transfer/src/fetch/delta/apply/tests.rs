@@ -34,7 +34,7 @@ fn images() -> (Layout, Vec<u8>, Vec<u8>) {
 }
 
 fn staged(staging: &Staging, image: &[u8], manifest: &Arc<Manifest>) -> StagedSlot {
-    let filling = staging.begin(manifest).expect("a slot");
+    let filling = staging.begin(manifest, false).expect("a slot");
     let filler = filling.filler();
     filler.write_unverified(0, image, &ChunkSet::empty(manifest.chunk_count()));
     (0..manifest.chunk_count()).for_each(|chunk| filler.verify(chunk));
@@ -59,7 +59,7 @@ fn setup(change: impl FnOnce(&mut Vec<u8>)) -> Setup {
     let (layout, old, new) = images();
     let (old_manifest, new_manifest) = (manifest(&old, &layout), manifest(&new, &layout));
     let base = staged(&staging, &old, &old_manifest);
-    let filling = staging.begin(&new_manifest).expect("a slot");
+    let filling = staging.begin(&new_manifest, false).expect("a slot");
     let coded = encode(&new_manifest, &old, &new, 1, &|_, _| true).expect("coded");
     let from = old_manifest.root();
     let mut blob = [&chain::head(from, coded.len() as u64)[..], &coded].concat();
