@@ -21,7 +21,7 @@ fn a_checkpoint_is_loaded_where_it_lies_after_its_publisher_has_gone() {
     let (_manager, at) = manager(dir.path());
     let staging = dir.path().join("staging");
     std::fs::create_dir(&staging).expect("dir");
-    let _agent = engine(&at, "e1", &staging);
+    let _agent = engine(&at, "e1", &staging, &[]);
 
     let steps: Vec<PathBuf> = (1..=2).map(|n| dir.path().join(format!("step-{n}"))).collect();
     for (step, fill) in steps.iter().zip(1..) {

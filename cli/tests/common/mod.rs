@@ -69,11 +69,15 @@ pub fn manager(dir: &Path) -> (Process, String) {
 }
 
 /// The embedded engine behind an agent without a listener.
-pub fn engine(manager: &str, id: &str, staging: &Path) -> Process {
+pub fn engine(manager: &str, id: &str, staging: &Path, more: &[&str]) -> Process {
     let port =
         TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound").port();
     let mut agent = anabranch();
-    agent.args(["agent", "--manager", manager, "--id", id, "--staging"]).arg(staging).arg("--");
+    agent
+        .args(["agent", "--manager", manager, "--id", id, "--staging"])
+        .arg(staging)
+        .args(more)
+        .arg("--");
     agent.arg(env!("CARGO_BIN_EXE_anabranch")).args(["engine", "--model", "synthetic"]);
     start(agent.args(["--listen", &format!("127.0.0.1:{port}")]))
 }
