@@ -117,10 +117,10 @@ async fn versions_come_in_chunks_and_go_on_to_a_peer_while_samples_run() {
     let other = TestEngine::start(|_| {}).await;
     let _second_agent = TestAgent::start(manager.addr, other.addr, |c| c.id = Some("e2".into()));
     let mut second = manager.attach(|_| welcome(2)).await;
-    let peer = first.hello.addresses[0].clone();
-    assert!(peer.starts_with("tls://127.0.0.1:"), "{peer}");
+    let [near, peer] = &first.hello.addresses[..] else { panic!("{:?}", first.hello.addresses) };
+    assert!(near.starts_with("shm:/") && peer.starts_with("tls://127.0.0.1:"), "{peer}");
     let newest = versions[3];
-    second.control(load(9, newest, vec![source("e1", &peer, newest, "e2")])).await;
+    second.control(load(9, newest, vec![source("e1", peer, newest, "e2")])).await;
     let mut other_ledger = Ledger::default();
     let done = outcome(&mut second, &mut other_ledger).await;
     assert_eq!((done.stage(), done.error.as_str()), (Stage::Active, ""));

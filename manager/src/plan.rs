@@ -16,7 +16,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_proto::SessionId;
 
+mod above;
 mod housemates;
+
+use above::Above;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Holder {
@@ -355,28 +358,6 @@ impl<'a> Forest<'a> {
             }
         }
         source
-    }
-}
-
-/// Who stands above a receiver in one stripe, the nearest first. The nearest that lives has egress to spare
-/// when the parent dies; those who would come too early in the list stand in for nobody there.
-struct Above<'a> {
-    chain: &'a [Holder],
-    named: BTreeSet<Holder>,
-}
-
-impl<'a> Above<'a> {
-    fn parent_of(chain: &'a [Holder]) -> Self {
-        Self { chain: chain.get(1..).unwrap_or_default(), named: BTreeSet::new() }
-    }
-
-    /// True if it is the nearest of those not named yet.
-    fn name(&mut self, holder: Holder) -> bool {
-        self.named.insert(holder);
-        let is_next = self.chain.first() == Some(&holder);
-        let passed = self.chain.iter().take_while(|at| self.named.contains(at)).count();
-        self.chain = &self.chain[passed..];
-        is_next
     }
 }
 

@@ -67,20 +67,37 @@ impl Core {
     }
 
     /// The feed's sources, with what the driver needs to mint grants. The trainer is one for each sender.
-    pub(super) fn holders(&self, feed: &Feed, version: Version) -> Vec<Holder> {
+    pub(super) fn holders(
+        &self,
+        receiver: SessionId,
+        feed: &Feed,
+        version: Version,
+    ) -> Vec<Holder> {
+        let host = self.engines.get(&receiver).and_then(|engine| engine.hello.host.as_ref());
         let holders = |source: &plan::Source| match source.holder {
-            plan::Holder::Peer(session) => self.peer_holder(session, source).into_iter().collect(),
+            plan::Holder::Peer(session) => {
+                self.peer_holder(session, host, source).into_iter().collect()
+            }
             plan::Holder::Trainer => self.trainer_holders(version, source),
         };
         feed.sources.iter().flat_map(holders).collect()
     }
 
-    fn peer_holder(&self, session: SessionId, source: &plan::Source) -> Option<Holder> {
-        self.engines.get(&session).map(|engine| Holder {
+    /// With the addresses that a receiver on `host` can dial.
+    fn peer_holder(
+        &self,
+        session: SessionId,
+        host: Option<&String>,
+        source: &plan::Source,
+    ) -> Option<Holder> {
+        let engine = self.engines.get(&session)?;
+        let near = host.is_some() && engine.hello.host.as_ref() == host;
+        let dialled = |addr: &&String| near || !addr.starts_with(WITHIN_HOST);
+        Some(Holder {
             name: engine.id.to_string(),
             origin: String::new(),
             publisher: None,
-            addresses: engine.hello.addresses.clone(),
+            addresses: engine.hello.addresses.iter().filter(dialled).cloned().collect(),
             dials: false,
             serve_key: engine.serve_key,
             stripes: source.stripes.clone(),

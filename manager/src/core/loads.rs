@@ -164,7 +164,7 @@ impl Core {
     fn order_load(&mut self, now: Now, session: SessionId, version: Version, feed: Feed) {
         let Some(record) = self.versions.find(version) else { return };
         let (bytes, directory) = (record.bytes, record.directory.clone());
-        let sources = self.holders(&feed, version);
+        let sources = self.holders(session, &feed, version);
         let names =
             sources.iter().map(|source| source.name.clone()).chain(directory.clone()).collect();
         let (stripe_count, streams) = (feed.parents.len() as u32, feed.streams);

@@ -137,6 +137,27 @@ fn a_new_version_goes_down_two_chains_of_all_engines_and_once_out_of_the_trainer
 }
 
 #[test]
+fn only_agents_of_its_host_are_told_where_its_memory_can_be_had() {
+    let mut rollout = Rollout::new(0);
+    for (id, host) in [("a1", "a"), ("a2", "a"), ("b1", "b")] {
+        rollout.join(id, |hello| {
+            hello.host = Some(host.to_owned());
+            hello.addresses.insert(0, format!("shm:/dev/shm/{id}/socket"));
+        });
+    }
+    let orders = rollout.publish();
+    let addresses = |receiver: &str, source: &str| {
+        let order = orders.iter().find(|order| order.receiver.as_str() == receiver);
+        let sources = &order.expect("an order for each").sources;
+        sources.iter().find(|s| s.name == source).map(|s| s.addresses.clone())
+    };
+    let near = ["shm:/dev/shm/a1/socket", "a1:7000"].map(str::to_owned).to_vec();
+    assert_eq!(addresses("a2", "a1"), Some(near));
+    assert_eq!(addresses("b1", "a1"), Some(vec!["a1:7000".to_owned()]));
+    assert_eq!(addresses("b1", "a2"), None, "it stands in no chain");
+}
+
+#[test]
 fn a_late_joiner_is_fed_by_those_that_have_it_and_its_place_is_shown_afterwards() {
     let mut rollout = Rollout::new(5);
     for order in rollout.publish() {
