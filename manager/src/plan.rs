@@ -207,7 +207,7 @@ impl<'a> Forest<'a> {
             let unit = COPY / count as u32;
             let slots = self.slots(&seeds, unit);
             let chains = wanting.min(slots.len() / count);
-            let depth = wanting.checked_div(chains)? + usize::from(wanting % chains > 0);
+            let depth = (chains > 0).then(|| wanting.div_ceil(chains))?;
             let useful =
                 count <= seeds.len().max(depth) && (count == 1 || fits(image, count, depth));
             useful.then_some((count, slots, chains))
@@ -385,7 +385,7 @@ fn stride(class: &[SessionId], stripe: usize, of: usize) -> Vec<SessionId> {
     let n = class.len();
     let coprime: Vec<usize> = (1..=n / 2).filter(|&step| gcd(step, n) == 1).collect();
     let step = coprime.get(stripe / 2 % coprime.len().max(1)).copied().unwrap_or(1);
-    let step = if stripe % 2 == 0 { step } else { n - step };
+    let step = if stripe.is_multiple_of(2) { step } else { n - step };
     let start = stripe * n / of;
     (0..n).map(|i| class[(start + i * step) % n]).collect()
 }

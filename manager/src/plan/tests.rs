@@ -298,8 +298,11 @@ fn nobody_is_fed_what_nobody_has() {
     assert_eq!((feed.parents.as_slice(), holders(feed)), (&[at(0), at(2)][..], vec![at(0), at(2)]));
 }
 
+/// By node: its fate, whether it is preemptible, whether its rate is known, and that.
+type Wave = Vec<(u8, bool, bool, u64)>;
+
 /// A fleet built in waves, some of which end, die or come back between.
-fn history() -> impl Strategy<Value = (u64, Vec<Vec<(u8, bool, bool, u64)>>)> {
+fn history() -> impl Strategy<Value = (u64, Vec<Wave>)> {
     let node = (any::<u8>(), any::<bool>(), any::<bool>(), 1u64..1000);
     (1u64..2000, prop::collection::vec(prop::collection::vec(node, 1..12), 1..5))
 }
