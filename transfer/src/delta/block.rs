@@ -10,6 +10,9 @@
 //!     in runs 1 bit, k 6 bits, (rice(gap in the class), sign, if not in runs: rice(size - 1)) x count,
 //!     if in runs: gamma(larger), (rice(steps of one before it), rice(size - 2)) x larger
 //! ```
+//! Where more than half of a class changed, the gaps are those between elements that did not, all of them before
+//! the first sign.
+//!
 //! A class is how far the exponent is below `top`, the last one holding all the rest; kinds without an
 //! exponent have one class. Sizes are in steps of the value order; the first mode is for blocks where
 //! most steps are one. All loops over elements work on bit masks of 64 elements (see `masks`).
@@ -160,10 +163,16 @@ fn put_class(bits: &mut BitWriter, changes: &[Change], total: u32) {
     let k = (u128::from(mean) * 251 / 256).checked_ilog2().unwrap_or(0).min(K_MAX);
     bits.put(u64::from(in_runs), 1);
     bits.put(k.into(), K_BITS);
+    let dense = is_dense(changes.len() as u32, total);
+    if dense {
+        put_stayed(bits, changes, total);
+    }
     let gaps = gap_k(changes.len() as u32, total);
     let mut next = 0;
     for change in changes {
-        bits.rice(u64::from(change.rank - next), gaps);
+        if !dense {
+            bits.rice(u64::from(change.rank - next), gaps);
+        }
         bits.put(change.step & 1, 1);
         next = change.rank + 1;
         if !in_runs {
@@ -173,6 +182,48 @@ fn put_class(bits: &mut BitWriter, changes: &[Change], total: u32) {
     if in_runs {
         put_larger(bits, changes, larger as u32, k);
     }
+}
+
+/// Both sides know it.
+fn is_dense(count: u32, total: u32) -> bool {
+    count > total / 2
+}
+
+/// Where those of the class are that did not change.
+fn put_stayed(bits: &mut BitWriter, changes: &[Change], total: u32) {
+    let stayed = total - changes.len() as u32;
+    if stayed == 0 {
+        return;
+    }
+    let gaps = gap_k(stayed, total);
+    let (mut rank, mut next) = (0, 0);
+    for end in changes.iter().map(|change| change.rank).chain([total]) {
+        for stays in rank..end {
+            bits.rice(u64::from(stays - next), gaps);
+            next = stays + 1;
+        }
+        rank = end + 1;
+    }
+}
+
+/// The others of the class: `changes` gets them without their steps.
+fn take_stayed(
+    bits: &mut BitReader<'_>,
+    stayed: u32,
+    total: u32,
+    changes: &mut Vec<Change>,
+) -> Result<(), BadBits> {
+    let gaps = if stayed == 0 { 0 } else { gap_k(stayed, total) };
+    let mut next = 0;
+    let change = |rank| Change { rank, step: 0 };
+    for _ in 0..stayed {
+        let gap = u32::try_from(bits.rice(gaps)?).map_err(|_| BadBits)?;
+        let stays = gap.checked_add(next).filter(|rank| *rank < total).ok_or(BadBits)?;
+        changes.extend((next..stays).map(change));
+        next = stays + 1;
+    }
+    changes.extend((next..total).map(change));
+    Ok(())
 }
 
 /// Steps of more than one, among many of one.
@@ -201,6 +252,15 @@ fn take_class(
     changes.clear();
     let in_runs = bits.take(1)? == 1;
     let k = (bits.take(K_BITS)? as u32).min(K_MAX);
+    if is_dense(count, total) {
+        take_stayed(bits, total - count, total, changes)?;
+        for change in &mut *changes {
+            let sign = bits.take(1)?;
+            let size = if in_runs { 1 } else { bits.rice(k)?.checked_add(1).ok_or(BadBits)? };
+            change.step = zigzag(size, sign);
+        }
+        return if in_runs { take_larger(bits, changes, k) } else { Ok(()) };
+    }
     let gaps = gap_k(count, total);
     let mut next = 0u64;
     for _ in 0..count {

@@ -82,6 +82,27 @@ fn sparse_steps_cost_less_than_a_quarter_of_index_and_value_pairs() {
 }
 
 #[test]
+fn where_nearly_all_changed_by_a_step_an_element_costs_little_more_than_its_sign() {
+    let m = manifest(&[(DType::BF16, 1 << 18)]);
+    let mut random = Random(5);
+    let old: Vec<u8> = (0..m.image_bytes).map(|at| [0x40, 0x3f][at as usize % 2]).collect();
+    let mut new = old.clone();
+    for element in new.chunks_exact_mut(2) {
+        element[0] = match random.unit() {
+            u if u < 0.04 => 0x40,
+            u if u < 0.5 => 0x41,
+            _ => 0x3f,
+        };
+    }
+    let blob = encode(&m, &old, &new, 1, &|_, _| true).expect("encoded");
+    let mut out = vec![0; new.len()];
+    apply(&m, &blob, &old, &mut out).expect("applied");
+    assert!(out == new);
+    let bits = blob.len() as f64 * 8.0 / f64::from(1 << 18);
+    assert!(bits < 1.3, "{bits} bits an element; a gap for each change would be one more");
+}
+
+#[test]
 fn every_dtype_comes_back_bit_by_bit() {
     let tensors: Vec<(DType, u64)> = DType::ALL.into_iter().map(|d| (d, 70_001)).collect();
     let m = manifest(&tensors);
