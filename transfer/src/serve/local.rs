@@ -1,6 +1,8 @@
 //! The listener for processes of the same host: a unix socket in a directory that only this user can
 //! enter.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,6 +22,8 @@ impl Server {
     pub(crate) fn listen_locally(&mut self, path: &Path) -> Result<(), ServeError> {
         let failed = |error| ServeError::Local { path: path.to_owned(), error };
         let listener = UnixListener::bind(path).map_err(failed)?;
+        // The directory may be open to engines of other users.
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
         let accepting = Arc::clone(&self.shared);
         let accept = std::thread::Builder::new()
             .name("transfer-local".into())
@@ -40,8 +44,8 @@ fn accept_loop(shared: &Arc<Shared>, listener: &UnixListener) {
         if shared.closing() {
             return;
         }
-        match stream.and_then(shm::link) {
-            Ok(link) => serve_stream(shared, Arrived::Link(Box::new(link))),
+        match stream {
+            Ok(stream) => serve_stream(shared, Arrived::Link(Box::new(shm::link(stream)))),
             Err(error) => tracing::warn!(%error, "could not accept a stream of this host"),
         }
     }
