@@ -56,7 +56,9 @@ fn a_chain_of_receivers_costs_the_trainer_one_copy() {
 fn parents_of_each_other_begin_at_once() {
     let (publisher, weights) = (publisher(), Weights::new(8, 1));
     let v = publish(&publisher, 1, &weights).version;
-    let nodes = [receiver(), receiver()];
+    // As patient as the one that is asked: else a wait for each other ends by itself.
+    let node = || receiver_with(|rules| rules.progress = Duration::from_secs(10));
+    let nodes = [node(), node()];
     let patient = || ServeLimits { version_wait: Duration::from_secs(4), ..ServeLimits::default() };
     let start = |node: &Receiver| {
         let any = "127.0.0.1:0".parse().expect("addr");
