@@ -1,25 +1,16 @@
 //! The binary as its user meets it: wrong use is answered with a status and a sentence, right use works
 //! against a manager that runs. Engines are real processes of the same binary.
 
+mod common;
+
 use std::io::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Output, Stdio};
 
+use common::{Process, anabranch, start, wait};
 use serde_json::Value;
 use tempfile::TempDir;
-
-const SOON: Duration = Duration::from_secs(30);
-
-fn anabranch() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_anabranch"));
-    command
-        .env_remove("ANABRANCH_MANAGER")
-        .env_remove("ANABRANCH_TOKEN")
-        .env_remove("ANABRANCH_LOG");
-    command
-}
 
 fn run(args: &[&str]) -> Output {
     anabranch().args(args).stdin(Stdio::null()).output().expect("the binary starts")
@@ -27,17 +18,6 @@ fn run(args: &[&str]) -> Output {
 
 fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-/// Killed when dropped.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// A manager on a free port, with its files in a directory of its own.
@@ -54,8 +34,7 @@ impl Manager {
         let mut command = anabranch();
         command.args(["manager", "--listen", "127.0.0.1:0", "--announce"]).arg(&announce);
         command.arg("--state-dir").arg(dir.path().join("state")).args(more);
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        let process = Process(command.spawn().expect("the binary starts"));
+        let process = start(&mut command);
         let url = wait("the manager announces itself", || {
             let text = std::fs::read_to_string(&announce).ok()?;
             let announced: Value = serde_json::from_str(&text).ok()?;
@@ -80,8 +59,8 @@ impl Manager {
             .arg(self.dir.path());
         command.arg("--").arg(env!("CARGO_BIN_EXE_anabranch"));
         command.args(["engine", "--model", "synthetic", "--listen", &format!("127.0.0.1:{port}")]);
-        command.args(more).stdout(Stdio::null()).stderr(Stdio::null());
-        let process = Process(command.spawn().expect("the binary starts"));
+        command.args(more);
+        let process = start(&mut command);
         wait("the engine is attached", || {
             let engines = self.engines();
             engines.iter().any(|engine| engine["id"] == id).then_some(())
@@ -92,17 +71,6 @@ impl Manager {
     fn engines(&self) -> Vec<Value> {
         let output = run(&["engines", "list", "--json", "--manager", &self.url]);
         serde_json::from_slice(&output.stdout).unwrap_or_default()
-    }
-}
-
-fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let started = Instant::now();
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(started.elapsed() < SOON, "not within {SOON:?}: {what}");
-        std::thread::park_timeout(Duration::from_millis(50));
     }
 }
 

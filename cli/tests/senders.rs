@@ -1,50 +1,16 @@
 //! Several senders of one version, with real processes: each publishes its share of a checkpoint, and two
 //! agents with engines get it from all of them.
 
-use std::net::TcpListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+mod common;
 
+use std::path::{Path, PathBuf};
+use std::process::{Child, Output, Stdio};
+
+use common::*;
 use serde_json::Value;
 
-const SOON: Duration = Duration::from_secs(60);
 const TENSORS: usize = 7;
 const TENSOR_BYTES: usize = 3 << 19;
-
-fn anabranch() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_anabranch"));
-    command.env_remove("ANABRANCH_MANAGER").env_remove("ANABRANCH_TOKEN");
-    command.stdin(Stdio::null());
-    command
-}
-
-/// Killed when dropped.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn start(command: &mut Command) -> Process {
-    let quiet = command.stdout(Stdio::null()).stderr(Stdio::null());
-    Process(quiet.spawn().expect("the binary starts"))
-}
-
-fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let started = Instant::now();
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(started.elapsed() < SOON, "not within {SOON:?}: {what}");
-        std::thread::park_timeout(Duration::from_millis(50));
-    }
-}
 
 /// Tensors whose borders lie within chunks of 1 MiB; about 10 MiB.
 fn checkpoint(dir: &Path, fill: u8) {
@@ -76,22 +42,13 @@ struct Site {
 impl Site {
     fn new(engines: usize) -> Site {
         let dir = tempfile::tempdir().expect("a directory");
-        let announce = dir.path().join("manager.json");
-        let mut manager = anabranch();
-        manager.args(["manager", "--listen", "127.0.0.1:0", "--announce"]).arg(&announce);
-        let mut processes = vec![start(manager.arg("--state-dir").arg(dir.path().join("state")))];
-        wait("the manager announces itself", || announce.exists().then_some(()));
-        let at = format!("file:{}", announce.display());
+        let (manager, at) = manager(dir.path());
+        let mut processes = vec![manager];
         for engine in 0..engines {
             let staging = dir.path().join(format!("staging-{engine}"));
             std::fs::create_dir(&staging).expect("dir");
-            let port =
-                TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound");
-            let mut agent = anabranch();
-            agent.args(["agent", "--manager", &at, "--id", &format!("e{engine}")]);
-            agent.args(["--listen", "127.0.0.1:0", "--staging"]).arg(&staging).arg("--");
-            agent.arg(env!("CARGO_BIN_EXE_anabranch")).args(["engine", "--model", "synthetic"]);
-            processes.push(start(agent.args(["--listen", &format!("127.0.0.1:{}", port.port())])));
+            let more = ["--listen", "127.0.0.1:0", "--no-sharing"];
+            processes.push(common::engine(&at, &format!("e{engine}"), &staging, &more));
         }
         Site { dir, at, _processes: processes }
     }

@@ -10,7 +10,10 @@ const SOON: Duration = Duration::from_secs(60);
 
 pub fn anabranch() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_anabranch"));
-    command.env_remove("ANABRANCH_MANAGER").env_remove("ANABRANCH_TOKEN");
+    command
+        .env_remove("ANABRANCH_MANAGER")
+        .env_remove("ANABRANCH_TOKEN")
+        .env_remove("ANABRANCH_LOG");
     command.stdin(Stdio::null());
     command
 }
