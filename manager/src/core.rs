@@ -4,9 +4,8 @@
 //! each input, then [`Core::next_timeout`]: call `handle(now, TimePassed)` when it comes. *Views*:
 //! [`Core::state`]. It does no I/O, reads no clock, iterates only ordered maps, so a seed reproduces.
 
-pub mod action;
 pub mod config;
-pub mod event;
+mod job;
 pub mod timer;
 
 mod check;
@@ -28,18 +27,18 @@ use std::sync::Arc;
 use anabranch_proto::{EngineId, GroupId, OrderId, SampleId, SessionId, Step, Version};
 use anabranch_runtime::clock::{Now, TimerTable};
 
-use self::action::{Action, Answer, FailKind, Notice};
 use self::config::CoreConfig;
-use self::event::{Event, LinkId, Pack, ReplyTo};
+use self::job::Job;
 use self::timer::Timer;
-use crate::egress::Egress;
+use crate::action::{Action, Answer, FailKind, Notice};
+use crate::event::{Event, LinkId, Pack, ReplyTo};
 use crate::fleet::{Engine, Record};
-use crate::group::Group;
-use crate::job::Job;
-use crate::microbatch::Pool;
-use crate::queue::Queue;
-use crate::state::Counters;
-use crate::versions::Versions;
+use crate::rollout::egress::Egress;
+use crate::rollout::group::Group;
+use crate::rollout::microbatch::Pool;
+use crate::rollout::queue::Queue;
+use crate::view::state::Counters;
+use crate::weights::versions::Versions;
 
 pub struct Core {
     pub(crate) config: CoreConfig,
@@ -88,8 +87,8 @@ pub(crate) struct StepState {
     pub tokens: u64,
     pub discarded_tokens: u64,
     pub max_lag: u64,
-    pub short: Vec<action::ShortGroup>,
-    pub dropped: Vec<action::ShortGroup>,
+    pub short: Vec<crate::action::ShortGroup>,
+    pub dropped: Vec<crate::action::ShortGroup>,
     pub over: bool,
 }
 
@@ -263,11 +262,11 @@ impl Core {
         OrderId(self.fresh_id())
     }
 
-    pub(crate) fn sample(&self, id: SampleId) -> Option<&crate::sample::Sample> {
+    pub(crate) fn sample(&self, id: SampleId) -> Option<&crate::rollout::sample::Sample> {
         self.groups.get(&id.group)?.samples.get(id.index as usize)
     }
 
-    fn sample_mut(&mut self, id: SampleId) -> Option<&mut crate::sample::Sample> {
+    fn sample_mut(&mut self, id: SampleId) -> Option<&mut crate::rollout::sample::Sample> {
         self.groups.get_mut(&id.group)?.samples.get_mut(id.index as usize)
     }
 

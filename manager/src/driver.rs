@@ -1,8 +1,6 @@
 //! The one loop that owns the core: it takes in what happened, hands it over, carries out what the core
 //! asks for, and keeps the clock. Every arm of its `select!` returns one value; nothing changes inside one.
 
-pub(crate) mod inbox;
-
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,11 +11,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::core::Core;
-use crate::core::event::Event;
-use crate::effects::Effects;
-use crate::gate::Pulse;
-use crate::state::StateView;
-use inbox::Input;
+use crate::event::Event;
+use crate::view::state::StateView;
+use crate::wire::effects::Effects;
+use crate::wire::gate::Pulse;
+use crate::wire::inbox::Input;
 
 /// Taken in before the core's actions are carried out.
 const BATCH: usize = 256;

@@ -13,6 +13,8 @@
 //!                             Gone{why}
 //! ```
 
+pub(crate) mod placement;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,10 +22,10 @@ use std::time::Duration;
 use anabranch_proto::{Attempt, EngineId, OrderId, SampleId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
-use crate::core::event::{EngineHello, LinkId, LoadStage, ProbeResult};
+use crate::event::{EngineHello, LinkId, LoadStage, ProbeResult};
 use crate::ledger::Maker;
-use crate::plan;
-use crate::rates::Rates;
+use crate::weights::plan;
+use crate::weights::rates::Rates;
 
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case", tag = "state")]

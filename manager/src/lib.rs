@@ -2,8 +2,8 @@
 //! their tokens, packs micro-batches, and rolls weight versions forward. It moves no weight bytes and holds no GPU.
 //!
 //! ```text
-//!  trainer ─Submit─▶ ingress ─▶ admission ─▶ queue ─▶ scheduler ─▶ agent_link ─▶ agent ─▶ engine
-//!                                             ▲           placement                 │
+//!  trainer ─Submit─▶ ingress ─▶ admission ─▶ queue ─▶ placement ─▶ agent_link ─▶ agent ─▶ engine
+//!                                             ▲                                     │
 //!                                      samples that lost                          ticks
 //!                                      their engine                                 ▼
 //!  trainer ◀─Part── egress ◀─ microbatch ◀─ group ◀─ sample ◀──── facts ──────── ledger
@@ -12,57 +12,33 @@
 //! Two pure cores: the [`ledger`] has the tokens, the [`core`] decides and never sees one. Both are
 //! driven by [`driver`] here and by the simulation in virtual time.
 
+// words that go in and out of the deciding core
+pub mod action;
+pub mod event;
+
 // tokens
 pub mod ledger;
 
-// prompts in
-mod admission;
-mod job;
-pub mod replay;
-
-// choose an engine
+// the owners
 pub mod fleet;
-mod placement;
-mod queue;
+pub mod rollout;
+pub mod weights;
 
-// trajectories out
-mod egress;
-mod group;
-mod microbatch;
-mod sample;
-
-// weights
-pub mod plan;
-mod rates;
-mod rollforward;
-pub mod versions;
-
-// the deciding core, which owns all of the above
+// the deciding core, which holds the owners
 pub mod core;
-pub mod state;
 
-// the driver: sockets, clock, and the loop that owns the core
+// the process: settings, and the loop that owns the core
 pub mod announce;
 pub mod config;
-mod deliver;
 mod driver;
-mod effects;
 pub mod error;
-mod gate;
 pub mod server;
 
-// calls
-mod admin;
-mod agent_link;
-mod auth;
-mod http;
-mod ingress;
+// messages in and out
+mod wire;
 
-// what others see
-mod feed;
-mod metrics;
-mod notice_log;
-mod notices;
+// state as others see it
+pub mod view;
 
 pub use config::{ManagerConfig, RawConfig};
 pub use error::ManagerError;

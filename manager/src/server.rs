@@ -18,22 +18,23 @@ use anabranch_runtime::{
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::AdminService;
-use crate::agent_link::AgentService;
 use crate::announce::{AnnounceFile, Ready, Tokens, reachable};
-use crate::auth::Auth;
 use crate::config::ManagerConfig;
 use crate::core::Core;
 use crate::driver::Driver;
-use crate::driver::inbox::Inbox;
-use crate::effects::Effects;
 use crate::error::ManagerError;
-use crate::gate::{Gate, Life, Pulse};
-use crate::ingress::TrainerService;
 use crate::ledger::Ledger;
-use crate::metrics::Metrics;
-use crate::notices::Notices;
-use crate::{feed, http};
+use crate::view::feed;
+use crate::view::metrics::Metrics;
+use crate::view::notices::Notices;
+use crate::wire::admin::AdminService;
+use crate::wire::agent_link::AgentService;
+use crate::wire::auth::Auth;
+use crate::wire::effects::Effects;
+use crate::wire::gate::{Gate, Life, Pulse};
+use crate::wire::http;
+use crate::wire::inbox::Inbox;
+use crate::wire::ingress::TrainerService;
 
 /// Streams are told at once; connections get so long to end.
 const CONNECTIONS: Duration = Duration::from_secs(2);

@@ -1,7 +1,7 @@
 //! Recomputes what was delivered: shares nothing with the ledger but the oracle function.
 
 use anabranch_engine::synthetic::{self, Chain, SyntheticParams};
-use anabranch_manager::core::action::{BatchSample, Finish};
+use anabranch_manager::action::{BatchSample, Finish};
 use anabranch_manager::ledger::PageView;
 use anabranch_proto::tokens;
 

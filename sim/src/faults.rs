@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anabranch_manager::core::event::Event;
+use anabranch_manager::event::Event;
 use anabranch_proto::EngineId;
 use anabranch_proto::pb::end::Why;
 
@@ -173,7 +173,7 @@ impl World {
         let keys: Vec<String> = self.asked.keys().cloned().collect();
         let Some(key) = self.rng.pick(&keys).cloned() else { return };
         let (keep_partial, reply) = (self.rng.chance(50), self.no_reply());
-        let what = anabranch_manager::core::event::CancelWhat::Keys(vec![key]);
+        let what = anabranch_manager::event::CancelWhat::Keys(vec![key]);
         self.post(Event::GroupsCancelled { session, what, keep_partial, reply });
     }
 

@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use anabranch_engine::synthetic::{self, Chain, SyntheticParams, WeightsKey};
-use anabranch_manager::core::action::StartOrder;
-use anabranch_manager::core::event::{Held, LinkId, LoadStage, OnRunning};
+use anabranch_manager::action::StartOrder;
+use anabranch_manager::event::{Held, LinkId, LoadStage, OnRunning};
 use anabranch_proto::pb::{self, end::Why};
 use anabranch_proto::{Attempt, OrderId, SampleId, SessionId, Version, tokens};
 use anabranch_runtime::clock::Now;

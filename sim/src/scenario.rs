@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anabranch_manager::core::event::{OnExceed, OnRunning, Pack, Staleness};
+use anabranch_manager::event::{OnExceed, OnRunning, Pack, Staleness};
 
 use crate::rng::Rng;
 

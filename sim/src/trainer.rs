@@ -3,8 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anabranch_manager::core::action::{Batch, StepReport};
-use anabranch_manager::core::event::{ConsumerId, PublisherId};
+use anabranch_manager::action::{Batch, StepReport};
+use anabranch_manager::event::{ConsumerId, PublisherId};
 use anabranch_proto::{BatchSeq, SessionId, Version};
 
 /// Where it is in its loop.

@@ -10,10 +10,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use anabranch_engine::synthetic::SyntheticParams;
+use anabranch_manager::action::{Answer, Batch, LoadOrder, ModeKind, StartOrder};
 use anabranch_manager::core::Core;
-use anabranch_manager::core::action::{Answer, Batch, LoadOrder, ModeKind, StartOrder};
 use anabranch_manager::core::config::CoreConfig;
-use anabranch_manager::core::event::{ConsumerId, Event, Held, LinkId, ReplyTo};
+use anabranch_manager::event::{ConsumerId, Event, Held, LinkId, ReplyTo};
 use anabranch_manager::ledger::Ledger;
 use anabranch_proto::pb;
 use anabranch_proto::{Attempt, OrderId, SampleId, SessionId, Version};
@@ -108,7 +108,7 @@ pub(crate) enum Happening {
     },
     Done {
         consumer: ConsumerId,
-        report: std::sync::Arc<anabranch_manager::core::action::StepReport>,
+        report: std::sync::Arc<anabranch_manager::action::StepReport>,
     },
     Answer {
         to: ReplyTo,

@@ -42,7 +42,7 @@ fn a_world_without_faults_moves_nothing_and_makes_nothing_twice() {
     for seed in 0..40 {
         let mut scenario = Scenario::of_seed(seed).calm();
         scenario.colocated = false;
-        scenario.on_running = anabranch_manager::core::event::OnRunning::Continue;
+        scenario.on_running = anabranch_manager::event::OnRunning::Continue;
         let outcome =
             run(scenario).unwrap_or_else(|failure| panic!("seed {seed}: {}", failure.what));
         assert_eq!((outcome.migrations, outcome.regenerated_tokens), (0, 0), "seed {seed}");

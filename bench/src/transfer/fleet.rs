@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use anabranch_manager::plan::{self, Holder, Image, Peer, Place};
+use anabranch_manager::weights::plan::{self, Holder, Image, Peer, Place};
 use anabranch_proto::SessionId;
 use anabranch_proto::manifest::DEFAULT_CHUNK_BYTES;
 use anyhow::Context;

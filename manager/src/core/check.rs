@@ -7,7 +7,7 @@ use anabranch_proto::{SampleId, SessionId};
 
 use super::Core;
 use crate::fleet::EngineState;
-use crate::sample::SampleState;
+use crate::rollout::sample::SampleState;
 
 impl Core {
     /// `Err` names the first disagreement.

@@ -7,12 +7,12 @@ use anabranch_proto::{BatchSeq, GroupId, SampleId, SessionId, Step};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Action, Batch, BatchSample, Finish, Notice, ShortGroup, StepReport};
-use super::event::{ConsumerId, Pack, Shard};
 use super::timer::Timer;
-use crate::egress::Send;
-use crate::microbatch::Cut;
-use crate::sample::SampleState;
+use crate::action::{Action, Batch, BatchSample, Finish, Notice, ShortGroup, StepReport};
+use crate::event::{ConsumerId, Pack, Shard};
+use crate::rollout::egress::Send;
+use crate::rollout::microbatch::Cut;
+use crate::rollout::sample::SampleState;
 
 impl Core {
     pub(super) fn attach_consumer(

@@ -8,12 +8,12 @@ use anabranch_proto::{EngineId, SessionId};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Action, Answer, FailKind, ModeKind, Notice};
-use super::event::{EngineHello, Held, LinkId, ReplyTo};
 use super::timer::Timer;
+use crate::action::{Action, Answer, FailKind, ModeKind, Notice};
+use crate::event::{EngineHello, Held, LinkId, ReplyTo};
 use crate::fleet::{Engine, EngineState};
 use crate::ledger::Maker;
-use crate::rates::Rates;
+use crate::weights::rates::Rates;
 
 impl Core {
     pub(super) fn attach_engine(&mut self, now: Now, link: LinkId, hello: EngineHello) {

@@ -6,11 +6,11 @@ use anabranch_proto::manifest::DEFAULT_CHUNK_BYTES;
 use anabranch_proto::{SessionId, Version};
 
 use super::Core;
-use super::action::Holder;
-use super::event::{LoadReport, LoadStage};
+use crate::action::Holder;
+use crate::event::{LoadReport, LoadStage};
 use crate::fleet::{Engine, EngineState, Load};
-use crate::plan::{self, Feed, Image, Peer, Place};
-use crate::versions::Sender;
+use crate::weights::plan::{self, Feed, Image, Peer, Place};
+use crate::weights::versions::Sender;
 
 /// Addresses that only processes of the same host can dial.
 const WITHIN_HOST: &str = "shm:";

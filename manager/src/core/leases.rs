@@ -6,9 +6,9 @@ use anabranch_proto::SessionId;
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::Notice;
-use super::event::LinkId;
 use super::timer::Timer;
+use crate::action::Notice;
+use crate::event::LinkId;
 use crate::fleet::EngineState;
 
 impl Core {
@@ -83,7 +83,7 @@ impl Core {
             let running: Vec<_> = engine.running.keys().copied().collect();
             for sample in running {
                 if let Some(sample) = self.sample_mut(sample)
-                    && let crate::sample::SampleState::Running { last_progress, .. } =
+                    && let crate::rollout::sample::SampleState::Running { last_progress, .. } =
                         &mut sample.state
                 {
                     *last_progress = *last_progress + gap;

@@ -7,13 +7,13 @@ use anabranch_proto::{EngineId, OrderId, SampleId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Action, DialOrder, Holder, LoadOrder, Notice};
-use super::event::{LoadReport, LoadStage, ProbeResult, Verdict};
 use super::timer::Timer;
+use crate::action::{Action, DialOrder, Holder, LoadOrder, Notice};
+use crate::event::{LoadReport, LoadStage, ProbeResult, Verdict};
 use crate::fleet::{EngineState, Load};
-use crate::plan::Feed;
-use crate::rollforward::{self, Pins, Standing, Standpoint};
-use crate::versions::Progress;
+use crate::weights::plan::Feed;
+use crate::weights::rollforward::{self, Pins, Standing, Standpoint};
+use crate::weights::versions::Progress;
 
 impl Core {
     /// Orders the current version where it is missing, as the roll-forward allows.

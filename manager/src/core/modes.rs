@@ -10,9 +10,9 @@ use anabranch_proto::{OrderId, SessionId};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Answer, EngineModeSet, ModeKind, Notice};
-use super::event::{ModeReport, ReplyTo};
 use super::timer::Timer;
+use crate::action::{Answer, EngineModeSet, ModeKind, Notice};
+use crate::event::{ModeReport, ReplyTo};
 use crate::fleet::EngineState;
 
 pub(crate) struct Switch {

@@ -8,15 +8,15 @@ use anabranch_proto::{Attempt, SampleId, SessionId, seed};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Action, Notice, StartOrder};
-use super::event::SeedKeying;
 use super::timer::Timer;
-use crate::admission;
+use crate::action::{Action, Notice, StartOrder};
+use crate::event::SeedKeying;
+use crate::fleet::placement::{Allowed, Need};
 use crate::fleet::{Engine, Running};
 use crate::ledger::StopRules;
-use crate::placement::{Allowed, Need};
-use crate::queue::{Class, Place};
-use crate::sample::SampleState;
+use crate::rollout::admission;
+use crate::rollout::queue::{Class, Place};
+use crate::rollout::sample::SampleState;
 
 /// A pass gives up after so many samples that no engine can take: the rest of the queue wants the same.
 const MAX_MISSES: usize = 256;

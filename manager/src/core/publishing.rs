@@ -13,9 +13,9 @@ use anabranch_proto::Version;
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Answer, FailKind, Notice};
-use super::event::{Announce, PublisherId, ReplyTo, SenderOf};
-use crate::versions::{Sender, VersionRecord, VersionState};
+use crate::action::{Answer, FailKind, Notice};
+use crate::event::{Announce, PublisherId, ReplyTo, SenderOf};
+use crate::weights::versions::{Sender, VersionRecord, VersionState};
 
 /// A publisher that says nothing has all, alone.
 const ALONE: SenderOf = SenderOf { index: 0, count: 1, part: false };

@@ -7,12 +7,12 @@ use anabranch_proto::{Attempt, EngineId, GroupId, SampleId, SessionId};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Action, Finish, Notice, ShortGroup};
 use super::timer::Timer;
+use crate::action::{Action, Finish, Notice, ShortGroup};
 use crate::fleet::{Engine, EngineState, PromptUse};
 use crate::ledger::{Ended, Fact, Finished};
-use crate::queue::{Class, Place};
-use crate::sample::SampleState;
+use crate::rollout::queue::{Class, Place};
+use crate::rollout::sample::SampleState;
 
 /// An engine that said "busy", or lost a stream, gets nothing new for so long.
 const BUSY_PAUSE: Duration = Duration::from_millis(200);
@@ -484,7 +484,8 @@ impl Core {
     }
 }
 
-fn abandoned(group: &crate::group::Group) -> u32 {
-    let abandoned = |s: &&crate::sample::Sample| matches!(s.state, SampleState::Abandoned { .. });
+fn abandoned(group: &crate::rollout::group::Group) -> u32 {
+    let abandoned =
+        |s: &&crate::rollout::sample::Sample| matches!(s.state, SampleState::Abandoned { .. });
     group.samples.iter().filter(abandoned).count() as u32
 }

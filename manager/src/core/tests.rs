@@ -6,9 +6,9 @@ use anabranch_proto::{Attempt, EngineId, Incarnation, SampleId, SessionId, Step,
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Action, Answer, Notice};
 use super::config::CoreConfig;
-use super::event::*;
+use crate::action::{Action, Answer, Notice};
+use crate::event::*;
 use crate::ledger::{Fact, Finished};
 
 mod feeding;

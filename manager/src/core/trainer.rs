@@ -6,18 +6,18 @@ use std::sync::Arc;
 use anabranch_proto::{GroupId, SampleId, SessionId, Step, Version, seed, tokens};
 use anabranch_runtime::clock::Now;
 
-use super::action::{Action, Answer, FailKind, Notice, SubmitResult, SubmitVerdict};
-use super::event::{CancelWhat, NewGroup, OpenJob, ReplyTo};
 use super::timer::Timer;
 use super::{Core, StepState};
-use crate::admission::{self, Reject};
-use crate::egress::Egress;
-use crate::group::Group;
-use crate::job::Job;
-use crate::queue::Queue;
-use crate::replay;
-use crate::sample::Sample;
-use crate::versions::Versions;
+use crate::action::{Action, Answer, FailKind, Notice, SubmitResult, SubmitVerdict};
+use crate::core::job::Job;
+use crate::event::{CancelWhat, NewGroup, OpenJob, ReplyTo};
+use crate::rollout::admission::{self, Reject};
+use crate::rollout::egress::Egress;
+use crate::rollout::group::Group;
+use crate::rollout::queue::Queue;
+use crate::rollout::replay;
+use crate::rollout::sample::Sample;
+use crate::weights::versions::Versions;
 
 impl Core {
     pub(super) fn open_job(&mut self, now: Now, open: OpenJob, reply: ReplyTo) {

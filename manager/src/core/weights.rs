@@ -4,10 +4,10 @@ use anabranch_proto::{EngineId, GroupId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::action::{Action, Answer, FailKind, Notice, OnEngine, VersionStatus};
-use super::event::{LoadStage, OnExceed, ReplyTo};
+use crate::action::{Action, Answer, FailKind, Notice, OnEngine, VersionStatus};
+use crate::event::{LoadStage, OnExceed, ReplyTo};
 use crate::fleet::EngineState;
-use crate::versions::{Progress, VersionRecord, VersionState};
+use crate::weights::versions::{Progress, VersionRecord, VersionState};
 
 impl Core {
     /// The newest sealed version becomes current, unless that would make unfinished groups too old and the
@@ -63,7 +63,7 @@ impl Core {
             return Vec::new();
         };
         let floor = next.number.saturating_sub(max_lag);
-        let too_old = |group: &crate::group::Group| {
+        let too_old = |group: &crate::rollout::group::Group| {
             let made = || group.oldest() < floor;
             let may_make = || or_may_be && group.samples.iter().any(|s| self.runs_below(s, floor));
             group.pin.is_none() && group.offered_at.is_none() && (made() || may_make())
@@ -71,7 +71,7 @@ impl Core {
         self.groups.iter().filter(|(_, group)| too_old(group)).map(|(id, _)| *id).collect()
     }
 
-    fn runs_below(&self, sample: &crate::sample::Sample, floor: u64) -> bool {
+    fn runs_below(&self, sample: &crate::rollout::sample::Sample, floor: u64) -> bool {
         let engine = sample.running_on().and_then(|(session, _)| self.engines.get(&session));
         engine.and_then(|engine| engine.version()).is_some_and(|at| at.number < floor)
     }

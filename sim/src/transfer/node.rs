@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use anabranch_manager::plan::Feed;
+use anabranch_manager::weights::plan::Feed;
 use anabranch_transfer::chunks::ChunkSet;
 use anabranch_transfer::queue::ChunkQueue;
 

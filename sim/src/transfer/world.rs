@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use anabranch_manager::plan::{self, Holder, Image, Peer, Place};
+use anabranch_manager::weights::plan::{self, Holder, Image, Peer, Place};
 use anabranch_proto::SessionId;
 use anabranch_transfer::FetchRules;
 use anabranch_transfer::chunks::ChunkSet;

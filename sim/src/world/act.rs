@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_manager::core::action::{Action, Batch};
-use anabranch_manager::core::event::ConsumerId;
+use anabranch_manager::action::{Action, Batch};
+use anabranch_manager::event::ConsumerId;
 use anabranch_manager::ledger::Begun;
 
 use super::{Happening, LATENCY, ToAgent, World};
@@ -70,7 +70,7 @@ impl World {
     fn link_of(
         &self,
         session: anabranch_proto::SessionId,
-    ) -> Option<anabranch_manager::core::event::LinkId> {
+    ) -> Option<anabranch_manager::event::LinkId> {
         self.sessions.get(&session).filter(|link| self.links.contains_key(link)).copied()
     }
 
@@ -80,7 +80,7 @@ impl World {
         }
     }
 
-    fn start(&mut self, order: Box<anabranch_manager::core::action::StartOrder>) {
+    fn start(&mut self, order: Box<anabranch_manager::action::StartOrder>) {
         match self.ledger.begin(order.sample, order.attempt, order.maker.clone()) {
             Begun::Kept(kept) => self.tell_agent(order.session, ToAgent::Start(order, kept)),
             Begun::AlreadyFinished => {}

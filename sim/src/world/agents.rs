@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anabranch_manager::core::action::ModeKind;
-use anabranch_manager::core::event::{
+use anabranch_manager::action::ModeKind;
+use anabranch_manager::event::{
     Convention, EngineHello, Event, LinkId, LoadReport, LoadStage, ModeReport, ModelFacts,
     OnRunning, SeedKeying,
 };

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anabranch_manager::core::action::{Answer, FailKind, SubmitVerdict};
-use anabranch_manager::core::event::{
+use anabranch_manager::action::{Answer, FailKind, SubmitVerdict};
+use anabranch_manager::event::{
     Announce, ConsumerId, Convention, Event, ModelFacts, NewGroup, OpenJob, PublisherId, ReplyTo,
     Sampling, Shard,
 };

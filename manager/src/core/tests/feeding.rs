@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::core::action::{Holder, LoadOrder};
+use crate::action::{Holder, LoadOrder};
 use crate::fleet::EngineState;
 
 const MIB: u64 = 1 << 20;
@@ -87,7 +87,7 @@ impl Rollout {
         self.report(order, |report| report.stage = LoadStage::Active);
     }
 
-    fn engine(&self, id: &str) -> crate::state::EngineView {
+    fn engine(&self, id: &str) -> crate::view::state::EngineView {
         let state = self.bench.core.state(self.bench.now);
         let found = state.engines.into_iter().rev().find(|engine| engine.id == id);
         found.expect("attached once")

@@ -1,8 +1,8 @@
 //! Several senders of one version.
 
 use super::*;
-use crate::core::action::LoadOrder;
-use crate::core::event::SenderOf;
+use crate::action::LoadOrder;
+use crate::event::SenderOf;
 
 struct Senders {
     bench: Bench,
