@@ -1,56 +1,65 @@
-//! Identifiers. Newtypes, so that two kinds of number cannot be swapped; all are scoped by (job, epoch).
+//! Identifiers. Each is a newtype, so that two kinds of number cannot be swapped. All are unique within
+//! one (job, epoch).
 
 use std::fmt;
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-/// An engine's name, stable over restarts.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+/// Name of an engine, stable over restarts.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct EngineId(Arc<str>);
 
-/// One life of an engine process: a restart is a new one, and messages from an older one are fenced off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+/// One life of an engine process. A restart is a new one; messages from an older one are refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Incarnation(pub u64);
 
-/// One attachment of an agent; it survives a lost link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+/// One attachment of an agent or a trainer; it survives a lost link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SessionId(pub u64);
 
-/// A prompt group, numbered by the manager in the order of admission.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+/// Number of a prompt group, given by the manager in the order of admission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct GroupId(pub u64);
 
-/// One of a group's `n` samples.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+/// Identity of one of a group's `n` samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SampleId {
+    /// Group that the sample belongs to.
     pub group: GroupId,
+    /// Number of the sample in its group, from 0.
     pub index: u32,
 }
 
-/// The how-manieth placement of a sample, from 1. Fences off the engines it ran on before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Default)]
+/// Placement number of a sample, from 1. What an engine says about an earlier attempt is refused.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, Default,
+)]
 pub struct Attempt(pub u32);
 
-/// A micro-batch's place in the job's sequence, from 1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Default)]
+/// Sequence number of a micro-batch in its job, from 1; 0 stands for "none yet".
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, Default,
+)]
 pub struct BatchSeq(pub u64);
 
-/// An order to an agent (load, mode), unique within one life of the manager.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+/// Number of an order to an agent (load, mode), unique within one life of the manager.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct OrderId(pub u64);
 
-/// A training step, numbered by the trainer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+/// Number of a training step, given by the trainer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Step(pub u64);
 
 // === impl EngineId ===
 
 impl EngineId {
+    /// Id with the text `id`; [`crate::word::check_name`] tells whether a manager takes it.
     pub fn new(id: &str) -> Self {
         Self(Arc::from(id))
     }
 
+    /// Text of the id.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -65,6 +74,7 @@ impl fmt::Display for EngineId {
 // === impl SampleId ===
 
 impl SampleId {
+    /// Sample `index` of group number `group`.
     pub fn new(group: u64, index: u32) -> Self {
         Self { group: GroupId(group), index }
     }
@@ -85,5 +95,31 @@ impl From<SampleId> for crate::pb::Sample {
 impl From<crate::pb::Sample> for SampleId {
     fn from(pb: crate::pb::Sample) -> Self {
         Self::new(pb.group, pb.index)
+    }
+}
+
+// === impl Step, BatchSeq ===
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl From<u64> for Step {
+    fn from(number: u64) -> Self {
+        Self(number)
+    }
+}
+
+impl fmt::Display for BatchSeq {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl From<u64> for BatchSeq {
+    fn from(number: u64) -> Self {
+        Self(number)
     }
 }
