@@ -26,12 +26,14 @@ use crate::engine::{EngineInfo, Loads};
 
 pub mod action;
 pub mod event;
+mod life;
 mod link;
 mod load;
 mod mode;
 mod outbox;
 mod prompts;
 mod runs;
+mod session;
 mod timer;
 
 pub use action::{Action, Exit, FetchOrder};
@@ -40,12 +42,13 @@ pub use link::DIAL_PATIENCE;
 pub use outbox::WINDOW_TICKS;
 pub use runs::Verdict;
 
-use link::{LinkState, Session};
+use link::LinkState;
 use load::Loader;
 use mode::{Drain, Memory};
 use outbox::Outbox;
 use prompts::Prompts;
 use runs::Runs;
+use session::Session;
 use timer::Timer;
 
 /// What does not change while the agent lives.
@@ -212,48 +215,6 @@ impl Core {
 
     fn act(&mut self, action: Action) {
         self.actions.push_back(action);
-    }
-
-    fn engine_up(&mut self, now: Now, info: EngineInfo, probe: Option<ProbeResult>) {
-        if matches!(self.state, AgentState::Stopped) || self.engine.is_some() {
-            return;
-        }
-        self.incarnation += u64::from(self.known.is_some());
-        self.known = Some(info.clone());
-        self.loader.engine_started(&info, probe);
-        self.memory = Memory::Held;
-        self.paused = false;
-        self.engine = Some(info);
-        match self.state {
-            AgentState::Booting => self.state = AgentState::Serving,
-            AgentState::Serving | AgentState::Draining(_) | AgentState::Stopped => return,
-        }
-        match self.session.is_some() {
-            true => self.begin_rejoin(now),
-            false => self.dial(),
-        }
-    }
-
-    /// Nothing of the engine's memory is left: not the samples, not the weights.
-    fn engine_down(&mut self, now: Now, why: &str, will_restart: bool) {
-        if self.engine.take().is_none() {
-            return;
-        }
-        // First what it made, then that it died, then what that ended: so a sample that kills engines is
-        // seen to have run at its death, and no token is lost to the end of the session.
-        let ends = self.outbox.take_lost_ends();
-        self.outbox.seal();
-        self.send_ticks(now);
-        self.tell_engine_down(why, will_restart);
-        ends.into_iter().for_each(|end| self.outbox.end(now, end));
-        self.lose_all_runs(now, why);
-        self.outbox.seal();
-        self.engine_lost_in_load(why);
-        self.memory = Memory::Held;
-        self.loads = Loads::default();
-        if matches!(self.state, AgentState::Serving) {
-            self.state = AgentState::Booting;
-        }
     }
 
     fn tick(&mut self, now: Now) {
