@@ -5,6 +5,7 @@
 
 // the runs
 pub mod chaos;
+pub mod core;
 pub mod stream;
 pub mod transfer;
 // the trainer's side of a run

@@ -1,6 +1,7 @@
 //! `anabranch bench`: measures, or breaks, a cluster of real processes. The runs are the bench crate's.
 
 use anabranch_bench::chaos::{self, ChaosArgs};
+use anabranch_bench::core::{self, CoreArgs};
 use anabranch_bench::stream::{self, StreamArgs};
 use anabranch_bench::transfer::{self, TransferArgs};
 use anabranch_bench::verify::{self, VerifyArgs};
@@ -18,6 +19,8 @@ pub struct Args {
 enum What {
     /// What manager and agents cost per token, and how late tokens are
     Stream(StreamArgs),
+    /// What the manager's core and ledger cost without sockets, by kind of event and size of the fleet
+    Core(CoreArgs),
     /// One random fault a second, a version every few seconds; every token is verified
     Chaos(ChaosArgs),
     /// The transfer engine's figures: speed, fan-out, deltas, faults, each a ratio within one run
@@ -32,6 +35,7 @@ enum What {
 pub async fn run(args: Args) -> Outcome {
     let passed = match args.what {
         What::Stream(args) => Box::pin(stream::run(args)).await,
+        What::Core(args) => core::run(&args),
         What::Chaos(args) => Box::pin(chaos::run(args)).await,
         What::Transfer(args) => Box::pin(transfer::run(args)).await,
         What::TransferNode => transfer::node::run(),
