@@ -22,9 +22,10 @@ use std::time::Duration;
 use anabranch_proto::pb;
 use anabranch_runtime::{Now, TimerTable};
 
-use crate::engine::{EngineInfo, Loads};
+use crate::engine::{EngineInfo, Utilization};
 
 pub mod action;
+mod attempts;
 pub mod event;
 mod life;
 mod link;
@@ -32,22 +33,21 @@ mod load;
 mod mode;
 mod outbox;
 mod prompts;
-mod runs;
 mod session;
 mod timer;
 
-pub use action::{Action, Exit, FetchOrder};
-pub use event::{Call, Event, LinkId, Moved, ProbeResult, RunEnd, Staged};
+pub use action::{Action, ExitReason, FetchOrder};
+pub use attempts::AfterChunk;
+pub use event::{Call, Event, LinkId, Moved, ProbeResult, RequestEnd, StagedVersion};
 pub use link::DIAL_PATIENCE;
 pub use outbox::WINDOW_TICKS;
-pub use runs::Verdict;
 
+use attempts::Attempts;
 use link::LinkState;
 use load::Loader;
-use mode::{Drain, Memory};
+use mode::{DrainOrder, Memory};
 use outbox::Outbox;
 use prompts::Prompts;
-use runs::Runs;
 use session::Session;
 use timer::Timer;
 
@@ -82,12 +82,12 @@ pub struct Core {
     engine: Option<EngineInfo>,
     /// Of the last life, to speak for it when it is over.
     known: Option<EngineInfo>,
-    loads: Loads,
+    utilization: Utilization,
     /// Made by engines since the agent started.
     engine_tokens: u64,
     outbox: Outbox,
     prompts: Prompts,
-    runs: Runs,
+    attempts: Attempts,
     loader: Loader,
     memory: Memory,
     paused: bool,
@@ -104,7 +104,7 @@ pub struct Core {
 enum AgentState {
     Booting,
     Serving,
-    Draining(Drain),
+    Draining(DrainOrder),
     Stopped,
 }
 
@@ -125,13 +125,13 @@ impl Core {
             dials: 0,
             engine: None,
             known: None,
-            loads: Loads::default(),
+            utilization: Utilization::default(),
             engine_tokens: 0,
             outbox: Outbox::new(),
             prompts: Prompts::default(),
-            runs: Runs::default(),
+            attempts: Attempts::default(),
             loader: Loader::default(),
-            memory: Memory::Held,
+            memory: Memory::Resident,
             paused: false,
             paused_by: 0,
             unsent: VecDeque::new(),
@@ -144,8 +144,8 @@ impl Core {
         match event {
             Event::EngineUp { info, probe } => self.engine_up(now, *info, probe),
             Event::EngineDown { why, will_restart } => self.engine_down(now, &why, will_restart),
-            Event::LoadsPolled(loads) => self.loads = loads,
-            Event::RunEnded { run, end } => self.run_ended(now, run, end),
+            Event::UtilizationPolled(now) => self.utilization = now,
+            Event::RequestEnded { attempt, end } => self.request_ended(now, attempt, end),
             Event::ManagerSaid { link, kind } => self.manager_said(now, link, kind),
             Event::DataCame { link, kind } => self.data_came(now, link, kind),
             Event::Bound { link } => self.bound(link),
@@ -200,7 +200,7 @@ impl Core {
     }
 
     pub fn streams_at_engine(&self) -> usize {
-        self.runs.at_engine()
+        self.attempts.at_engine()
     }
 
     /// What every event may have made possible.

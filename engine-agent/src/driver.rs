@@ -11,12 +11,12 @@ use tokio::sync::Semaphore;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::core::{Action, Call, Event, Exit, FetchOrder};
-use crate::engine::{Engine, RunId};
+use crate::core::{Action, Call, Event, ExitReason, FetchOrder};
+use crate::engine::{AttemptId, Engine};
 use crate::join::{LinkHandle, Manager, link};
 use crate::shared::Shared;
 use crate::weights::Weights;
-use crate::{generate, load};
+use crate::{calls, generate};
 
 pub struct Driver<E> {
     pub shared: Arc<Shared>,
@@ -57,7 +57,7 @@ impl<E: Engine> Driver<E> {
     }
 
     /// Until the core says how the agent ends.
-    pub async fn run(&mut self) -> Exit {
+    pub async fn run(&mut self) -> ExitReason {
         let mut actions = Vec::new();
         loop {
             let until = self.shared.turn(&mut actions);
@@ -107,12 +107,13 @@ impl<E: Engine> Driver<E> {
             }
             Action::ServePeers { job, key } => self.weights.serve(&job, &key),
             Action::Generate(request) => {
-                let (run, drain) = (request.run, self.drain.clone());
+                let (attempt, drain) = (request.attempt, self.drain.clone());
                 let task = generate::stream_task(self.shared.clone(), self.engine.clone(), request);
-                self.shared.open_stream(run, move || drain.spawn("stream", task).abort_handle());
+                self.shared
+                    .open_stream(attempt, move || drain.spawn("stream", task).abort_handle());
             }
-            Action::Abort { run, rid } => self.abort(run, rid),
-            Action::DropStream { run } => self.shared.drop_stream(run),
+            Action::Abort { attempt, rid } => self.abort(attempt, rid),
+            Action::DropStream { attempt } => self.shared.drop_stream(attempt),
             Action::CheckEngine => self.shared.check_engine.notify_one(),
             Action::Call(call) => self.call(call),
             Action::LoadWeights { directory, label } => self.load_weights(directory, label),
@@ -128,11 +129,11 @@ impl<E: Engine> Driver<E> {
         }
     }
 
-    fn abort(&self, run: RunId, rid: String) {
+    fn abort(&self, attempt: AttemptId, rid: String) {
         let (shared, engine, aborts) =
             (self.shared.clone(), self.engine.clone(), self.aborts.clone());
         self.drain.spawn("abort", async move {
-            while shared.is_open(run) {
+            while shared.is_open(attempt) {
                 let permit = aborts.acquire().await;
                 let answered = engine.abort(&rid).await;
                 drop(permit);
@@ -148,7 +149,7 @@ impl<E: Engine> Driver<E> {
     fn call(&self, call: Call) {
         let (shared, engine) = (self.shared.clone(), self.engine.clone());
         self.drain.spawn("engine call", async move {
-            let result = load::call(&shared, &*engine, call).await;
+            let result = calls::call(&shared, &*engine, call).await;
             let result = result.map_err(|error| error.to_string());
             shared.handle(Event::Called { call, result });
         });
@@ -170,7 +171,7 @@ impl<E: Engine> Driver<E> {
         let weights = self.weights.clone();
         self.drain.spawn("probe", async move {
             let result = match weights.loaded_as_verified() {
-                Ok(()) => load::probe(&*engine, shared.vocab()).await,
+                Ok(()) => calls::probe(&*engine, shared.vocab()).await,
                 Err(why) => Err(why),
             };
             shared.handle(Event::Probed { result });

@@ -21,7 +21,7 @@ pub trait Engine: Send + Sync + 'static {
     /// The label of its weights. Answers fast, also while paused.
     fn alive(&self) -> impl Future<Output = Result<String, EngineError>> + Send;
 
-    fn loads(&self) -> impl Future<Output = Result<Loads, EngineError>> + Send;
+    fn utilization(&self) -> impl Future<Output = Result<Utilization, EngineError>> + Send;
 
     fn generate(
         &self,
@@ -34,7 +34,7 @@ pub trait Engine: Send + Sync + 'static {
     /// Requests go back to the queue; their KV is rebuilt after [`Engine::resume`].
     fn pause(&self) -> impl Future<Output = Result<(), EngineError>> + Send;
 
-    fn resume(&self) -> impl Future<Output = Result<(), EngineError>> + Send;
+    fn continue_generation(&self) -> impl Future<Output = Result<(), EngineError>> + Send;
 
     /// Loads a safetensors directory, drops every cache made by older weights, and takes the label.
     fn load(
@@ -61,12 +61,12 @@ pub trait TokenStream: Send {
 
 /// Names one request at the engine, within one life of the agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RunId(pub u64);
+pub struct AttemptId(pub u64);
 
 /// A request. Input is `prompt` followed by `tail`.
 #[derive(Clone, Debug)]
 pub struct Generate {
-    pub run: RunId,
+    pub attempt: AttemptId,
     /// Fixed width, so that no rid is a prefix of another.
     pub rid: String,
     pub prompt: Arc<[u32]>,
@@ -166,7 +166,7 @@ pub struct EngineInfo {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Loads {
+pub struct Utilization {
     pub running: u32,
     pub waiting: u32,
     /// 0..1

@@ -3,38 +3,42 @@
 
 use std::sync::Arc;
 
-use crate::core::{Event, RunEnd, Verdict};
-use crate::engine::{Chunk, Engine, Generate, RunId, StreamError, TokenStream};
+use crate::core::{AfterChunk, Event, RequestEnd};
+use crate::engine::{AttemptId, Chunk, Engine, Generate, StreamError, TokenStream};
 use crate::shared::Shared;
 
 pub async fn stream_task<E: Engine>(shared: Arc<Shared>, engine: Arc<E>, request: Box<Generate>) {
-    let run = request.run;
+    let attempt = request.attempt;
     let end = match engine.generate(&request).await {
-        Ok(stream) => pump(&shared, stream, run).await,
-        Err(error) => Some(RunEnd::Failed(error)),
+        Ok(stream) => pump(&shared, stream, attempt).await,
+        Err(error) => Some(RequestEnd::Failed(error)),
     };
-    shared.stream_ended(run);
+    shared.stream_ended(attempt);
     if let Some(end) = end {
-        shared.handle(Event::RunEnded { run, end });
+        shared.handle(Event::RequestEnded { attempt, end });
     }
 }
 
 /// `None`: nobody waits for the end.
-async fn pump(shared: &Shared, mut stream: impl TokenStream, run: RunId) -> Option<RunEnd> {
+async fn pump(
+    shared: &Shared,
+    mut stream: impl TokenStream,
+    attempt: AttemptId,
+) -> Option<RequestEnd> {
     let mut chunk = Chunk::default();
     loop {
         let next = stream.next(&mut chunk).await;
         // What came before an error in the same read is good.
-        if shared.tokens(run, &chunk) == Verdict::Drop {
+        if shared.tokens(attempt, &chunk) == AfterChunk::Close {
             return None;
         }
         if let Err(error) = next {
-            return Some(RunEnd::Failed(error));
+            return Some(RequestEnd::Failed(error));
         }
         if let Some(finish) = chunk.finish.take() {
             stream.close().await;
             let usage = chunk.usage;
-            return Some(RunEnd::Finished {
+            return Some(RequestEnd::Finished {
                 finish,
                 prompt_tokens: usage.prompt_tokens,
                 cached_tokens: usage.cached_tokens,

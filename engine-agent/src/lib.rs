@@ -16,11 +16,11 @@ pub mod error;
 pub mod core;
 pub mod engine;
 
+mod calls;
 mod driver;
 mod generate;
 mod join;
 mod launch;
-mod load;
 mod shared;
 mod watch;
 mod weights;
@@ -35,7 +35,7 @@ use std::time::Duration;
 use anabranch_runtime::{Clock, Drain, Endpoint, JoinToken};
 use tokio_util::sync::CancellationToken;
 
-use crate::core::{Core, CoreConfig, Event, Exit};
+use crate::core::{Core, CoreConfig, Event, ExitReason};
 use crate::driver::Driver;
 use crate::engine::Engine;
 use crate::engine::relay::Relay;
@@ -224,14 +224,16 @@ fn raise_file_limit() {
     }
 }
 
-fn outcome(exit: Exit) -> Result<(), AgentError> {
+fn outcome(exit: ExitReason) -> Result<(), AgentError> {
     match exit {
-        Exit::Drained | Exit::Left => Ok(()),
-        Exit::DrainCut { running, unacknowledged_bytes } => {
+        ExitReason::Drained | ExitReason::Left => Ok(()),
+        ExitReason::DrainCut { running, unacknowledged_bytes } => {
             Err(AgentError::DrainCut { running, unacknowledged_bytes })
         }
-        Exit::Refused { why } => Err(AgentError::Refused(why)),
-        Exit::Convention { wanted, offered } => Err(AgentError::Convention { wanted, offered }),
-        Exit::Unverified { why } => Err(AgentError::Unverified(why)),
+        ExitReason::Refused { why } => Err(AgentError::Refused(why)),
+        ExitReason::Convention { wanted, offered } => {
+            Err(AgentError::Convention { wanted, offered })
+        }
+        ExitReason::Unverified { why } => Err(AgentError::Unverified(why)),
     }
 }

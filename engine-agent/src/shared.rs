@@ -9,8 +9,8 @@ use anabranch_runtime::{Clock, Now};
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
-use crate::core::{Action, Core, Event, Verdict};
-use crate::engine::{Chunk, RunId};
+use crate::core::{Action, AfterChunk, Core, Event};
+use crate::engine::{AttemptId, Chunk};
 
 pub struct Shared {
     pub clock: Clock,
@@ -21,7 +21,7 @@ pub struct Shared {
     pub check_engine: Notify,
     /// Chunks of all streams: stands still once they are quiet.
     pub chunks: AtomicU64,
-    streams: Mutex<BTreeMap<RunId, AbortHandle>>,
+    streams: Mutex<BTreeMap<AttemptId, AbortHandle>>,
 }
 
 struct Inner {
@@ -50,11 +50,11 @@ impl Shared {
     }
 
     /// The hot path.
-    pub fn tokens(&self, run: RunId, chunk: &Chunk) -> Verdict {
+    pub fn tokens(&self, attempt: AttemptId, chunk: &Chunk) -> AfterChunk {
         self.chunks.fetch_add(1, Ordering::Relaxed);
         let now = self.clock.now();
         let mut inner = self.lock();
-        let verdict = inner.core.tokens(now, run, chunk);
+        let verdict = inner.core.tokens(now, attempt, chunk);
         self.wake_if_needed(&inner);
         verdict
     }
@@ -85,21 +85,21 @@ impl Shared {
     }
 
     /// `start` spawns the stream's task; the entry is there before the task can remove it.
-    pub fn open_stream(&self, run: RunId, start: impl FnOnce() -> AbortHandle) {
+    pub fn open_stream(&self, attempt: AttemptId, start: impl FnOnce() -> AbortHandle) {
         let mut streams = self.lock_streams();
-        streams.insert(run, start());
+        streams.insert(attempt, start());
     }
 
-    pub fn is_open(&self, run: RunId) -> bool {
-        self.lock_streams().contains_key(&run)
+    pub fn is_open(&self, attempt: AttemptId) -> bool {
+        self.lock_streams().contains_key(&attempt)
     }
 
-    pub fn stream_ended(&self, run: RunId) {
-        self.lock_streams().remove(&run);
+    pub fn stream_ended(&self, attempt: AttemptId) {
+        self.lock_streams().remove(&attempt);
     }
 
-    pub fn drop_stream(&self, run: RunId) {
-        if let Some(task) = self.lock_streams().remove(&run) {
+    pub fn drop_stream(&self, attempt: AttemptId) {
+        if let Some(task) = self.lock_streams().remove(&attempt) {
             task.abort();
         }
     }
@@ -119,7 +119,7 @@ impl Shared {
         self.inner.lock().expect("no code panics while it holds this lock")
     }
 
-    fn lock_streams(&self) -> MutexGuard<'_, BTreeMap<RunId, AbortHandle>> {
+    fn lock_streams(&self) -> MutexGuard<'_, BTreeMap<AttemptId, AbortHandle>> {
         self.streams.lock().expect("no code panics while it holds this lock")
     }
 }

@@ -14,10 +14,10 @@ use anabranch_runtime::process::{Output, StartError};
 use anabranch_runtime::{Backoff, BackoffConfig, Child, Drain};
 use tokio::time::{Instant, sleep};
 
+use crate::calls;
 use crate::core::Event;
 use crate::engine::{Engine, EngineError, EngineInfo, relay};
 use crate::launch::Launch;
-use crate::load;
 use crate::shared::Shared;
 use crate::weights::Weights;
 
@@ -133,7 +133,7 @@ impl<E: Engine> Watch<E> {
                 "the engine does not say its vocabulary and its config.json cannot be read here: token ids go unchecked"
             );
         }
-        let probe = load::probe(&*self.engine, info.model.vocab).await;
+        let probe = calls::probe(&*self.engine, info.model.vocab).await;
         let probe = probe
             .inspect_err(|error| tracing::warn!(error, "no probe of the start-up weights"))
             .ok();
@@ -174,8 +174,8 @@ impl<E: Engine> Watch<E> {
             Err(error @ EngineError::Timeout { .. }) => return Err(Look::Slow(error.to_string())),
             Err(error) => return Err(Look::Gone(error.to_string())),
         }
-        match self.engine.loads().await {
-            Ok(loads) => self.shared.handle(Event::LoadsPolled(loads)),
+        match self.engine.utilization().await {
+            Ok(now) => self.shared.handle(Event::UtilizationPolled(now)),
             Err(error) => tracing::debug!(%error, "the engine does not tell its load"),
         }
         Ok(())

@@ -9,15 +9,17 @@ use anabranch_proto::{Version, pb};
 use anabranch_transfer::checkpoint::{Baseline, Checkpoint};
 use anabranch_transfer::directory::{DirectoryStamp, ReadOptions, verify_directory};
 use anabranch_transfer::{
-    FetchProgress, FetchRequest, FetchRules, Fetcher, Holder, Listen, Listener, ServeError,
-    ServeLimits, Server, SourceRef, StageError, Staging,
+    FetchProgress, FetchRequest, Holder, Listen, Listener, ServeError, SourceRef, StageError,
+    Staging,
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::core::{FetchOrder, Moved, Staged};
+use crate::core::{FetchOrder, Moved, StagedVersion};
 
+mod data_plane;
 mod layout;
 
+use data_plane::DataPlane;
 use layout::{Table, fits, image_bytes, table_of, table_of_manifest};
 
 /// Called about ten times a second.
@@ -32,7 +34,7 @@ pub struct Weights {
 
 struct Inner {
     /// Until the manager says which job this is, nothing can be lent.
-    link: Link,
+    data_plane: DataPlane,
     /// What the engine's tensors are called; `None`: the first loaded version will tell.
     baseline: Option<Table>,
     /// Versions the engine serves, loads, or may have to go back to.
@@ -40,19 +42,6 @@ struct Inner {
     serving: Option<PathBuf>,
     /// The trainer's own directory, as it was when it was verified last.
     verified: Option<DirectoryStamp>,
-}
-
-enum Link {
-    /// The listener only keeps the addresses that Hello announces.
-    Reserved {
-        listener: Option<Listener>,
-    },
-    Open {
-        job: String,
-        fetcher: Fetcher,
-        holder: Holder,
-        server: Option<Server>,
-    },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +67,7 @@ impl Weights {
     ) -> Result<Weights, WeightsError> {
         let staging = Staging::open(shm, name)?;
         let inner = Inner {
-            link: Link::Reserved { listener: listen.map(Listener::bind).transpose()? },
+            data_plane: DataPlane::Reserved { listener: listen.map(Listener::bind).transpose()? },
             baseline: None,
             kept: BTreeMap::new(),
             serving: None,
@@ -90,12 +79,9 @@ impl Weights {
 
     /// Where peers will find what this agent holds, best first; none: it lends nothing.
     pub fn addresses(&self) -> Vec<String> {
-        let abroad = match &self.lock().link {
-            Link::Reserved { listener } => listener.as_ref().map(Listener::addresses),
-            Link::Open { server, .. } => server.as_ref().map(Server::addresses),
-        };
+        let abroad = self.lock().data_plane.addresses();
         let here = self.sharing.as_ref().map(|(socket, _)| format!("shm:{}", socket.display()));
-        here.into_iter().chain(abroad.unwrap_or_default()).collect()
+        here.into_iter().chain(abroad).collect()
     }
 
     /// The same for all agents that it can pass memory to; empty: none.
@@ -106,11 +92,12 @@ impl Weights {
     /// The manager named the job and the key that its grants are made with.
     pub fn serve(&self, job: &str, key: &[u8]) {
         let mut inner = self.lock();
-        if let Link::Reserved { listener } = &mut inner.link {
+        if let DataPlane::Reserved { listener } = &mut inner.data_plane {
             let listener = listener.take();
-            inner.link = self.open_link(job, listener);
+            let socket = self.sharing.as_ref().map(|(socket, _)| socket.as_path());
+            inner.data_plane = DataPlane::open(job, listener, socket, &self.staging);
         }
-        let Link::Open { job: known, holder, .. } = &inner.link else { return };
+        let DataPlane::Open { job: known, holder, .. } = &inner.data_plane else { return };
         if !known.is_empty() && known != job {
             tracing::warn!(
                 job,
@@ -123,31 +110,6 @@ impl Weights {
             Err(_) if key.is_empty() => {}
             Err(_) => tracing::warn!(bytes = key.len(), "ignored a serve key that is not 32 bytes"),
         }
-    }
-
-    fn open_link(&self, job: &str, listener: Option<Listener>) -> Link {
-        let holder = Holder::new(job);
-        let server = self.start_server(listener, &holder);
-        let fetcher = Fetcher::new(self.staging.clone(), holder.clone(), FetchRules::default());
-        Link::Open { job: job.to_owned(), fetcher, holder, server }
-    }
-
-    fn start_server(&self, listener: Option<Listener>, holder: &Holder) -> Option<Server> {
-        let limits = ServeLimits::default();
-        let socket = self.sharing.as_ref().map(|(socket, _)| socket);
-        let started = match (listener, socket) {
-            (Some(listener), _) => Server::serve(listener, holder.clone(), limits).map(Some),
-            (None, Some(_)) => Server::within_host(holder.clone(), limits).map(Some),
-            (None, None) => Ok(None),
-        };
-        let started = started.and_then(|server| match (server, socket) {
-            (Some(mut server), Some(socket)) => server.share(socket).map(|()| Some(server)),
-            (server, _) => Ok(server),
-        });
-        started.unwrap_or_else(|error| {
-            tracing::error!(%error, "peers cannot fetch from this agent");
-            None
-        })
     }
 
     /// A new engine process: its own files are the baseline, if they can be read here.
@@ -176,7 +138,7 @@ impl Weights {
         order: &FetchOrder,
         progress: Progress,
         cancel: CancellationToken,
-    ) -> Result<Staged, String> {
+    ) -> Result<StagedVersion, String> {
         match &order.directory {
             Some(directory) => {
                 self.verify_directory(directory.clone(), order.version, progress, cancel).await
@@ -190,13 +152,13 @@ impl Weights {
         order: &FetchOrder,
         progress: Progress,
         cancel: CancellationToken,
-    ) -> Result<Staged, String> {
+    ) -> Result<StagedVersion, String> {
         let (fetcher, holder, baseline) = {
             let inner = &mut *self.lock();
             inner.verified = None;
             // What an earlier order brought here and the engine did not take.
             inner.kept.retain(|directory, _| Some(directory) == inner.serving.as_ref());
-            let Link::Open { fetcher, holder, .. } = &inner.link else {
+            let DataPlane::Open { fetcher, holder, .. } = &inner.data_plane else {
                 return Err("not attached to a manager yet".to_owned());
             };
             (fetcher.clone(), holder.clone(), inner.baseline.clone())
@@ -228,7 +190,7 @@ impl Weights {
             mib_per_s = (report.bytes as f64 / seconds / f64::from(1 << 20)) as u64,
             "fetched"
         );
-        let told = Staged {
+        let told = StagedVersion {
             directory: staged.dir().to_owned(),
             bytes: report.bytes,
             from: report.bytes_by_holder.iter().cloned().collect(),
@@ -245,7 +207,7 @@ impl Weights {
         version: Version,
         progress: Progress,
         cancel: CancellationToken,
-    ) -> Result<Staged, String> {
+    ) -> Result<StagedVersion, String> {
         let baseline = self.lock().baseline.clone();
         let told = move |bytes| progress(Moved { bytes, ..Moved::default() });
         let options = ReadOptions { threads: 0, cancel, progress: Some(Arc::new(told)) };
@@ -258,7 +220,7 @@ impl Weights {
         let verified = verified.map_err(|error| error.to_string())??;
         self.lock().verified = Some(verified.stamp);
         let bytes = verified.manifest.image_bytes;
-        Ok(Staged { directory, bytes, from: BTreeMap::new(), holds: false })
+        Ok(StagedVersion { directory, bytes, from: BTreeMap::new(), holds: false })
     }
 
     /// After the engine loaded: that what it read is what was verified before.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anabranch_proto::{Version, pb};
 
 use super::event::{Call, LinkId};
-use crate::engine::{Generate, RunId};
+use crate::engine::{AttemptId, Generate};
 
 #[derive(Debug)]
 pub enum Action {
@@ -35,12 +35,12 @@ pub enum Action {
     /// The stream goes on until its terminal chunk. Said again until then: an abort that overtakes its
     /// request is lost.
     Abort {
-        run: RunId,
+        attempt: AttemptId,
         rid: String,
     },
     /// The engine died: its streams are closed from this side too.
     DropStream {
-        run: RunId,
+        attempt: AttemptId,
     },
     /// A stream says that the engine is gone: look at once.
     CheckEngine,
@@ -62,7 +62,7 @@ pub enum Action {
         directory: PathBuf,
     },
 
-    Exit(Exit),
+    Exit(ExitReason),
 }
 
 /// What to bring here, from where.
@@ -82,7 +82,7 @@ pub struct FetchOrder {
 
 /// Why the agent ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Exit {
+pub enum ExitReason {
     /// Nothing runs, everything was handed over.
     Drained,
     /// The deadline passed before the manager had everything.

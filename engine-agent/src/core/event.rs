@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anabranch_proto::pb;
 
-use crate::engine::{EngineInfo, Finish, Loads, RunId, StreamError};
+use crate::engine::{AttemptId, EngineInfo, Finish, StreamError, Utilization};
 
 /// One dialled connection to the manager; what a former one still says is ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,10 +25,10 @@ pub enum Event {
         why: String,
         will_restart: bool,
     },
-    LoadsPolled(Loads),
-    RunEnded {
-        run: RunId,
-        end: RunEnd,
+    UtilizationPolled(Utilization),
+    RequestEnded {
+        attempt: AttemptId,
+        end: RequestEnd,
     },
 
     // The link
@@ -58,7 +58,7 @@ pub enum Event {
     },
     Fetched {
         order: u64,
-        result: Result<Staged, String>,
+        result: Result<StagedVersion, String>,
     },
     Called {
         call: Call,
@@ -79,19 +79,19 @@ pub enum Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
     /// Of a load: pause and let the streams run dry.
-    Freeze,
+    PauseForLoad,
     Load,
     /// Of a load.
-    Thaw,
+    ContinueAfterLoad,
     ReleaseMemory,
     ResumeMemory,
     Pause,
-    Resume,
+    Continue,
 }
 
 /// How one request at the engine ended.
 #[derive(Debug)]
-pub enum RunEnd {
+pub enum RequestEnd {
     Finished { finish: Finish, prompt_tokens: u32, cached_tokens: u32 },
     Failed(StreamError),
 }
@@ -109,7 +109,7 @@ pub struct Moved {
 
 /// A version on this host, whole and checked against the baseline.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Staged {
+pub struct StagedVersion {
     pub directory: PathBuf,
     pub bytes: u64,
     /// Holder -> bytes.

@@ -2,11 +2,11 @@
 
 use anabranch_runtime::{Now, TimerTable};
 
-use super::action::{Action, Exit};
+use super::action::{Action, ExitReason};
 use super::event::ProbeResult;
 use super::mode::Memory;
 use super::{AgentState, Core};
-use crate::engine::{EngineInfo, Loads};
+use crate::engine::{EngineInfo, Utilization};
 
 impl Core {
     pub(super) fn engine_up(&mut self, now: Now, info: EngineInfo, probe: Option<ProbeResult>) {
@@ -16,7 +16,7 @@ impl Core {
         self.incarnation += u64::from(self.known.is_some());
         self.known = Some(info.clone());
         self.loader.engine_started(&info, probe);
-        self.memory = Memory::Held;
+        self.memory = Memory::Resident;
         self.paused = false;
         self.engine = Some(info);
         match self.state {
@@ -41,17 +41,17 @@ impl Core {
         self.send_ticks(now);
         self.tell_engine_down(why, will_restart);
         ends.into_iter().for_each(|end| self.outbox.end(now, end));
-        self.lose_all_runs(now, why);
+        self.lose_all_attempts(now, why);
         self.outbox.seal();
         self.engine_lost_in_load(why);
-        self.memory = Memory::Held;
-        self.loads = Loads::default();
+        self.memory = Memory::Resident;
+        self.utilization = Utilization::default();
         if matches!(self.state, AgentState::Serving) {
             self.state = AgentState::Booting;
         }
     }
 
-    pub(super) fn exit(&mut self, exit: Exit) {
+    pub(super) fn exit(&mut self, exit: ExitReason) {
         if matches!(self.state, AgentState::Stopped) {
             return;
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anabranch_proto::pb::{self, data_to_agent, from_agent, to_agent};
 use anabranch_runtime::Now;
 
-use super::action::{Action, Exit};
+use super::action::{Action, ExitReason};
 use super::event::LinkId;
 use super::timer::Timer;
 use super::{AgentState, Core, MAX_UNSENT};
@@ -111,7 +111,7 @@ impl Core {
 
     fn refused(&mut self, now: Now, link: LinkId, refused: pb::Refused) {
         if !refused.retry {
-            self.exit(Exit::Refused { why: refused.why });
+            self.exit(ExitReason::Refused { why: refused.why });
             return;
         }
         tracing::warn!(why = refused.why, "the manager does not take this engine now");
@@ -124,10 +124,10 @@ impl Core {
             return;
         }
         if fatal {
-            self.exit(Exit::Refused { why: why.to_owned() });
+            self.exit(ExitReason::Refused { why: why.to_owned() });
             return;
         }
-        let running = self.runs.live();
+        let running = self.attempts.live();
         // Every further failed dial is the same story.
         match self.dials {
             0 | 1 => tracing::warn!(why, running, "lost the link to the manager; dialling again"),
@@ -158,21 +158,21 @@ impl Core {
     pub(super) fn beat(&mut self, now: Now) {
         let Some(lease) = self.link.lease() else { return };
         self.timers.set(Timer::Beat, now + lease / 3);
-        let (running, held) = (self.runs.at_engine(), self.runs.waiting());
+        let (running, waiting) = (self.attempts.at_engine(), self.attempts.waiting());
         let phase = match () {
             () if self.loader.is_loading() => pb::beat::Phase::Loading,
             () if self.paused => pb::beat::Phase::Paused,
             () => pb::beat::Phase::Serving,
         };
         let buffered_bytes = self.outbox.bytes() as u64;
-        let (loads, engine_tokens) = (self.loads, self.engine_tokens);
+        let (utilization, engine_tokens) = (self.utilization, self.engine_tokens);
         let Some(session) = self.session.as_mut() else { return };
         session.beats += 1;
         let beat = pb::Beat {
             seq: session.beats,
             running: u32::try_from(running).unwrap_or(u32::MAX),
-            waiting: loads.waiting.saturating_add(u32::try_from(held).unwrap_or(u32::MAX)),
-            kv_used: loads.kv_used,
+            waiting: utilization.waiting.saturating_add(u32::try_from(waiting).unwrap_or(u32::MAX)),
+            kv_used: utilization.kv_used,
             phase: phase.into(),
             buffered_bytes,
             engine_tokens,

@@ -3,10 +3,10 @@
 //!
 //! ```text
 //!            order              verified             streams quiet         paused
-//!   Active ────────► Fetching ───────────► Quiescing ─────────────► Freezing ─────► Loading
+//!   Active ────────► Fetching ───────────► Quiescing ─────────────► Pausing ─────► Loading
 //!     ▲ ▲               │ failed               │ gave up               │ failed        │ loaded
 //!     │ └───────────────┴──────────────────────┘                       │               ▼
-//!     │                                          ┌─────────────────────┴── failed ── Thawing
+//!     │                                          ┌─────────────────────┴── failed ── Continuing
 //!     │                                          ▼                                     │ resumed
 //!     ├──────────────── resumed ──────────── Restoring{why} ◄──── disagrees ──────── Probing
 //!     └──────────────────────────────────────────────────────────── agrees ────────────┘
@@ -24,19 +24,19 @@ use anabranch_proto::pb::{self, OnRunning, from_agent};
 use anabranch_runtime::Now;
 
 use super::action::{Action, FetchOrder};
-use super::event::{Call, Moved, Staged};
+use super::event::{Call, Moved, StagedVersion};
 use super::timer::Timer;
 use super::{AgentState, Core, Memory};
 
 mod ending;
-mod job;
 mod loader;
+mod order;
 mod swap;
 mod traffic;
 
-use job::Job;
 use loader::LoadState;
 pub(super) use loader::Loader;
+use order::LoadOrder;
 
 /// How long streams that were told to end for a load may take.
 const QUIESCE: Duration = Duration::from_secs(15);
@@ -47,24 +47,24 @@ impl Core {
             self.cancel_load(now, load.order, "cancelled by the manager");
             return;
         }
-        let job = match Job::parse(now, load) {
-            Ok(job) => job,
+        let order = match LoadOrder::parse(now, load) {
+            Ok(order) => order,
             Err(report) => return self.report(*report),
         };
         if let Some(why) = self.cannot_load() {
-            return self.report(job.failed(why));
+            return self.report(order.failed(why));
         }
         match &self.loader.state {
-            LoadState::Active => self.begin_fetch(now, job),
+            LoadState::Active => self.begin_fetch(now, order),
             LoadState::Fetching(old) => {
-                let why = format!("superseded by order {}", job.order);
-                let order = old.order;
-                self.cancel_load(now, order, &why);
-                self.begin_fetch(now, job);
+                let why = format!("superseded by order {}", order.id);
+                let id = old.id;
+                self.cancel_load(now, id, &why);
+                self.begin_fetch(now, order);
             }
             _ => {
-                let newer = format!("superseded by order {}", job.order);
-                if let Some(skipped) = self.loader.next.replace(job) {
+                let newer = format!("superseded by order {}", order.id);
+                if let Some(skipped) = self.loader.next.replace(order) {
                     self.report(skipped.failed(newer));
                 }
             }
@@ -84,102 +84,103 @@ impl Core {
             .then(|| "the engine's memory is released".to_owned())
     }
 
-    fn begin_fetch(&mut self, now: Now, job: Job) {
-        if self.loader.serving() == Some(job.to) {
+    fn begin_fetch(&mut self, now: Now, order: LoadOrder) {
+        if self.loader.serving() == Some(order.to) {
             let probe = self.loader.last_probe.clone();
-            return self.report(job.active(probe, Verdict::Inconclusive, None));
+            return self.report(order.active(probe, Verdict::Inconclusive, None));
         }
-        if let Some(deadline) = job.deadline {
+        if let Some(deadline) = order.deadline {
             self.timers.set(Timer::LoadDeadline, deadline.max(now));
         }
-        self.report(job.report(Stage::Fetching));
+        self.report(order.report(Stage::Fetching));
         self.act(Action::Fetch(Box::new(FetchOrder {
-            order: job.order,
-            version: job.to,
-            sources: job.sources.clone(),
-            stripe_count: job.stripe_count,
-            streams: job.streams,
-            directory: job.directory.clone(),
-            bytes: job.bytes,
+            order: order.id,
+            version: order.to,
+            sources: order.sources.clone(),
+            stripe_count: order.stripe_count,
+            streams: order.streams,
+            directory: order.directory.clone(),
+            bytes: order.bytes,
         })));
-        self.loader.state = LoadState::Fetching(job);
+        self.loader.state = LoadState::Fetching(order);
     }
 
-    pub(super) fn fetch_progressed(&mut self, now: Now, order: u64, so_far: Moved) {
-        let LoadState::Fetching(job) = &mut self.loader.state else { return };
-        if job.order == order {
-            job.traffic.moved(now, so_far);
-            let report = pb::LoadState { bytes: so_far.bytes, ..job.report(Stage::Fetching) };
+    pub(super) fn fetch_progressed(&mut self, now: Now, id: u64, so_far: Moved) {
+        let LoadState::Fetching(order) = &mut self.loader.state else { return };
+        if order.id == id {
+            order.traffic.moved(now, so_far);
+            let report = pb::LoadState { bytes: so_far.bytes, ..order.report(Stage::Fetching) };
             self.report(report);
         }
     }
 
-    pub(super) fn fetched(&mut self, now: Now, order: u64, result: Result<Staged, String>) {
-        let LoadState::Fetching(job) = &self.loader.state else { return };
-        if job.order != order {
+    pub(super) fn fetched(&mut self, now: Now, id: u64, result: Result<StagedVersion, String>) {
+        let LoadState::Fetching(order) = &self.loader.state else { return };
+        if order.id != id {
             return;
         }
-        let job = job.clone();
+        let order = order.clone();
         match result {
-            Err(why) => self.fail_load(now, job, why),
+            Err(why) => self.fail_load(now, order, why),
             Ok(staged) => {
                 let bytes = staged.bytes;
-                tracing::info!(version = %job.to, bytes, holds = staged.holds, "weights verified");
+                tracing::info!(version = %order.to, bytes, holds = staged.holds, "weights verified");
                 self.report(pb::LoadState {
                     bytes,
                     holds: staged.holds,
                     fetched_from: staged.from.clone().into_iter().collect(),
-                    ..job.report(Stage::Staged)
+                    ..order.report(Stage::Staged)
                 });
-                self.quiesce(now, job, staged);
+                self.quiesce(now, order, staged);
             }
         }
     }
 
-    fn quiesce(&mut self, now: Now, job: Job, staged: Staged) {
+    fn quiesce(&mut self, now: Now, order: LoadOrder, staged: StagedVersion) {
         if let Some(why) = self.cannot_load() {
-            return self.fail_load(now, job, why);
+            return self.fail_load(now, order, why);
         }
-        self.report(job.report(Stage::Quiescing));
-        match job.on_running {
+        self.report(order.report(Stage::Quiescing));
+        match order.on_running {
             OnRunning::Finish => {}
             OnRunning::Abort => {
                 self.abort_all(now, "new weights");
                 self.timers.set(Timer::Quiesce, now + QUIESCE);
             }
             OnRunning::Continue | OnRunning::Unspecified => {
-                self.cut_runs();
+                self.cut_attempts();
                 self.timers.set(Timer::Quiesce, now + QUIESCE);
             }
         }
-        self.loader.state = LoadState::Quiescing(job, staged);
+        self.loader.state = LoadState::Quiescing(order, staged);
     }
 
     /// Goes on once the streams are quiet.
     pub(super) fn settle_load(&mut self) {
-        let LoadState::Quiescing(job, _) = &self.loader.state else { return };
+        let LoadState::Quiescing(order, _) = &self.loader.state else { return };
         let paused_ones_too =
-            !matches!(job.on_running, OnRunning::Continue | OnRunning::Unspecified);
+            !matches!(order.on_running, OnRunning::Continue | OnRunning::Unspecified);
         if self.unquiet(paused_ones_too) > 0 {
             return;
         }
-        let LoadState::Quiescing(job, staged) = std::mem::take(&mut self.loader.state) else {
+        let LoadState::Quiescing(order, staged) = std::mem::take(&mut self.loader.state) else {
             return;
         };
         self.timers.clear(Timer::Quiesce);
-        self.loader.state = LoadState::Freezing(job, staged);
-        self.act(Action::Call(Call::Freeze));
+        self.loader.state = LoadState::Pausing(order, staged);
+        self.act(Action::Call(Call::PauseForLoad));
     }
 
     pub(super) fn load_deadline(&mut self, now: Now) {
-        let late = |job: &Job| format!("not done within the deadline of {} ms", job.deadline_ms);
+        let late =
+            |order: &LoadOrder| format!("not done within the deadline of {} ms", order.deadline_ms);
         match &self.loader.state {
-            LoadState::Fetching(job) => {
-                let (order, why) = (job.order, late(job));
-                self.cancel_load(now, order, &why);
+            LoadState::Fetching(order) => {
+                let (id, why) = (order.id, late(order));
+                self.cancel_load(now, id, &why);
             }
-            LoadState::Quiescing(job, _) if job.on_running == OnRunning::Finish => {
-                tracing::warn!(version = %job.to, "samples still run at the load's deadline: they go on elsewhere");
+            LoadState::Quiescing(order, _) if order.on_running == OnRunning::Finish => {
+                tracing::warn!(version = %order.to, "samples still run at the load's deadline: they go on elsewhere");
                 self.abort_all(now, "new weights");
                 self.timers.set(Timer::Quiesce, now + QUIESCE);
             }
@@ -188,10 +189,10 @@ impl Core {
     }
 
     pub(super) fn quiesce_gave_up(&mut self, now: Now) {
-        let LoadState::Quiescing(job, _) = &self.loader.state else { return };
-        let (job, open) = (job.clone(), self.unquiet(true));
+        let LoadState::Quiescing(order, _) = &self.loader.state else { return };
+        let (order, open) = (order.clone(), self.unquiet(true));
         let why = format!("{open} streams did not end within {} s", QUIESCE.as_secs());
-        self.fail_load(now, job, why);
+        self.fail_load(now, order, why);
     }
 
     fn report(&mut self, report: pb::LoadState) {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   drain:   Running{cut_at} ──cut_at, or nothing runs──► Aborting ──last terminal chunk──► Handing ──acked──► exit
-//!   memory:  Held ──order──► Releasing ──idle, released──► Released ──order──► Resuming ──► Held (without weights)
+//!   memory:  Resident ──order──► Releasing ──idle, released──► Released ──order──► Resuming ──► Resident (without weights)
 //! ```
 
 use std::time::Duration;
@@ -10,21 +10,21 @@ use std::time::Duration;
 use anabranch_proto::pb::{self, from_agent, mode};
 use anabranch_runtime::Now;
 
-use super::action::{Action, Exit};
+use super::action::{Action, ExitReason};
 use super::event::Call;
 use super::timer::Timer;
 use super::{AgentState, Core};
 
 #[derive(Debug)]
-pub(super) struct Drain {
+pub(super) struct DrainOrder {
     /// Absent: on our own account.
     order: Option<u64>,
     deadline: Now,
-    phase: Phase,
+    phase: DrainPhase,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+enum DrainPhase {
     /// Samples may still finish.
     Running,
     Aborting,
@@ -34,7 +34,7 @@ enum Phase {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Memory {
-    Held,
+    Resident,
     /// `called`: the engine was asked, since it is idle.
     Releasing {
         order: u64,
@@ -78,7 +78,7 @@ impl Core {
         let preempt_in_ms = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
         self.tell(from_agent::Kind::Notice(pb::Notice { preempt_in_ms, why: why.to_owned() }));
         if !attached {
-            return self.exit(Exit::Drained);
+            return self.exit(ExitReason::Drained);
         }
         self.begin_drain(now, None, within, why);
     }
@@ -88,18 +88,18 @@ impl Core {
         let drain = match &self.state {
             AgentState::Stopped => return,
             // The sooner of two orders counts; whoever ordered last gets the answer.
-            AgentState::Draining(old) => Drain {
+            AgentState::Draining(old) => DrainOrder {
                 order: order.or(old.order),
                 deadline: deadline.min(old.deadline),
                 phase: old.phase,
             },
             AgentState::Booting | AgentState::Serving => {
-                tracing::info!(why, running = self.runs.live(), ?within, "draining");
-                Drain { order, deadline, phase: Phase::Running }
+                tracing::info!(why, running = self.attempts.live(), ?within, "draining");
+                DrainOrder { order, deadline, phase: DrainPhase::Running }
             }
         };
         let left = now.until(drain.deadline);
-        let cut = drain.phase == Phase::Running;
+        let cut = drain.phase == DrainPhase::Running;
         let give_up = drain.deadline + PATIENCE;
         self.state = AgentState::Draining(drain);
         self.timers.set(Timer::DrainGiveUp, give_up);
@@ -111,8 +111,8 @@ impl Core {
 
     pub(super) fn drain_cut(&mut self, now: Now) {
         let AgentState::Draining(drain) = &mut self.state else { return };
-        drain.phase = Phase::Aborting;
-        let running = self.runs.live();
+        drain.phase = DrainPhase::Aborting;
+        let running = self.attempts.live();
         if running > 0 {
             tracing::info!(running, "the drain's deadline is near: aborting what runs");
         }
@@ -122,11 +122,11 @@ impl Core {
     /// Every terminal chunk came? Then the last tick. Every tick arrived? Then the last word.
     pub(super) fn settle_drain(&mut self, now: Now) {
         let AgentState::Draining(drain) = &mut self.state else { return };
-        if drain.phase != Phase::Handing {
-            if !self.runs.is_empty() || self.loader.is_loading() {
+        if drain.phase != DrainPhase::Handing {
+            if !self.attempts.is_empty() || self.loader.is_loading() {
                 return;
             }
-            drain.phase = Phase::Handing;
+            drain.phase = DrainPhase::Handing;
             self.timers.clear(Timer::DrainCut);
             self.outbox.seal();
             self.send_ticks(now);
@@ -139,23 +139,23 @@ impl Core {
             self.mode_done(pb::ModeDone { order, ok: true, drained: true, ..Default::default() });
         }
         tracing::info!("drained");
-        self.exit(Exit::Drained);
+        self.exit(ExitReason::Drained);
     }
 
     pub(super) fn drain_gave_up(&mut self) {
         let AgentState::Draining(drain) = &self.state else { return };
-        let (running, unacknowledged_bytes) = (self.runs.live(), self.outbox.bytes());
+        let (running, unacknowledged_bytes) = (self.attempts.live(), self.outbox.bytes());
         if let Some(order) = drain.order {
             let error =
                 format!("{running} samples running, {unacknowledged_bytes} bytes not taken");
             self.mode_done(pb::ModeDone { order, error, ..Default::default() });
         }
-        self.exit(Exit::DrainCut { running, unacknowledged_bytes });
+        self.exit(ExitReason::DrainCut { running, unacknowledged_bytes });
     }
 
     fn leave(&mut self, order: u64) {
         self.mode_done(pb::ModeDone { order, ok: true, ..Default::default() });
-        self.exit(Exit::Left);
+        self.exit(ExitReason::Left);
     }
 
     fn release_memory(&mut self, now: Now, order: u64, within: Duration) {
@@ -178,7 +178,7 @@ impl Core {
     /// The engine may only be asked once it is idle.
     pub(super) fn settle_memory(&mut self) {
         let Memory::Releasing { order, called: false } = self.memory else { return };
-        if !self.runs.is_empty() || self.loader.is_loading() {
+        if !self.attempts.is_empty() || self.loader.is_loading() {
             return;
         }
         self.memory = Memory::Releasing { order, called: true };
@@ -199,7 +199,7 @@ impl Core {
 
     pub(super) fn memory_deadline(&mut self) {
         let Memory::Releasing { order, .. } = self.memory else { return };
-        let error = format!("{} streams still open at the deadline", self.runs.at_engine());
+        let error = format!("{} streams still open at the deadline", self.attempts.at_engine());
         self.mode_done(pb::ModeDone { order, error, ..Default::default() });
     }
 
@@ -215,9 +215,11 @@ impl Core {
 
     fn resume_memory(&mut self, order: u64) {
         match self.memory {
-            Memory::Held => self.mode_done(pb::ModeDone { order, ok: true, ..Default::default() }),
+            Memory::Resident => {
+                self.mode_done(pb::ModeDone { order, ok: true, ..Default::default() })
+            }
             Memory::Released if self.loader.serving().is_some() => {
-                self.memory = Memory::Held;
+                self.memory = Memory::Resident;
                 self.mode_done(pb::ModeDone { order, ok: true, ..Default::default() });
             }
             Memory::Released => {
@@ -234,19 +236,19 @@ impl Core {
     fn pause(&mut self, order: u64, pause: bool) {
         self.paused = pause;
         self.paused_by = order;
-        self.act(Action::Call(if pause { Call::Pause } else { Call::Resume }));
+        self.act(Action::Call(if pause { Call::Pause } else { Call::Continue }));
     }
 
     pub(super) fn mode_called(&mut self, call: Call, result: Result<(), String>) {
         match call {
             Call::ReleaseMemory => self.release_answered(result),
             Call::ResumeMemory => self.resume_answered(result),
-            Call::Pause | Call::Resume => {
+            Call::Pause | Call::Continue => {
                 self.paused = (call == Call::Pause) == result.is_ok();
                 let order = self.paused_by;
                 self.answer(order, result);
             }
-            Call::Freeze | Call::Load | Call::Thaw => {}
+            Call::PauseForLoad | Call::Load | Call::ContinueAfterLoad => {}
         }
     }
 
@@ -261,7 +263,7 @@ impl Core {
                 self.memory_released(order);
             }
             Err(error) => {
-                self.memory = Memory::Held;
+                self.memory = Memory::Resident;
                 let done = pb::ModeDone { order, drained: true, error, ..Default::default() };
                 self.mode_done(done);
             }
@@ -270,7 +272,7 @@ impl Core {
 
     fn resume_answered(&mut self, result: Result<(), String>) {
         let Memory::Resuming { order } = self.memory else { return };
-        self.memory = if result.is_ok() { Memory::Held } else { Memory::Released };
+        self.memory = if result.is_ok() { Memory::Resident } else { Memory::Released };
         self.answer(order, result);
     }
 

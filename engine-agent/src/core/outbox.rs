@@ -28,7 +28,7 @@ pub struct Outbox {
 
 /// Where a piece of a sample belongs.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct Segment {
     pub sample: SampleId,
     pub attempt: Attempt,
     /// Of the first token within the sample.
@@ -69,7 +69,7 @@ impl Outbox {
     }
 
     /// `tokens` and `logprobs` are equally long.
-    pub fn append(&mut self, now: Now, place: &Place, tokens: &[u32], logprobs: &[f32]) {
+    pub fn append(&mut self, now: Now, segment: &Segment, tokens: &[u32], logprobs: &[f32]) {
         debug_assert_eq!(tokens.len(), logprobs.len());
         if tokens.is_empty() {
             return;
@@ -77,7 +77,7 @@ impl Outbox {
         if self.open.bytes() >= TICK_BYTES {
             self.seal();
         }
-        self.open.append(now, place, tokens, logprobs);
+        self.open.append(now, segment, tokens, logprobs);
     }
 
     pub fn end(&mut self, now: Now, end: pb::End) {
@@ -169,20 +169,20 @@ const END_BYTES: usize = 48;
 // === impl Open ===
 
 impl Open {
-    fn append(&mut self, now: Now, place: &Place, tokens: &[u32], logprobs: &[f32]) {
+    fn append(&mut self, now: Now, segment: &Segment, tokens: &[u32], logprobs: &[f32]) {
         self.since.get_or_insert(now);
-        let version_ix = self.version_ix(place.version);
+        let version_ix = self.version_ix(segment.version);
         let count = u32::try_from(tokens.len()).expect("a chunk has fewer than 2^32 tokens");
         match self.segs.last_mut() {
-            Some(last) if continues(last, place, version_ix) => last.count += count,
+            Some(last) if continues(last, segment, version_ix) => last.count += count,
             _ => self.segs.push(pb::Seg {
-                group: place.sample.group.0,
-                index: place.sample.index,
-                attempt: place.attempt.0,
-                offset: place.offset,
+                group: segment.sample.group.0,
+                index: segment.sample.index,
+                attempt: segment.attempt.0,
+                offset: segment.offset,
                 count,
                 version_ix,
-                inexact: place.inexact,
+                inexact: segment.inexact,
                 kv_stale: false,
             }),
         }
@@ -224,19 +224,19 @@ impl Open {
     }
 }
 
-fn continues(last: &pb::Seg, place: &Place, version_ix: u32) -> bool {
+fn continues(last: &pb::Seg, segment: &Segment, version_ix: u32) -> bool {
     (last.group, last.index, last.attempt)
-        == (place.sample.group.0, place.sample.index, place.attempt.0)
-        && last.offset + last.count == place.offset
-        && (last.version_ix, last.inexact) == (version_ix, place.inexact)
+        == (segment.sample.group.0, segment.sample.index, segment.attempt.0)
+        && last.offset + last.count == segment.offset
+        && (last.version_ix, last.inexact) == (version_ix, segment.inexact)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn place(index: u32, offset: u32, number: u64) -> Place {
-        Place {
+    fn segment(index: u32, offset: u32, number: u64) -> Segment {
+        Segment {
             sample: SampleId::new(1, index),
             attempt: Attempt(1),
             offset,
@@ -252,10 +252,10 @@ mod tests {
     #[test]
     fn a_tick_joins_what_follows_on_and_parts_what_does_not() {
         let mut outbox = Outbox::new();
-        outbox.append(Now::ZERO, &place(0, 0, 1), &[1, 2], &[0.1, 0.2]);
-        outbox.append(Now::ZERO, &place(0, 2, 1), &[3], &[0.3]);
-        outbox.append(Now::ZERO, &place(1, 0, 1), &[4], &[0.4]);
-        outbox.append(Now::ZERO, &place(1, 1, 2), &[5], &[0.5]);
+        outbox.append(Now::ZERO, &segment(0, 0, 1), &[1, 2], &[0.1, 0.2]);
+        outbox.append(Now::ZERO, &segment(0, 2, 1), &[3], &[0.3]);
+        outbox.append(Now::ZERO, &segment(1, 0, 1), &[4], &[0.4]);
+        outbox.append(Now::ZERO, &segment(1, 1, 2), &[5], &[0.5]);
         outbox.seal();
         let tick = outbox.next_to_send(Now::from_millis(7)).expect("sealed");
         let segs: Vec<_> =
@@ -269,7 +269,7 @@ mod tests {
     fn what_was_not_acknowledged_goes_again_after_a_new_link_and_nothing_else() {
         let mut outbox = Outbox::new();
         for offset in 0..3 {
-            outbox.append(Now::ZERO, &place(0, offset, 1), &[offset], &[0.0]);
+            outbox.append(Now::ZERO, &segment(0, offset, 1), &[offset], &[0.0]);
             outbox.seal();
         }
         assert_eq!(send_all(&mut outbox), [1, 2, 3]);
@@ -288,7 +288,7 @@ mod tests {
         let mut outbox = Outbox::new();
         let (tokens, logprobs) = (vec![7u32; 1000], vec![0.5f32; 1000]);
         for n in 0..5000 {
-            outbox.append(Now::ZERO, &place(n, 0, 1), &tokens, &logprobs);
+            outbox.append(Now::ZERO, &segment(n, 0, 1), &tokens, &logprobs);
         }
         outbox.seal();
         let sent: Vec<pb::Tick> = std::iter::from_fn(|| outbox.next_to_send(Now::ZERO)).collect();

@@ -7,7 +7,7 @@ use anabranch_proto::pb::{self, from_agent};
 use anabranch_proto::{SampleId, protocol};
 use anabranch_runtime::Now;
 
-use super::action::{Action, Exit};
+use super::action::{Action, ExitReason};
 use super::event::LinkId;
 use super::link::LinkState;
 use super::timer::Timer;
@@ -103,7 +103,7 @@ impl Core {
             pb::Convention::try_from(value).map_or("unknown", |c| c.as_str_name()).to_owned()
         };
         let offered = offered.iter().map(|value| name(*value)).collect::<Vec<_>>().join(", ");
-        self.exit(Exit::Convention { wanted: name(welcome.convention), offered });
+        self.exit(ExitReason::Convention { wanted: name(welcome.convention), offered });
         false
     }
 
@@ -114,10 +114,10 @@ impl Core {
             .iter()
             .filter_map(|held| Some((SampleId::from(held.sample?), held.attempt)))
             .collect();
-        let dropped = self.discard_runs(|sample, attempt| !keep.contains(&(sample, attempt.0)));
+        let dropped = self.discard_attempts(|sample, attempt| !keep.contains(&(sample, attempt.0)));
         self.outbox.ack(welcome.acked_tick);
         self.outbox.resend_all();
-        let (kept, bytes) = (self.runs.live(), self.outbox.bytes());
+        let (kept, bytes) = (self.attempts.live(), self.outbox.bytes());
         tracing::info!(
             session = welcome.session,
             kept,
@@ -133,7 +133,7 @@ impl Core {
     }
 
     fn attached_anew(&mut self, now: Now, welcome: &pb::Welcome, former: Option<u64>) {
-        let dropped = self.discard_runs(|_, _| true);
+        let dropped = self.discard_attempts(|_, _| true);
         self.outbox.clear();
         self.prompts.clear();
         self.unsent.clear();
@@ -221,7 +221,7 @@ impl Core {
 
     /// Samples whose fate the manager may not know: they run, or their end is not acknowledged.
     fn held(&self) -> Vec<pb::Held> {
-        let running = self.runs.held();
+        let running = self.attempts.held();
         let ended = self.outbox.ends().map(|end| pb::Held {
             sample: end.sample,
             attempt: end.attempt,

@@ -9,7 +9,7 @@ use anabranch_proto::{SampleId, tokens};
 use anabranch_runtime::Now;
 
 use super::*;
-use crate::engine::{Chunk, EngineInfo, Finish, Generate, LabelSpan, RunId, StreamError};
+use crate::engine::{AttemptId, Chunk, EngineInfo, Finish, Generate, LabelSpan, StreamError};
 
 mod attach;
 mod draining;
@@ -23,11 +23,11 @@ struct World {
     link: Option<LinkId>,
     hellos: Vec<pb::Hello>,
     generated: Vec<Generate>,
-    aborted: Vec<RunId>,
+    aborted: Vec<AttemptId>,
     ticks: Vec<pb::Tick>,
     control: Vec<from_agent::Kind>,
     other: Vec<String>,
-    exit: Option<Exit>,
+    exit: Option<ExitReason>,
 }
 
 fn info() -> EngineInfo {
@@ -142,18 +142,18 @@ impl World {
                 Action::SendControl(kind) => self.control.push(*kind),
                 Action::SendTick(tick) => self.ticks.push(*tick),
                 Action::Generate(generate) => self.generated.push(*generate),
-                Action::Abort { run, .. } => self.aborted.push(run),
+                Action::Abort { attempt, .. } => self.aborted.push(attempt),
                 Action::Exit(exit) => self.exit = Some(exit),
                 other => self.other.push(format!("{other:?}")),
             }
         }
     }
 
-    fn start(&mut self, index: u32, attempt: u32) -> RunId {
+    fn start(&mut self, index: u32, attempt: u32) -> AttemptId {
         let before = self.generated.len();
         self.order_start(index, attempt);
         assert_eq!(self.generated.len(), before + 1, "it went to the engine");
-        self.generated.last().expect("started").run
+        self.generated.last().expect("started").attempt
     }
 
     fn order_start(&mut self, index: u32, attempt: u32) {
@@ -171,16 +171,16 @@ impl World {
         }));
     }
 
-    fn tokens(&mut self, run: RunId, ids: &[u32]) {
+    fn tokens(&mut self, attempt: AttemptId, ids: &[u32]) {
         let chunk =
             Chunk { tokens: ids.to_vec(), logprobs: vec![-1.0; ids.len()], ..Default::default() };
-        self.core.tokens(self.now, run, &chunk);
+        self.core.tokens(self.now, attempt, &chunk);
         self.drain();
     }
 
-    fn finish(&mut self, run: RunId, finish: Finish) {
-        let end = RunEnd::Finished { finish, prompt_tokens: 2, cached_tokens: 0 };
-        self.handle(Event::RunEnded { run, end });
+    fn finish(&mut self, attempt: AttemptId, finish: Finish) {
+        let end = RequestEnd::Finished { finish, prompt_tokens: 2, cached_tokens: 0 };
+        self.handle(Event::RequestEnded { attempt, end });
     }
 
     fn lose_link(&mut self) {
@@ -240,7 +240,7 @@ impl World {
     }
 
     fn staged(&mut self, order: u64) {
-        let staged = Staged {
+        let staged = StagedVersion {
             directory: PathBuf::from(format!("/shm/{order}")),
             bytes: 10,
             from: BTreeMap::new(),
@@ -255,9 +255,9 @@ impl World {
 
     /// From quiet streams to the verdict.
     fn load_through(&mut self, logprob: f32) {
-        self.called(Call::Freeze, Ok(()));
+        self.called(Call::PauseForLoad, Ok(()));
         self.called(Call::Load, Ok(()));
-        self.called(Call::Thaw, Ok(()));
+        self.called(Call::ContinueAfterLoad, Ok(()));
         self.handle(Event::Probed { result: Ok(probe(logprob)) });
     }
 

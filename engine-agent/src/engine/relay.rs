@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard};
 use anabranch_proto::pb;
 
 use super::{
-    Chunk, Engine, EngineError, EngineInfo, Finish, Generate, Loads, StreamError, TokenStream,
+    Chunk, Engine, EngineError, EngineInfo, Finish, Generate, StreamError, TokenStream, Utilization,
 };
 
 /// What the manager calls it; it places no sample on this kind.
@@ -54,8 +54,8 @@ impl Engine for Relay {
         Ok(self.label().clone())
     }
 
-    async fn loads(&self) -> Result<Loads, EngineError> {
-        Ok(Loads::default())
+    async fn utilization(&self) -> Result<Utilization, EngineError> {
+        Ok(Utilization::default())
     }
 
     /// Only the probe asks, and an empty answer agrees with that of every other relay.
@@ -71,7 +71,7 @@ impl Engine for Relay {
         Ok(())
     }
 
-    async fn resume(&self) -> Result<(), EngineError> {
+    async fn continue_generation(&self) -> Result<(), EngineError> {
         Ok(())
     }
 

@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use self::http::{HttpError, Pool, Reply};
-use super::{Chunk, Engine, EngineError, EngineInfo, Generate, Loads, StreamError, TokenStream};
+use super::{
+    Chunk, Engine, EngineError, EngineInfo, Generate, StreamError, TokenStream, Utilization,
+};
 use crate::config::{Convention, EngineUrl};
 
 pub mod chunk;
@@ -105,8 +107,8 @@ impl Engine for Sglang {
         info::parse_label(&self.get("model_info", "/model_info").await?)
     }
 
-    async fn loads(&self) -> Result<Loads, EngineError> {
-        info::parse_loads(&self.get("v1/loads", "/v1/loads?include=core").await?)
+    async fn utilization(&self) -> Result<Utilization, EngineError> {
+        info::parse_utilization(&self.get("v1/loads", "/v1/loads?include=core").await?)
     }
 
     async fn generate(&self, request: &Generate) -> Result<SglangStream, StreamError> {
@@ -130,7 +132,7 @@ impl Engine for Sglang {
         self.post("pause_generation", "/pause_generation", &body, SLOW).await.map(drop)
     }
 
-    async fn resume(&self) -> Result<(), EngineError> {
+    async fn continue_generation(&self) -> Result<(), EngineError> {
         let body = ContinueBody { torch_empty_cache: false };
         self.post("continue_generation", "/continue_generation", &body, SLOW).await.map(drop)
     }

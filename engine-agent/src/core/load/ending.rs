@@ -2,25 +2,25 @@
 
 use anabranch_runtime::Now;
 
-use super::job::Job;
 use super::loader::LoadState;
+use super::order::LoadOrder;
 use crate::core::Core;
 use crate::core::action::Action;
 use crate::core::timer::Timer;
 
 impl Core {
     /// The old version keeps serving.
-    pub(super) fn fail_load(&mut self, now: Now, job: Job, why: String) {
-        tracing::warn!(version = %job.to, order = job.order, why, "load failed; the old version keeps serving");
+    pub(super) fn fail_load(&mut self, now: Now, order: LoadOrder, why: String) {
+        tracing::warn!(version = %order.to, order = order.id, why, "load failed; the old version keeps serving");
         self.timers.clear(Timer::LoadDeadline);
         self.timers.clear(Timer::Quiesce);
-        self.report(job.failed(why));
+        self.report(order.failed(why));
         self.finish_load(now);
     }
 
     pub(super) fn finish_load(&mut self, now: Now) {
         self.loader.state = LoadState::Active;
-        self.release_held(now);
+        self.send_waiting(now);
         if let Some(next) = self.loader.next.take() {
             match self.cannot_load() {
                 Some(why) => self.report(next.failed(why)),
@@ -29,19 +29,19 @@ impl Core {
         }
     }
 
-    pub(in crate::core) fn cancel_load(&mut self, now: Now, order: u64, why: &str) {
-        if let Some(next) = self.loader.next.take_if(|next| next.order == order) {
+    pub(in crate::core) fn cancel_load(&mut self, now: Now, id: u64, why: &str) {
+        if let Some(next) = self.loader.next.take_if(|next| next.id == id) {
             return self.report(next.failed(why.to_owned()));
         }
         match &self.loader.state {
-            LoadState::Fetching(job) if job.order == order => {
-                let job = job.clone();
-                self.act(Action::CancelFetch { order });
-                self.fail_load(now, job, why.to_owned());
+            LoadState::Fetching(order) if order.id == id => {
+                let order = order.clone();
+                self.act(Action::CancelFetch { order: id });
+                self.fail_load(now, order, why.to_owned());
             }
-            LoadState::Quiescing(job, _) if job.order == order => {
-                let job = job.clone();
-                self.fail_load(now, job, why.to_owned());
+            LoadState::Quiescing(order, _) if order.id == id => {
+                let order = order.clone();
+                self.fail_load(now, order, why.to_owned());
             }
             _ => {}
         }
@@ -56,9 +56,9 @@ impl Core {
 
     /// Leaving, or giving memory back: loads that have not reached the engine end here.
     pub(in crate::core) fn cancel_unstarted(&mut self, now: Now, why: &str) {
-        if let LoadState::Fetching(job) | LoadState::Quiescing(job, _) = &self.loader.state {
-            let order = job.order;
-            self.cancel_load(now, order, why);
+        if let LoadState::Fetching(order) | LoadState::Quiescing(order, _) = &self.loader.state {
+            let id = order.id;
+            self.cancel_load(now, id, why);
         }
     }
 
@@ -68,21 +68,21 @@ impl Core {
         self.loader.last_probe = None;
         self.timers.clear(Timer::LoadDeadline);
         self.timers.clear(Timer::Quiesce);
-        let job = match state {
+        let order = match state {
             LoadState::Active => None,
-            LoadState::Fetching(job) => {
-                self.act(Action::CancelFetch { order: job.order });
-                Some(job)
+            LoadState::Fetching(order) => {
+                self.act(Action::CancelFetch { order: order.id });
+                Some(order)
             }
-            LoadState::Quiescing(job, _)
-            | LoadState::Freezing(job, _)
-            | LoadState::Loading(job, _)
-            | LoadState::Thawing(job, _)
-            | LoadState::Probing(job, _)
-            | LoadState::Restoring { job, .. } => Some(job),
+            LoadState::Quiescing(order, _)
+            | LoadState::Pausing(order, _)
+            | LoadState::Loading(order, _)
+            | LoadState::Continuing(order, _)
+            | LoadState::Probing(order, _)
+            | LoadState::Restoring { order, .. } => Some(order),
         };
-        for job in job.into_iter().chain(self.loader.next.take()) {
-            self.report(job.failed(format!("the engine died: {why}")));
+        for order in order.into_iter().chain(self.loader.next.take()) {
+            self.report(order.failed(format!("the engine died: {why}")));
         }
     }
 

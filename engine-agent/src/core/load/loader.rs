@@ -6,9 +6,9 @@ use std::path::PathBuf;
 
 use anabranch_proto::{Version, pb};
 
-use super::job::Job;
-use crate::core::event::{ProbeResult, RunEnd, Staged};
-use crate::engine::{Chunk, EngineInfo, LabelSpan, RunId};
+use super::order::LoadOrder;
+use crate::core::event::{ProbeResult, RequestEnd, StagedVersion};
+use crate::engine::{AttemptId, Chunk, EngineInfo, LabelSpan};
 
 #[derive(Default)]
 pub struct Loader {
@@ -16,13 +16,13 @@ pub struct Loader {
     /// What the engine's weights are; `None`: they are gone, or nobody knows.
     pub serving: Option<Serving>,
     /// The newest order that came too late to replace the one under way.
-    pub next: Option<Job>,
+    pub next: Option<LoadOrder>,
     pub last_probe: Option<ProbeResult>,
     pub last_report: Option<pb::LoadState>,
     /// Labels of late, for the engine's own spans.
     pub labels: VecDeque<(String, Version)>,
     /// From the moment the streams go on until the probe spoke; bounded by a probe's length.
-    pub held_back: Vec<HeldBack>,
+    pub withheld: Vec<Withheld>,
 }
 
 #[derive(Clone, Debug)]
@@ -36,23 +36,23 @@ pub struct Serving {
 pub enum LoadState {
     #[default]
     Active,
-    Fetching(Job),
-    Quiescing(Job, Staged),
-    Freezing(Job, Staged),
-    Loading(Job, Staged),
-    Thawing(Job, Staged),
-    Probing(Job, Staged),
+    Fetching(LoadOrder),
+    Quiescing(LoadOrder, StagedVersion),
+    Pausing(LoadOrder, StagedVersion),
+    Loading(LoadOrder, StagedVersion),
+    Continuing(LoadOrder, StagedVersion),
+    Probing(LoadOrder, StagedVersion),
     /// `reload`: the old weights are being loaded again; else only the pause is being ended.
     Restoring {
-        job: Job,
+        order: LoadOrder,
         why: String,
         reload: bool,
     },
 }
 
-pub enum HeldBack {
-    Tokens { run: RunId, tokens: Vec<u32>, logprobs: Vec<f32>, spans: Vec<LabelSpan> },
-    End { run: RunId, end: RunEnd },
+pub enum Withheld {
+    Tokens { attempt: AttemptId, tokens: Vec<u32>, logprobs: Vec<f32>, spans: Vec<LabelSpan> },
+    End { attempt: AttemptId, end: RequestEnd },
 }
 
 const MAX_LABELS: usize = 8;
@@ -78,11 +78,11 @@ impl Loader {
             LoadState::Active | LoadState::Fetching(_) | LoadState::Restoring { .. } => {
                 self.serving()
             }
-            LoadState::Quiescing(job, _)
-            | LoadState::Freezing(job, _)
-            | LoadState::Loading(job, _)
-            | LoadState::Thawing(job, _)
-            | LoadState::Probing(job, _) => Some(job.to),
+            LoadState::Quiescing(order, _)
+            | LoadState::Pausing(order, _)
+            | LoadState::Loading(order, _)
+            | LoadState::Continuing(order, _)
+            | LoadState::Probing(order, _) => Some(order.to),
         }
     }
 
@@ -92,25 +92,25 @@ impl Loader {
     }
 
     /// Streams go on, but what they bring may not leave before the probe spoke.
-    pub fn holds_back(&self) -> bool {
-        matches!(self.state, LoadState::Thawing(..) | LoadState::Probing(..))
+    pub fn withholds(&self) -> bool {
+        matches!(self.state, LoadState::Continuing(..) | LoadState::Probing(..))
     }
 
-    pub fn hold_back(&mut self, run: RunId, chunk: &Chunk) {
-        self.held_back.push(HeldBack::Tokens {
-            run,
+    pub fn withhold(&mut self, attempt: AttemptId, chunk: &Chunk) {
+        self.withheld.push(Withheld::Tokens {
+            attempt,
             tokens: chunk.tokens.clone(),
             logprobs: chunk.logprobs.clone(),
             spans: chunk.spans.clone(),
         });
     }
 
-    pub fn hold_back_end(&mut self, run: RunId, end: RunEnd) {
-        self.held_back.push(HeldBack::End { run, end });
+    pub fn withhold_end(&mut self, attempt: AttemptId, end: RequestEnd) {
+        self.withheld.push(Withheld::End { attempt, end });
     }
 
-    pub fn drop_held_back(&mut self) {
-        self.held_back.clear();
+    pub fn drop_withheld(&mut self) {
+        self.withheld.clear();
     }
 
     pub fn last_report(&self) -> Option<&pb::LoadState> {
@@ -138,10 +138,10 @@ impl Loader {
     }
 
     /// Cuts `count` tokens from `leg_offset` of their request by what the engine says made them.
-    pub fn place(
+    pub fn split_by_version(
         &self,
         spans: &[LabelSpan],
-        leg_offset: u32,
+        offset_in_request: u32,
         count: usize,
     ) -> Vec<(Range<usize>, Version)> {
         let fallback = self.serving().unwrap_or_else(|| Version::base(0));
@@ -150,7 +150,7 @@ impl Loader {
             self.labels.iter().find(|(label, _)| *label == span.label).map(|(_, version)| *version)
         };
         let mut pieces: Vec<(Range<usize>, Version)> = Vec::new();
-        for (index, at) in (leg_offset..).take(count).enumerate() {
+        for (index, at) in (offset_in_request..).take(count).enumerate() {
             let version = version_of(at).unwrap_or(fallback);
             match pieces.last_mut() {
                 Some((range, last)) if *last == version => range.end = index + 1,

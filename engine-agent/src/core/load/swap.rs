@@ -5,32 +5,32 @@ use anabranch_proto::pb::load_state::Stage;
 use anabranch_proto::pb::probe::Verdict;
 use anabranch_runtime::Now;
 
-use super::job::{Job, verdict, wire};
-use super::loader::{HeldBack, LoadState, Serving};
+use super::loader::{LoadState, Serving, Withheld};
+use super::order::{LoadOrder, verdict, wire};
 use crate::core::Core;
-use crate::core::action::{Action, Exit};
-use crate::core::event::{Call, ProbeResult, Staged};
+use crate::core::action::{Action, ExitReason};
+use crate::core::event::{Call, ProbeResult, StagedVersion};
 use crate::core::timer::Timer;
 
 impl Core {
     pub(in crate::core) fn called(&mut self, now: Now, call: Call, result: Result<(), String>) {
         match (call, result) {
-            (Call::Freeze, Ok(())) => self.frozen(),
+            (Call::PauseForLoad, Ok(())) => self.paused_for_load(),
             (Call::Load, Ok(())) => self.loaded(),
-            (Call::Thaw, Ok(())) => self.thawed(now),
-            (Call::Freeze | Call::Load, Err(why)) => self.load_failed(why),
-            (Call::Thaw, Err(why)) => self.thaw_failed(why),
+            (Call::ContinueAfterLoad, Ok(())) => self.continued(now),
+            (Call::PauseForLoad | Call::Load, Err(why)) => self.load_failed(why),
+            (Call::ContinueAfterLoad, Err(why)) => self.continue_failed(why),
             (call, result) => self.mode_called(call, result),
         }
     }
 
-    fn frozen(&mut self) {
+    fn paused_for_load(&mut self) {
         match std::mem::take(&mut self.loader.state) {
-            LoadState::Freezing(job, staged) => {
-                self.report(job.report(Stage::Loading));
+            LoadState::Pausing(order, staged) => {
+                self.report(order.report(Stage::Loading));
                 let directory = staged.directory.clone();
-                self.act(Action::LoadWeights { directory, label: job.to.to_string() });
-                self.loader.state = LoadState::Loading(job, staged);
+                self.act(Action::LoadWeights { directory, label: order.to.to_string() });
+                self.loader.state = LoadState::Loading(order, staged);
             }
             other => self.loader.state = other,
         }
@@ -39,35 +39,35 @@ impl Core {
     /// The engine has new weights; from here on its tokens are theirs.
     fn loaded(&mut self) {
         match std::mem::take(&mut self.loader.state) {
-            LoadState::Loading(job, staged) => {
+            LoadState::Loading(order, staged) => {
                 self.mark_boundaries();
-                self.report(job.report(Stage::Probing));
-                self.loader.state = LoadState::Thawing(job, staged);
-                self.act(Action::Call(Call::Thaw));
+                self.report(order.report(Stage::Probing));
+                self.loader.state = LoadState::Continuing(order, staged);
+                self.act(Action::Call(Call::ContinueAfterLoad));
             }
             // The old ones are back.
-            LoadState::Restoring { job, why, .. } => {
-                self.loader.state = LoadState::Restoring { job, why, reload: false };
-                self.act(Action::Call(Call::Thaw));
+            LoadState::Restoring { order, why, .. } => {
+                self.loader.state = LoadState::Restoring { order, why, reload: false };
+                self.act(Action::Call(Call::ContinueAfterLoad));
             }
             other => self.loader.state = other,
         }
     }
 
-    fn thawed(&mut self, now: Now) {
+    fn continued(&mut self, now: Now) {
         match std::mem::take(&mut self.loader.state) {
-            LoadState::Thawing(job, staged) => {
-                self.loader.state = LoadState::Probing(job, staged);
+            LoadState::Continuing(order, staged) => {
+                self.loader.state = LoadState::Probing(order, staged);
                 self.act(Action::Probe);
             }
-            LoadState::Restoring { job, why, reload: false } => self.fail_load(now, job, why),
+            LoadState::Restoring { order, why, reload: false } => self.fail_load(now, order, why),
             other => self.loader.state = other,
         }
     }
 
     pub(in crate::core) fn probed(&mut self, now: Now, result: Result<ProbeResult, String>) {
-        let (job, staged) = match std::mem::take(&mut self.loader.state) {
-            LoadState::Probing(job, staged) => (job, staged),
+        let (order, staged) = match std::mem::take(&mut self.loader.state) {
+            LoadState::Probing(order, staged) => (order, staged),
             other => {
                 self.loader.state = other;
                 return;
@@ -75,44 +75,46 @@ impl Core {
         };
         let probe = match result {
             Ok(probe) => probe,
-            Err(why) => return self.go_back(now, job, format!("the probe failed: {why}")),
+            Err(why) => return self.go_back(now, order, format!("the probe failed: {why}")),
         };
-        let verdict = verdict(&probe, job.reference.as_ref(), self.loader.last_probe.as_ref());
+        let verdict = verdict(&probe, order.reference.as_ref(), self.loader.last_probe.as_ref());
         if verdict == Verdict::Disagrees {
             let why =
                 "its log-probabilities differ from a replica's at the same version".to_owned();
-            let report =
-                pb::LoadState { probe: Some(wire(&probe, verdict)), ..job.report(Stage::Probing) };
+            let report = pb::LoadState {
+                probe: Some(wire(&probe, verdict)),
+                ..order.report(Stage::Probing)
+            };
             self.report(report);
-            return self.go_back(now, job, why);
+            return self.go_back(now, order, why);
         }
-        self.activate(now, job, staged, probe, verdict);
+        self.activate(now, order, staged, probe, verdict);
     }
 
     fn activate(
         &mut self,
         now: Now,
-        job: Job,
-        staged: Staged,
+        order: LoadOrder,
+        staged: StagedVersion,
         probe: ProbeResult,
         verdict: Verdict,
     ) {
-        tracing::info!(version = %job.to, probe = verdict.as_str_name(), "version active");
+        tracing::info!(version = %order.to, probe = verdict.as_str_name(), "version active");
         self.timers.clear(Timer::LoadDeadline);
         self.loader.take(Serving {
-            version: job.to,
-            label: job.to.to_string(),
+            version: order.to,
+            label: order.to.to_string(),
             directory: Some(staged.directory.clone()),
         });
         self.loader.last_probe = Some(probe.clone());
-        self.act(Action::KeepStaged { version: job.to, directory: staged.directory.clone() });
-        self.report(job.active(Some(probe), verdict, Some(&staged)));
-        for item in std::mem::take(&mut self.loader.held_back) {
+        self.act(Action::KeepStaged { version: order.to, directory: staged.directory.clone() });
+        self.report(order.active(Some(probe), verdict, Some(&staged)));
+        for item in std::mem::take(&mut self.loader.withheld) {
             match item {
-                HeldBack::Tokens { run, tokens, logprobs, spans } => {
-                    self.take_tokens(now, run, &tokens, &logprobs, &spans);
+                Withheld::Tokens { attempt, tokens, logprobs, spans } => {
+                    self.take_tokens(now, attempt, &tokens, &logprobs, &spans);
                 }
-                HeldBack::End { run, end } => self.run_ended(now, run, end),
+                Withheld::End { attempt, end } => self.request_ended(now, attempt, end),
             }
         }
         self.finish_load(now);
@@ -121,43 +123,43 @@ impl Core {
     /// The engine refused, or could not be paused: its weights are still the old ones.
     fn load_failed(&mut self, why: String) {
         match std::mem::take(&mut self.loader.state) {
-            LoadState::Freezing(job, _) | LoadState::Loading(job, _) => {
-                self.loader.state = LoadState::Restoring { job, why, reload: false };
-                self.act(Action::Call(Call::Thaw));
+            LoadState::Pausing(order, _) | LoadState::Loading(order, _) => {
+                self.loader.state = LoadState::Restoring { order, why, reload: false };
+                self.act(Action::Call(Call::ContinueAfterLoad));
             }
-            LoadState::Restoring { job, why: first, .. } => {
-                self.unverified(&job, &format!("{first}; and going back failed: {why}"));
+            LoadState::Restoring { order, why: first, .. } => {
+                self.unverified(&order, &format!("{first}; and going back failed: {why}"));
             }
             other => self.loader.state = other,
         }
     }
 
-    fn thaw_failed(&mut self, why: String) {
+    fn continue_failed(&mut self, why: String) {
         match std::mem::take(&mut self.loader.state) {
-            LoadState::Thawing(job, _) | LoadState::Restoring { job, .. } => {
-                self.unverified(&job, &format!("the engine does not go on: {why}"));
+            LoadState::Continuing(order, _) | LoadState::Restoring { order, .. } => {
+                self.unverified(&order, &format!("the engine does not go on: {why}"));
             }
             other => self.loader.state = other,
         }
     }
 
     /// The new weights are in, and are not to be trusted: put the old ones back.
-    fn go_back(&mut self, now: Now, job: Job, why: String) {
-        tracing::warn!(version = %job.to, why, "load refused; going back");
+    fn go_back(&mut self, now: Now, order: LoadOrder, why: String) {
+        tracing::warn!(version = %order.to, why, "load refused; going back");
         self.abort_unverified(now, "the new weights were refused");
         let old = self.loader.serving.clone();
         let Some((directory, label)) = old.and_then(|old| Some((old.directory?, old.label))) else {
-            self.unverified(&job, &format!("{why}; no copy of the old weights can be read here"));
+            self.unverified(&order, &format!("{why}; no copy of the old weights can be read here"));
             return;
         };
-        self.loader.state = LoadState::Restoring { job, why, reload: true };
+        self.loader.state = LoadState::Restoring { order, why, reload: true };
         self.act(Action::LoadWeights { directory, label });
     }
 
     /// Nobody vouches for what the engine would generate.
-    fn unverified(&mut self, job: &Job, why: &str) {
-        self.report(job.failed(why.to_owned()));
+    fn unverified(&mut self, order: &LoadOrder, why: &str) {
+        self.report(order.failed(why.to_owned()));
         self.loader.serving = None;
-        self.exit(Exit::Unverified { why: why.to_owned() });
+        self.exit(ExitReason::Unverified { why: why.to_owned() });
     }
 }

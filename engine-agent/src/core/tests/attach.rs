@@ -5,13 +5,13 @@ use super::*;
 #[test]
 fn tokens_go_out_once_a_tick_with_their_offsets_and_then_the_end() {
     let mut world = World::ready();
-    let run = world.start(0, 1);
-    world.tokens(run, &[3, 4]);
+    let attempt = world.start(0, 1);
+    world.tokens(attempt, &[3, 4]);
     assert!(world.ticks.is_empty(), "not before the tick");
-    world.tokens(run, &[5]);
+    world.tokens(attempt, &[5]);
     world.pass(TICK);
-    world.tokens(run, &[6]);
-    world.finish(run, Finish::StopId);
+    world.tokens(attempt, &[6]);
+    world.finish(attempt, Finish::StopId);
     world.pass(TICK);
     assert_eq!(world.segs(), [(0, 0, vec![3, 4, 5]), (0, 0, vec![6])]);
     assert_eq!(world.ticks[1].segs[0].offset, 3);
@@ -53,14 +53,14 @@ fn a_re_attach_keeps_and_drops_exactly_and_sends_the_unacknowledged_again() {
 #[test]
 fn a_new_session_drops_everything_of_the_old_one() {
     let mut world = World::ready();
-    let run = world.start(0, 1);
-    world.tokens(run, &[3]);
+    let attempt = world.start(0, 1);
+    world.tokens(attempt, &[3]);
     world.lose_link();
     world.pass(Duration::from_secs(1));
     world.attach(pb::Welcome { manager_epoch: 2, ..welcome(1) });
-    assert_eq!(world.aborted, [run]);
-    world.tokens(run, &[4]);
-    world.finish(run, Finish::Aborted);
+    assert_eq!(world.aborted, [attempt]);
+    world.tokens(attempt, &[4]);
+    world.finish(attempt, Finish::Aborted);
     world.pass(TICK);
     assert!(world.ticks.is_empty());
     let next = world.start(0, 2);
@@ -99,15 +99,15 @@ fn beats_go_out_three_times_a_lease() {
 #[test]
 fn a_full_buffer_gives_back_the_newest_samples_and_takes_no_new_ones() {
     let mut world = World::ready_with(400);
-    let runs: Vec<RunId> = (0..4).map(|index| world.start(index, 1)).collect();
+    let attempts: Vec<AttemptId> = (0..4).map(|index| world.start(index, 1)).collect();
     world.lose_link();
     for round in 0..8u32 {
-        for run in &runs {
-            world.tokens(*run, &[round + 10; 4]);
+        for attempt in &attempts {
+            world.tokens(*attempt, &[round + 10; 4]);
         }
         world.pass(TICK);
     }
-    assert_eq!(world.aborted.first(), Some(&runs[3]), "the newest first");
+    assert_eq!(world.aborted.first(), Some(&attempts[3]), "the newest first");
     world.pass(Duration::from_secs(1));
     let held = world.hellos.last().expect("dialled").held.clone();
     world.attach(pb::Welcome { keep: held, ..welcome(1) });

@@ -24,7 +24,7 @@ fn a_drain_waits_for_every_terminal_chunk_and_every_acknowledgement() {
     assert_eq!(world.exit, None, "the last tick is not acknowledged");
     world.ack();
     assert!(world.mode_done().is_some_and(|done| done.drained && done.order == 50));
-    assert_eq!(world.exit, Some(Exit::Drained));
+    assert_eq!(world.exit, Some(ExitReason::Drained));
 }
 
 #[test]
@@ -38,7 +38,11 @@ fn a_drain_whose_engine_is_stuck_ends_a_while_after_its_deadline() {
             world.say(to_agent::Kind::BeatAck(pb::BeatAck { seq: 1 }));
         }
     }
-    assert!(matches!(world.exit, Some(Exit::DrainCut { running: 1, .. })), "{:?}", world.exit);
+    assert!(
+        matches!(world.exit, Some(ExitReason::DrainCut { running: 1, .. })),
+        "{:?}",
+        world.exit
+    );
     assert!(world.mode_done().is_some_and(|done| !done.ok));
 }
 
@@ -47,5 +51,5 @@ fn a_sigterm_before_any_manager_was_found_just_ends() {
     let mut world = World::new(1 << 20);
     let within = Duration::from_secs(30);
     world.handle(Event::LeaveAsked { why: "SIGTERM".into(), within });
-    assert_eq!(world.exit, Some(Exit::Drained));
+    assert_eq!(world.exit, Some(ExitReason::Drained));
 }

@@ -5,22 +5,28 @@ use super::*;
 #[test]
 fn a_load_cuts_running_samples_and_continues_them_with_all_their_tokens() {
     let mut world = World::ready();
-    let run = world.start(0, 1);
-    world.tokens(run, &[3, 4]);
+    let attempt = world.start(0, 1);
+    world.tokens(attempt, &[3, 4]);
     world.order_load(1, pb::OnRunning::Continue, 0);
-    world.tokens(run, &[5]);
+    world.tokens(attempt, &[5]);
     world.staged(1);
-    assert_eq!(world.aborted, [run]);
-    assert!(!world.other.iter().any(|action| action.contains("Freeze")), "it has not ended yet");
-    world.tokens(run, &[6]);
-    world.finish(run, Finish::Aborted);
-    assert!(world.other.iter().any(|action| action.contains("Freeze")));
+    assert_eq!(world.aborted, [attempt]);
+    assert!(
+        !world.other.iter().any(|action| action.contains("PauseForLoad")),
+        "it has not ended yet"
+    );
+    world.tokens(attempt, &[6]);
+    world.finish(attempt, Finish::Aborted);
+    assert!(world.other.iter().any(|action| action.contains("PauseForLoad")));
     world.load_through(-0.7);
     let again = world.generated.last().expect("continued").clone();
-    assert_eq!((again.run, again.tail.as_slice(), again.max_tokens), (run, &[3, 4, 5, 6][..], 36));
+    assert_eq!(
+        (again.attempt, again.tail.as_slice(), again.max_tokens),
+        (attempt, &[3, 4, 5, 6][..], 36)
+    );
     assert_ne!(again.rid, world.generated[0].rid);
-    world.tokens(run, &[7]);
-    world.finish(run, Finish::StopId);
+    world.tokens(attempt, &[7]);
+    world.finish(attempt, Finish::StopId);
     world.pass(TICK);
     assert_eq!(world.segs(), [(0, 0, vec![3, 4, 5, 6]), (0, 1, vec![7])]);
     assert_eq!(world.ends(), [(0, Why::StopId, 5)], "no end of the cut in between");
@@ -47,17 +53,17 @@ fn starts_that_come_during_a_load_run_after_it() {
 #[test]
 fn a_load_that_the_engine_refuses_leaves_the_old_version_serving() {
     let mut world = World::ready();
-    let run = world.start(0, 1);
+    let attempt = world.start(0, 1);
     world.order_load(1, pb::OnRunning::Continue, 0);
     world.staged(1);
-    world.finish(run, Finish::Aborted);
-    world.called(Call::Freeze, Ok(()));
+    world.finish(attempt, Finish::Aborted);
+    world.called(Call::PauseForLoad, Ok(()));
     world.called(Call::Load, Err("400: no such file".into()));
     assert_ne!(world.last_load().stage(), Stage::Failed, "first the engine must go on");
-    world.called(Call::Thaw, Ok(()));
+    world.called(Call::ContinueAfterLoad, Ok(()));
     assert_eq!(world.last_load().stage(), Stage::Failed);
     assert!(world.last_load().error.contains("no such file"));
-    world.tokens(run, &[3]);
+    world.tokens(attempt, &[3]);
     world.pass(TICK);
     assert_eq!(world.segs(), [(0, 0, vec![3])], "under the old version");
 }
@@ -65,7 +71,7 @@ fn a_load_that_the_engine_refuses_leaves_the_old_version_serving() {
 #[test]
 fn a_fetch_that_fails_or_is_late_never_disturbs_a_sample() {
     let mut world = World::ready();
-    let run = world.start(0, 1);
+    let attempt = world.start(0, 1);
     world.order_load(1, pb::OnRunning::Abort, 0);
     world.handle(Event::Fetched { order: 1, result: Err("chunk 3 is wrong".into()) });
     assert_eq!(world.last_load().error, "chunk 3 is wrong");
@@ -89,18 +95,18 @@ fn a_fetch_that_fails_or_is_late_never_disturbs_a_sample() {
         .collect();
     assert_eq!(superseded, [3]);
     assert!(world.aborted.is_empty());
-    world.tokens(run, &[3]);
+    world.tokens(attempt, &[3]);
 }
 
 #[test]
 fn a_probe_that_disagrees_brings_the_old_weights_back_and_no_token_of_the_new_ones_leaves() {
     let mut world = World::ready();
-    let run = world.start(0, 1);
+    let attempt = world.start(0, 1);
     // Not to be cut, so it is paused and goes on before the probe.
     world.order_start_with_stop_string(1);
-    let paused = world.generated.last().expect("started").run;
+    let paused = world.generated.last().expect("started").attempt;
     world.tokens(paused, &[3]);
-    world.finish(run, Finish::Length);
+    world.finish(attempt, Finish::Length);
     world.say(to_agent::Kind::Load(pb::Load {
         order: 1,
         version: Some(pb::Version { epoch: 1, number: 1, root: vec![7; 32].into() }),
@@ -109,10 +115,10 @@ fn a_probe_that_disagrees_brings_the_old_weights_back_and_no_token_of_the_new_on
         ..Default::default()
     }));
     world.staged(1);
-    world.called(Call::Freeze, Ok(()));
+    world.called(Call::PauseForLoad, Ok(()));
     world.called(Call::Load, Ok(()));
     world.tokens(paused, &[66]);
-    world.called(Call::Thaw, Ok(()));
+    world.called(Call::ContinueAfterLoad, Ok(()));
     world.tokens(paused, &[67]);
     world.handle(Event::Probed { result: Ok(probe(-0.7)) });
     assert!(
@@ -122,7 +128,7 @@ fn a_probe_that_disagrees_brings_the_old_weights_back_and_no_token_of_the_new_on
             .any(|action| action.contains("LoadWeights") && action.contains("/model"))
     );
     world.called(Call::Load, Ok(()));
-    world.called(Call::Thaw, Ok(()));
+    world.called(Call::ContinueAfterLoad, Ok(()));
     assert_eq!(world.last_load().stage(), Stage::Failed);
     world.pass(TICK);
     assert_eq!(world.segs(), [(1, 0, vec![3])]);
@@ -162,8 +168,8 @@ fn a_probe_within_the_tolerance_agrees_and_an_unchanged_one_is_inconclusive() {
 fn the_engines_spans_place_a_boundary_that_a_pause_blurred() {
     let mut world = World::ready();
     world.order_start_with_stop_string(0);
-    let run = world.generated.last().expect("started").run;
-    world.tokens(run, &[3, 4]);
+    let attempt = world.generated.last().expect("started").attempt;
+    world.tokens(attempt, &[3, 4]);
     world.order_load(1, pb::OnRunning::Continue, 0);
     world.staged(1);
     world.load_through(-0.7);
@@ -175,7 +181,7 @@ fn the_engines_spans_place_a_boundary_that_a_pause_blurred() {
         finish: Some(Finish::Length),
         ..Default::default()
     };
-    world.core.tokens(world.now, run, &chunk);
+    world.core.tokens(world.now, attempt, &chunk);
     world.pass(TICK);
     assert_eq!(world.segs(), [(0, 0, vec![3, 4, 5]), (0, 1, vec![6, 7])]);
     assert!(world.ticks.iter().flat_map(|tick| &tick.segs).all(|seg| !seg.inexact));
@@ -184,10 +190,10 @@ fn the_engines_spans_place_a_boundary_that_a_pause_blurred() {
 #[test]
 fn tokens_of_weights_that_nobody_loaded_here_are_not_taken() {
     let mut world = World::ready();
-    let run = world.start(0, 1);
+    let attempt = world.start(0, 1);
     let mut chunk = Chunk { tokens: vec![3], logprobs: vec![-1.0], ..Default::default() };
     chunk.label = "somebody else's".into();
-    assert_eq!(world.core.tokens(world.now, run, &chunk), Verdict::Drop);
+    assert_eq!(world.core.tokens(world.now, attempt, &chunk), AfterChunk::Close);
     world.pass(TICK);
     assert!(world.segs().is_empty());
     assert_eq!(world.ends(), [(0, Why::Lost, 0)]);
@@ -231,8 +237,8 @@ fn tokens_of_an_engine_that_the_trainer_loads_carry_the_version_it_attested() {
             min_version: Some(pb::Version { epoch: 1, number, root: vec![7; 32].into() }),
             ..Default::default()
         }));
-        let run = world.generated.last().expect("it was started").run;
-        world.tokens(run, &[5]);
+        let attempt = world.generated.last().expect("it was started").attempt;
+        world.tokens(attempt, &[5]);
     }
     world.pass(Duration::from_millis(20));
     assert_eq!(world.segs(), [(0, 3, vec![5]), (1, 4, vec![5])]);

@@ -5,8 +5,8 @@ use super::*;
 #[test]
 fn a_dead_engine_loses_its_samples_and_the_next_life_is_a_new_session() {
     let mut world = World::ready();
-    let run = world.start(0, 1);
-    world.tokens(run, &[3]);
+    let attempt = world.start(0, 1);
+    world.tokens(attempt, &[3]);
     world.order_load(1, pb::OnRunning::Continue, 0);
     world.handle(Event::EngineDown { why: "killed".into(), will_restart: true });
     assert_eq!(world.segs(), [(0, 0, vec![3])], "what it made is not lost");
@@ -30,9 +30,9 @@ fn a_dead_engine_loses_its_samples_and_the_next_life_is_a_new_session() {
 #[test]
 fn an_engine_that_dies_while_the_link_is_down_is_spoken_for_in_its_own_session() {
     let mut world = World::ready();
-    let run = world.start(0, 1);
+    let attempt = world.start(0, 1);
     world.lose_link();
-    world.tokens(run, &[3]);
+    world.tokens(attempt, &[3]);
     world.handle(Event::EngineDown { why: "killed".into(), will_restart: true });
     world.handle(Event::EngineUp { info: Box::new(info()), probe: None });
     world.pass(Duration::from_secs(1));
@@ -53,7 +53,7 @@ fn an_engine_that_dies_while_the_link_is_down_is_spoken_for_in_its_own_session()
 #[test]
 fn memory_is_given_back_only_when_nothing_runs() {
     let mut world = World::ready();
-    let run = world.start(0, 1);
+    let attempt = world.start(0, 1);
     let kind = pb::mode::Kind::ReleaseMemory.into();
     world.say(to_agent::Kind::Mode(pb::Mode {
         order: 3,
@@ -61,9 +61,9 @@ fn memory_is_given_back_only_when_nothing_runs() {
         deadline_ms: 1000,
         why: String::new(),
     }));
-    assert_eq!(world.aborted, [run]);
+    assert_eq!(world.aborted, [attempt]);
     assert!(!world.other.iter().any(|action| action.contains("ReleaseMemory")));
-    world.finish(run, Finish::Aborted);
+    world.finish(attempt, Finish::Aborted);
     assert!(world.other.iter().any(|action| action.contains("ReleaseMemory")));
     world.called(Call::ReleaseMemory, Ok(()));
     let done = world.mode_done().expect("answered");
@@ -89,14 +89,14 @@ fn an_engine_that_ignores_stop_ids_is_stopped_at_the_first_one() {
         stop_ids: vec![9],
         ..Default::default()
     }));
-    let run = world.generated[0].run;
-    world.tokens(run, &[9, 4]);
-    world.tokens(run, &[5, 9, 6]);
-    world.tokens(run, &[7]);
+    let attempt = world.generated[0].attempt;
+    world.tokens(attempt, &[9, 4]);
+    world.tokens(attempt, &[5, 9, 6]);
+    world.tokens(attempt, &[7]);
     world.pass(TICK);
     assert_eq!(world.segs(), [(0, 0, vec![9, 4, 5, 9])]);
     assert_eq!(world.ends(), [(0, Why::StopId, 4)]);
-    assert_eq!(world.aborted, [run]);
+    assert_eq!(world.aborted, [attempt]);
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn an_abort_that_nobody_asked_for_and_a_broken_stream_are_lost_samples() {
     let (aborted, broken) = (world.start(0, 1), world.start(1, 1));
     world.finish(aborted, Finish::Aborted);
     let error = StreamError::Broken { why: "reset".into() };
-    world.handle(Event::RunEnded { run: broken, end: RunEnd::Failed(error) });
+    world.handle(Event::RequestEnded { attempt: broken, end: RequestEnd::Failed(error) });
     world.pass(TICK);
     assert_eq!(world.ends(), [(0, Why::Lost, 0), (1, Why::Lost, 0)]);
     assert!(world.other.iter().any(|action| action.contains("CheckEngine")));

@@ -6,7 +6,7 @@ use anabranch_proto::pb;
 use serde::Deserialize;
 
 use crate::config::Convention;
-use crate::engine::{EngineError, EngineInfo, Loads};
+use crate::engine::{EngineError, EngineInfo, Utilization};
 
 pub(super) fn parse(
     model: &[u8],
@@ -75,10 +75,10 @@ pub(super) fn parse_label(body: &[u8]) -> Result<String, EngineError> {
     Ok(model.weight_version.unwrap_or_default())
 }
 
-pub(super) fn parse_loads(body: &[u8]) -> Result<Loads, EngineError> {
+pub(super) fn parse_utilization(body: &[u8]) -> Result<Utilization, EngineError> {
     let raw: RawLoads = json("v1/loads", body)?;
     let ranks = raw.loads.len().max(1) as f32;
-    Ok(Loads {
+    Ok(Utilization {
         running: raw.loads.iter().map(|load| load.num_running_reqs).sum(),
         waiting: raw.loads.iter().map(|load| load.num_waiting_reqs).sum(),
         kv_used: raw.loads.iter().map(|load| load.token_usage).sum::<f32>() / ranks,

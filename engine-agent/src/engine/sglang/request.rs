@@ -119,11 +119,11 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::engine::RunId;
+    use crate::engine::AttemptId;
 
     fn request(sampling: pb::Sampling) -> Generate {
         Generate {
-            run: RunId(1),
+            attempt: AttemptId(1),
             rid: "ab-1".into(),
             prompt: Arc::from([1, 2]),
             tail: vec![3],

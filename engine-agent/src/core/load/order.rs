@@ -10,11 +10,11 @@ use anabranch_proto::pb::{self, OnRunning};
 use anabranch_runtime::Now;
 
 use super::traffic::Traffic;
-use crate::core::event::{ProbeResult, Staged};
+use crate::core::event::{ProbeResult, StagedVersion};
 
 #[derive(Clone, Debug)]
-pub struct Job {
-    pub order: u64,
+pub struct LoadOrder {
+    pub id: u64,
     pub to: Version,
     pub on_running: OnRunning,
     pub deadline: Option<Now>,
@@ -31,9 +31,9 @@ pub struct Job {
 /// Probes agree within this.
 const TOLERANCE: f32 = 1e-4;
 
-impl Job {
-    pub fn parse(now: Now, load: pb::Load) -> Result<Job, Box<pb::LoadState>> {
-        let order = load.order;
+impl LoadOrder {
+    pub fn parse(now: Now, load: pb::Load) -> Result<LoadOrder, Box<pb::LoadState>> {
+        let id = load.order;
         let on_running = load.on_running();
         let to = match load.version.clone().map(Version::try_from) {
             Some(Ok(version)) => version,
@@ -43,7 +43,7 @@ impl Job {
                     _ => "the order names no version".to_owned(),
                 };
                 let failed = pb::LoadState {
-                    order,
+                    order: id,
                     version: load.version,
                     stage: Stage::Failed.into(),
                     error,
@@ -53,8 +53,8 @@ impl Job {
             }
         };
         let deadline = Duration::from_millis(load.deadline_ms.into());
-        Ok(Job {
-            order,
+        Ok(LoadOrder {
+            id,
             to,
             on_running,
             deadline: (load.deadline_ms > 0).then(|| now + deadline),
@@ -71,7 +71,7 @@ impl Job {
 
     pub fn report(&self, stage: Stage) -> pb::LoadState {
         pb::LoadState {
-            order: self.order,
+            order: self.id,
             version: Some(self.to.into()),
             stage: stage.into(),
             ingress_bytes_per_s: self.traffic.ingress(),
@@ -89,7 +89,7 @@ impl Job {
         &self,
         probe: Option<ProbeResult>,
         verdict: Verdict,
-        staged: Option<&Staged>,
+        staged: Option<&StagedVersion>,
     ) -> pb::LoadState {
         pb::LoadState {
             probe: probe.map(|probe| wire(&probe, verdict)),

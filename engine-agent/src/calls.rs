@@ -9,7 +9,7 @@ use anabranch_proto::pb;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::core::{Call, ProbeResult};
-use crate::engine::{Engine, EngineError, Generate, RunId};
+use crate::engine::{AttemptId, Engine, EngineError, Generate};
 use crate::generate;
 use crate::shared::Shared;
 
@@ -25,14 +25,14 @@ const PROBE_PATIENCE: Duration = Duration::from_secs(180);
 
 pub async fn call<E: Engine>(shared: &Shared, engine: &E, call: Call) -> Result<(), EngineError> {
     match call {
-        Call::Freeze => {
+        Call::PauseForLoad => {
             engine.pause().await?;
             if shared.streams_at_engine() > 0 {
                 run_dry(shared).await;
             }
             Ok(())
         }
-        Call::Thaw | Call::Resume => engine.resume().await,
+        Call::ContinueAfterLoad | Call::Continue => engine.continue_generation().await,
         Call::Pause => engine.pause().await,
         Call::ReleaseMemory => engine.release_memory().await,
         Call::ResumeMemory => engine.resume_memory().await,
@@ -75,7 +75,7 @@ fn probe_request(vocab: u32) -> Generate {
         ..Default::default()
     };
     Generate {
-        run: RunId(0),
+        attempt: AttemptId(0),
         rid: "ab-probe".to_owned(),
         prompt: prompt.into(),
         tail: Vec::new(),

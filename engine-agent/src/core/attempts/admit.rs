@@ -20,7 +20,7 @@ impl Core {
         if self.session.as_ref().is_none_or(|session| session.incarnation != self.incarnation) {
             return busy("the engine was restarted");
         }
-        if !matches!(self.memory, Memory::Held) {
+        if !matches!(self.memory, Memory::Resident) {
             return busy("the engine's memory is released");
         }
         if self.loader.serving().is_none() && !self.config.weights_by_trainer {

@@ -6,19 +6,19 @@ use std::sync::Arc;
 use anabranch_proto::pb::{self, end::Why};
 use anabranch_proto::{Attempt, SampleId, Version};
 
-use crate::engine::RunId;
+use crate::engine::AttemptId;
 
 #[derive(Default)]
-pub struct Runs {
-    pub by_run: BTreeMap<RunId, Run>,
+pub struct Attempts {
+    pub by_id: BTreeMap<AttemptId, LiveAttempt>,
     /// The attempt that counts; discarded runs are not in it.
-    pub by_sample: BTreeMap<SampleId, RunId>,
+    pub by_sample: BTreeMap<SampleId, AttemptId>,
     pub next: u64,
 }
 
-pub struct Run {
+pub struct LiveAttempt {
     pub sample: SampleId,
-    pub attempt: Attempt,
+    pub number: Attempt,
     pub prompt: Arc<[u32]>,
     pub sampling: Arc<pb::Sampling>,
     pub stop_ids: Arc<[u32]>,
@@ -28,9 +28,9 @@ pub struct Run {
     pub tail: Vec<u32>,
     pub kept: u32,
     /// Length of `tail` when the present request was sent: its first token's offset.
-    pub leg_at: u32,
-    pub legs: u32,
-    pub stage: Stage,
+    pub request_offset: u32,
+    pub requests: u32,
+    pub stage: AttemptState,
     /// A version boundary lies before or in the next chunk, and this engine cannot say where.
     pub boundary: bool,
     /// The engine would run past these: it ignores stop ids together with EOS.
@@ -40,9 +40,9 @@ pub struct Run {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
+pub enum AttemptState {
     /// A load is under way: not at the engine yet.
-    Held,
+    Waiting,
     Running,
     Stopping,
     Discarding,
@@ -53,7 +53,7 @@ pub enum Stage {
 
 // === impl Runs ===
 
-impl Runs {
+impl Attempts {
     /// Samples that count, wherever they stand.
     pub fn live(&self) -> usize {
         self.by_sample.len()
@@ -61,58 +61,63 @@ impl Runs {
 
     /// Requests at the engine, also those that are being ended.
     pub fn at_engine(&self) -> usize {
-        self.by_run.values().filter(|run| run.stage.at_engine()).count()
+        self.by_id.values().filter(|attempt| attempt.stage.at_engine()).count()
     }
 
     pub fn waiting(&self) -> usize {
-        self.by_run.len() - self.at_engine()
+        self.by_id.len() - self.at_engine()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.by_run.is_empty()
+        self.by_id.is_empty()
     }
 
     pub fn held(&self) -> impl Iterator<Item = pb::Held> {
-        self.by_sample.values().filter_map(|run| self.by_run.get(run)).map(|run| pb::Held {
-            sample: Some(run.sample.into()),
-            attempt: run.attempt.0,
-            upto: run.upto(),
+        self.by_sample.values().filter_map(|attempt| self.by_id.get(attempt)).map(|attempt| {
+            pb::Held {
+                sample: Some(attempt.sample.into()),
+                attempt: attempt.number.0,
+                upto: attempt.upto(),
+            }
         })
     }
 
-    pub fn insert(&mut self, run: Run) -> RunId {
+    pub fn insert(&mut self, attempt: LiveAttempt) -> AttemptId {
         self.next += 1;
-        let id = RunId(self.next);
-        self.by_sample.insert(run.sample, id);
-        self.by_run.insert(id, run);
+        let id = AttemptId(self.next);
+        self.by_sample.insert(attempt.sample, id);
+        self.by_id.insert(id, attempt);
         id
     }
 
-    pub fn remove(&mut self, id: RunId) -> Option<Run> {
-        let run = self.by_run.remove(&id)?;
-        if self.by_sample.get(&run.sample) == Some(&id) {
-            self.by_sample.remove(&run.sample);
+    pub fn remove(&mut self, id: AttemptId) -> Option<LiveAttempt> {
+        let attempt = self.by_id.remove(&id)?;
+        if self.by_sample.get(&attempt.sample) == Some(&id) {
+            self.by_sample.remove(&attempt.sample);
         }
-        Some(run)
+        Some(attempt)
     }
 
-    pub fn ids(&self, want: impl Fn(&Run) -> bool) -> Vec<RunId> {
-        self.by_run.iter().filter(|(_, run)| want(run)).map(|(id, _)| *id).collect()
+    pub fn ids(&self, want: impl Fn(&LiveAttempt) -> bool) -> Vec<AttemptId> {
+        self.by_id.iter().filter(|(_, attempt)| want(attempt)).map(|(id, _)| *id).collect()
     }
 }
 
-impl Stage {
+impl AttemptState {
     pub fn at_engine(self) -> bool {
         match self {
-            Stage::Running | Stage::Stopping | Stage::Discarding | Stage::Cutting => true,
-            Stage::Held | Stage::Cut => false,
+            AttemptState::Running
+            | AttemptState::Stopping
+            | AttemptState::Discarding
+            | AttemptState::Cutting => true,
+            AttemptState::Waiting | AttemptState::Cut => false,
         }
     }
 }
 
 // === impl Run ===
 
-impl Run {
+impl LiveAttempt {
     pub fn upto(&self) -> u32 {
         u32::try_from(self.tail.len()).expect("bounded by the context length")
     }
@@ -123,13 +128,13 @@ impl Run {
 
     pub fn rid(&self) -> String {
         let (group, index) = (self.sample.group.0, self.sample.index);
-        format!("ab-{group:016x}-{index:08x}-{:08x}-{:04x}", self.attempt.0, self.legs)
+        format!("ab-{group:016x}-{index:08x}-{:08x}-{:04x}", self.number.0, self.requests)
     }
 
     pub fn end(&self, why: Why, matched: String) -> pb::End {
         pb::End {
             sample: Some(self.sample.into()),
-            attempt: self.attempt.0,
+            attempt: self.number.0,
             at: self.upto(),
             why: why.into(),
             matched,

@@ -1,0 +1,161 @@
+//! The ways a sample leaves this engine before its time: `impl Core` for stops, aborts, cuts and losses.
+
+use anabranch_proto::pb::{self, end::Why};
+use anabranch_proto::{Attempt, SampleId};
+use anabranch_runtime::Now;
+
+use super::{AttemptState, LiveAttempt};
+use crate::core::Core;
+use crate::core::action::Action;
+use crate::engine::AttemptId;
+
+impl Core {
+    pub(in crate::core) fn stop(&mut self, now: Now, stop: pb::Stop) {
+        let Some(sample) = stop.sample.map(SampleId::from) else { return };
+        let Some(id) = self.attempts.by_sample.get(&sample).copied() else { return };
+        if self.attempts.by_id.get(&id).is_some_and(|attempt| attempt.number.0 == stop.attempt) {
+            self.abort(now, id, &stop.why);
+        }
+    }
+
+    /// Ends as `aborted`: at once if the engine has no request of it, else with its terminal chunk.
+    fn abort(&mut self, now: Now, id: AttemptId, why: &str) {
+        let Some(attempt) = self.attempts.by_id.get_mut(&id) else { return };
+        match attempt.stage {
+            AttemptState::Waiting | AttemptState::Cut => {
+                self.end_now(now, id, Why::Aborted, why.to_owned())
+            }
+            AttemptState::Cutting => attempt.stage = AttemptState::Stopping,
+            AttemptState::Running => {
+                attempt.stage = AttemptState::Stopping;
+                let rid = attempt.rid();
+                self.act(Action::Abort { attempt: id, rid });
+            }
+            AttemptState::Stopping | AttemptState::Discarding => {}
+        }
+    }
+
+    pub(in crate::core) fn abort_all(&mut self, now: Now, why: &str) {
+        for id in self.attempts.ids(|_| true) {
+            self.abort(now, id, why);
+        }
+    }
+
+    /// For a load: every request that can go on as a new one is ended. The rest stay, to be paused.
+    pub(in crate::core) fn cut_attempts(&mut self) {
+        for id in self
+            .attempts
+            .ids(|attempt| attempt.stage == AttemptState::Running && attempt.can_be_cut())
+        {
+            let Some(attempt) = self.attempts.by_id.get_mut(&id) else { continue };
+            attempt.stage = AttemptState::Cutting;
+            let rid = attempt.rid();
+            self.act(Action::Abort { attempt: id, rid });
+        }
+    }
+
+    /// Requests that a load still waits for; with `all`, also those that would be paused.
+    pub(in crate::core) fn unquiet(&self, all: bool) -> usize {
+        let counts = |attempt: &&LiveAttempt| match attempt.stage {
+            AttemptState::Waiting | AttemptState::Cut => false,
+            AttemptState::Running => all,
+            AttemptState::Stopping | AttemptState::Discarding | AttemptState::Cutting => true,
+        };
+        self.attempts.by_id.values().filter(counts).count()
+    }
+
+    /// New weights lie under streams that were only paused: where exactly, the engine says at their end.
+    pub(in crate::core) fn mark_boundaries(&mut self) {
+        for attempt in self.attempts.by_id.values_mut() {
+            attempt.boundary |= attempt.stage.at_engine();
+        }
+    }
+
+    /// Reported now; what its stream still brings is dropped.
+    pub(super) fn close_attempt(&mut self, now: Now, id: AttemptId, why: Why, matched: String) {
+        let Some(attempt) = self.attempts.by_id.get(&id) else { return };
+        let end = attempt.end(why, matched);
+        self.outbox.end(now, end);
+        self.discard(id);
+    }
+
+    pub(super) fn end_now(&mut self, now: Now, id: AttemptId, why: Why, matched: String) {
+        let Some(attempt) = self.attempts.remove(id) else { return };
+        self.outbox.end(now, attempt.end(why, matched));
+    }
+
+    /// No report; its request ends at the engine, and until then it counts as running there.
+    pub(super) fn discard(&mut self, id: AttemptId) {
+        let Some(attempt) = self.attempts.by_id.get_mut(&id) else { return };
+        self.attempts.by_sample.remove(&attempt.sample);
+        match attempt.stage {
+            AttemptState::Waiting | AttemptState::Cut => {
+                self.attempts.by_id.remove(&id);
+            }
+            AttemptState::Running => {
+                attempt.stage = AttemptState::Discarding;
+                let rid = attempt.rid();
+                self.act(Action::Abort { attempt: id, rid });
+            }
+            AttemptState::Stopping | AttemptState::Cutting => {
+                attempt.stage = AttemptState::Discarding
+            }
+            AttemptState::Discarding => {}
+        }
+    }
+
+    pub(in crate::core) fn discard_attempts(
+        &mut self,
+        want: impl Fn(SampleId, Attempt) -> bool,
+    ) -> usize {
+        let ids: Vec<AttemptId> = self.attempts.by_sample.values().copied().collect();
+        let wanted = |id: &AttemptId| {
+            self.attempts.by_id.get(id).is_some_and(|attempt| want(attempt.sample, attempt.number))
+        };
+        let ids: Vec<AttemptId> = ids.into_iter().filter(wanted).collect();
+        ids.iter().for_each(|id| self.discard(*id));
+        ids.len()
+    }
+
+    /// The buffer is full: the newest samples have the least to lose. Never stops reading the engine.
+    pub(in crate::core) fn shed(&mut self, now: Now) {
+        let live: Vec<AttemptId> = self.attempts.by_sample.values().copied().collect();
+        let mut ids = live;
+        ids.sort_unstable();
+        let shed = ids.len().div_ceil(8);
+        for id in ids.into_iter().rev().take(shed) {
+            self.close_attempt(now, id, Why::Busy, "the agent's buffer is full".to_owned());
+        }
+        tracing::warn!(
+            shed,
+            bytes = self.outbox.bytes(),
+            "unacknowledged ticks fill the buffer; gave back the newest samples"
+        );
+    }
+
+    pub(in crate::core) fn lose_all_attempts(&mut self, now: Now, why: &str) {
+        self.loader.drop_withheld();
+        for id in self.attempts.ids(|_| true) {
+            let Some(attempt) = self.attempts.remove(id) else { continue };
+            match attempt.stage {
+                AttemptState::Discarding => {}
+                AttemptState::Waiting => {
+                    self.outbox.end(now, attempt.end(Why::Busy, why.to_owned()))
+                }
+                _ => self.outbox.end(now, attempt.end(Why::Lost, why.to_owned())),
+            }
+            self.act(Action::DropStream { attempt: id });
+        }
+    }
+
+    /// A load went wrong after the streams went on: what they made since was not sent, and must not be.
+    pub(in crate::core) fn abort_unverified(&mut self, now: Now, why: &str) {
+        self.loader.drop_withheld();
+        for id in self
+            .attempts
+            .ids(|attempt| attempt.stage.at_engine() && attempt.stage != AttemptState::Discarding)
+        {
+            self.close_attempt(now, id, Why::Aborted, why.to_owned());
+        }
+    }
+}

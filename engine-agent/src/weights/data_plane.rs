@@ -1,0 +1,61 @@
+//! The agent's connections to peers for bytes of weights: fetching from them and serving them.
+
+use std::path::Path;
+
+use anabranch_transfer::{FetchRules, Fetcher, Holder, Listener, ServeLimits, Server, Staging};
+
+pub enum DataPlane {
+    /// The listener only keeps the addresses that Hello announces.
+    Reserved {
+        listener: Option<Listener>,
+    },
+    Open {
+        job: String,
+        fetcher: Fetcher,
+        holder: Holder,
+        server: Option<Server>,
+    },
+}
+
+impl DataPlane {
+    pub fn open(
+        job: &str,
+        listener: Option<Listener>,
+        socket: Option<&Path>,
+        staging: &Staging,
+    ) -> DataPlane {
+        let holder = Holder::new(job);
+        let server = start_server(listener, socket, &holder);
+        let fetcher = Fetcher::new(staging.clone(), holder.clone(), FetchRules::default());
+        DataPlane::Open { job: job.to_owned(), fetcher, holder, server }
+    }
+
+    pub fn addresses(&self) -> Vec<String> {
+        let addresses = match self {
+            DataPlane::Reserved { listener } => listener.as_ref().map(Listener::addresses),
+            DataPlane::Open { server, .. } => server.as_ref().map(Server::addresses),
+        };
+        addresses.unwrap_or_default()
+    }
+}
+
+fn start_server(
+    listener: Option<Listener>,
+    socket: Option<&Path>,
+    holder: &Holder,
+) -> Option<Server> {
+    let limits = ServeLimits::default();
+    let started = match (listener, socket) {
+        (Some(listener), _) => Server::serve(listener, holder.clone(), limits).map(Some),
+        (None, Some(_)) => Server::within_host(holder.clone(), limits).map(Some),
+        (None, None) => Ok(None),
+    };
+    let started = started.and_then(|server| match (server, socket) {
+        (Some(mut server), Some(socket)) => server.share(socket).map(|()| Some(server)),
+        (server, _) => Ok(server),
+    });
+    started.unwrap_or_else(|error| {
+        tracing::error!(%error, "peers cannot fetch from this agent");
+        None
+    })
+}
