@@ -1,5 +1,5 @@
-//! How long to wait before the next try: exponential, jittered, capped. Returns delays; whoever asks
-//! waits, by a timer in a core or by a sleep in a driver.
+//! Delays between retries: exponential, jittered, capped. The caller waits: by a timer in a core,
+//! by a sleep in a driver.
 
 use std::time::Duration;
 
@@ -27,12 +27,21 @@ impl Default for BackoffConfig {
     }
 }
 
+/// Reason why a [`BackoffConfig`] is refused.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 pub enum InvalidBackoff {
+    /// `first` is zero.
     #[error("the first delay of a backoff must be above zero: zero would retry without pause")]
     ZeroFirst,
+    /// `first` is larger than `max`.
     #[error("the first delay of a backoff, {first:?}, is above its maximum, {max:?}")]
-    FirstAboveMax { first: Duration, max: Duration },
+    FirstAboveMax {
+        /// Upper bound of the first delay, as given.
+        first: Duration,
+        /// Upper bound of all delays, as given.
+        max: Duration,
+    },
+    /// `factor` is not a number, below 1 or above 100.
     #[error("the growth factor of a backoff must be a number from 1 to 100, not {0}")]
     Factor(f32),
 }
@@ -46,26 +55,28 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Jitter from the process's own randomness.
+    /// A series with random jitter. Fails on a `config` that would never pause or never grow.
     pub fn new(config: BackoffConfig) -> Result<Backoff, InvalidBackoff> {
         Ok(Backoff::from_builder(builder(config)?))
     }
 
-    /// Jitter from `seed`, so that a simulation reproduces.
+    /// A series with jitter derived from `seed`: equal seeds give equal delays. For decision code.
     pub fn seeded(config: BackoffConfig, seed: u64) -> Result<Backoff, InvalidBackoff> {
         Ok(Backoff::from_builder(builder(config)?.with_jitter_seed(seed)))
     }
 
+    /// The delay before the next try; each call counts one try.
     pub fn next_delay(&mut self) -> Duration {
         self.tries = self.tries.saturating_add(1);
         self.series.next().expect("the series has no maximum of tries")
     }
 
-    /// How many delays were given since the last reset.
+    /// Number of delays given since the last reset.
     pub fn tries(&self) -> u32 {
         self.tries
     }
 
+    /// Starts the series again at `first`: call after a success.
     pub fn reset(&mut self) {
         self.series = self.builder.build();
         self.tries = 0;
@@ -76,7 +87,8 @@ impl Backoff {
     }
 }
 
-/// backon adds up to one whole delay of jitter on top of its cap, so it gets half of ours.
+/// Settings for backon. The crate adds up to one whole delay of jitter above its cap, so its cap is
+/// half of ours.
 fn builder(config: BackoffConfig) -> Result<ExponentialBuilder, InvalidBackoff> {
     let BackoffConfig { first, max, factor } = config;
     if first.is_zero() {

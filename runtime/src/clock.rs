@@ -1,34 +1,37 @@
-//! Time for decision code: [`Now`] is a point on a process-local monotonic line, [`TimerTable`] holds
-//! every deadline of one core. Pure: no sleeping, no runtime. Drivers read a [`Clock`], simulations
-//! make their own `Now`.
+//! Time for decision code: [`Now`] is a point on a process-local monotonic line, [`TimerTable`]
+//! holds every deadline of one core. Pure: no sleeping, no runtime. Drivers read a [`Clock`],
+//! simulations make their own `Now`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Add;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Time since the [`Clock`] started. Never wall time, never sent to another process.
+/// A point in time: the duration since the [`Clock`] of this process started. Never wall time,
+/// never sent to another process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Now(pub Duration);
 
 impl Now {
+    /// The start of the clock.
     pub const ZERO: Now = Now(Duration::ZERO);
 
+    /// The point `ms` milliseconds after the start.
     pub const fn from_millis(ms: u64) -> Now {
         Now(Duration::from_millis(ms))
     }
 
-    /// Whole milliseconds; saturates after half a billion years.
+    /// Whole milliseconds since the start; saturates after half a billion years.
     pub fn as_millis(self) -> u64 {
         u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// How long ago `earlier` was; zero where it is not earlier.
+    /// Duration since `earlier`; zero if `earlier` is later.
     pub fn since(self, earlier: Now) -> Duration {
         self.0.saturating_sub(earlier.0)
     }
 
-    /// How long until `later`; zero where it has passed.
+    /// Duration until `later`; zero if `later` has passed.
     pub fn until(self, later: Now) -> Duration {
         later.since(self)
     }
@@ -49,28 +52,30 @@ impl fmt::Display for Now {
     }
 }
 
-/// The one place that reads the monotonic clock. Copies share the same start.
+/// The monotonic clock of this process, read by drivers only. Copies share the same start.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     start: Instant,
 }
 
 impl Clock {
+    /// A clock whose zero is this moment.
     pub fn start() -> Clock {
         Clock { start: Instant::now() }
     }
 
+    /// The present point in time.
     pub fn now(&self) -> Now {
         Now(self.start.elapsed())
     }
 
-    /// What a driver sleeps for before it calls its core at `at`.
+    /// Duration for which a driver sleeps before it calls its core at `at`.
     pub fn until(&self, at: Now) -> Duration {
         self.now().until(at)
     }
 }
 
-/// Wall time in seconds since 1970. Only for what outlives a process: token expiry, file names.
+/// Wall time in seconds since 1970, for values that outlive a process: token expiry, file names.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
 )]
@@ -78,6 +83,7 @@ impl Clock {
 pub struct UnixSeconds(pub u64);
 
 impl UnixSeconds {
+    /// The present wall time; 0 on a host whose clock is before 1970.
     pub fn now() -> UnixSeconds {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         UnixSeconds(since.as_secs())
@@ -92,7 +98,8 @@ impl Add<Duration> for UnixSeconds {
     }
 }
 
-/// One deadline per key. Timers due at the same instant fire in key order, so a seed reproduces.
+/// All deadlines of one core, one per key. Timers due at the same instant fire in key order, so
+/// that a seed reproduces.
 #[derive(Clone, Debug)]
 pub struct TimerTable<K> {
     by_key: BTreeMap<K, Now>,
@@ -100,6 +107,7 @@ pub struct TimerTable<K> {
 }
 
 impl<K: Ord + Copy> TimerTable<K> {
+    /// A table without deadlines.
     pub fn new() -> TimerTable<K> {
         TimerTable { by_key: BTreeMap::new(), by_time: BTreeSet::new() }
     }
@@ -111,23 +119,24 @@ impl<K: Ord + Copy> TimerTable<K> {
         self.by_time.insert((at, key));
     }
 
-    /// Disarms `key`; false where it was not armed.
+    /// Disarms `key`; false if `key` was not armed.
     pub fn clear(&mut self, key: K) -> bool {
         let Some(at) = self.by_key.remove(&key) else { return false };
         self.by_time.remove(&(at, key));
         true
     }
 
+    /// The deadline of `key`, if armed.
     pub fn get(&self, key: K) -> Option<Now> {
         self.by_key.get(&key).copied()
     }
 
-    /// The earliest deadline: a core's `next_timeout()`.
+    /// The earliest deadline, for a core's `next_timeout()`.
     pub fn next(&self) -> Option<Now> {
         self.by_time.first().map(|(at, _)| *at)
     }
 
-    /// Takes the earliest timer that is due at `now`. Call until `None`.
+    /// Disarms and returns the earliest timer that is due at `now`. Call until `None`.
     pub fn pop_due(&mut self, now: Now) -> Option<K> {
         let &(at, key) = self.by_time.first()?;
         if at > now {
@@ -137,10 +146,12 @@ impl<K: Ord + Copy> TimerTable<K> {
         Some(key)
     }
 
+    /// Number of armed timers.
     pub fn len(&self) -> usize {
         self.by_key.len()
     }
 
+    /// True if no timer is armed.
     pub fn is_empty(&self) -> bool {
         self.by_key.is_empty()
     }

@@ -1,5 +1,6 @@
-//! Reading settings files. What the settings mean belongs to the crate that owns the type; the type
-//! must carry `#[serde(deny_unknown_fields)]` on every table so that a misspelt key is an error here.
+//! Reading of settings files in TOML. The crate that owns a settings type owns the meaning; the
+//! type carries `#[serde(deny_unknown_fields)]` on every table, so that a misspelt key is an error
+//! here.
 
 use std::fmt;
 use std::fs;
@@ -10,27 +11,37 @@ use serde::de::DeserializeOwned;
 
 use crate::exit::Exit;
 
+/// Reason why settings could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// The file cannot be opened or is not UTF-8.
     #[error("cannot read the settings file {}: {source}", path.display())]
-    Read { path: PathBuf, source: io::Error },
+    Read {
+        /// The settings file.
+        path: PathBuf,
+        /// Error of the operating system.
+        source: io::Error,
+    },
+    /// The text is no TOML, or does not fit the settings type.
     #[error("{0}")]
     Invalid(InvalidConfig),
 }
 
-/// Where in a file the settings are wrong, and how.
+/// Place and kind of a mistake in a settings text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InvalidConfig {
+    /// Name of the text, usually the path of its file.
     pub origin: String,
-    /// Line and column, from 1; none where the file as a whole lacks something.
+    /// Line and column, from 1; `None` if the text as a whole lacks something.
     pub at: Option<(usize, usize)>,
-    /// The source text that was refused: a key or a value.
+    /// The key or value that was refused, as written; `None` if longer than one line.
     pub found: Option<String>,
-    /// What is wrong, with the names that are allowed.
+    /// The mistake in words, with the names that are allowed.
     pub message: String,
 }
 
 impl ConfigError {
+    /// Exit status 64: settings are wrong, and trying again cannot help.
     pub fn exit_code(&self) -> u8 {
         Exit::Usage.code()
     }
@@ -50,14 +61,14 @@ impl fmt::Display for InvalidConfig {
     }
 }
 
-/// Reads the TOML file at `path`.
+/// Reads the TOML file at `path` into `T`.
 pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
     let text = fs::read_to_string(path)
         .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     parse(&text, &path.display().to_string())
 }
 
-/// Reads TOML text; `origin` is what errors call it.
+/// Reads TOML text into `T`; errors name the text by `origin`.
 pub fn parse<T: DeserializeOwned>(text: &str, origin: &str) -> Result<T, ConfigError> {
     toml::from_str(text).map_err(|error| {
         let span = error.span().filter(|span| span.end <= text.len());
@@ -77,7 +88,8 @@ fn line_and_column(text: &str, offset: usize) -> (usize, usize) {
     (line, column)
 }
 
-/// A refused table spans many lines; naming it whole helps nobody.
+/// The refused text, unless it spans several lines or 60 bytes: a whole table in an error helps
+/// nobody.
 fn one_line(found: &str) -> Option<String> {
     (!found.is_empty() && !found.contains('\n') && found.len() <= 60).then(|| found.to_owned())
 }

@@ -1,5 +1,5 @@
-//! Dialling a manager: plain or TLS by pin, with the keepalive that finds a stopped peer within 5 s.
-//! The channel dials again by itself after a loss; when to give up is the caller's decision.
+//! Dialling a manager: plain or TLS by pin, with the keepalive that finds a stopped peer within 5
+//! s. The channel dials again by itself after a loss; the caller decides when to give up.
 
 use std::error::Error as StdError;
 use std::io;
@@ -23,47 +23,91 @@ use crate::limits::{
 use crate::tls::{PinMismatch, pinned_client_config};
 use crate::token::JoinToken;
 
-/// From the first packet to the end of the TLS handshake.
+/// Time for one dial, from the first packet to the end of the TLS handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why nobody was reached. Shared: gRPC clones its errors.
+/// Reason why no manager was reached. Sources are shared, because gRPC clones its errors.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ConnectError {
+    /// The address or the announce file cannot be used.
     #[error(transparent)]
     Endpoint(Arc<EndpointError>),
+    /// A TLS address without a join token: no certificate could be checked.
     #[error(
         "{to} uses TLS and needs a join token, which says whom to trust; \
          pass the one that the manager printed, or `anabranch manager token`"
     )]
-    NeedsToken { to: String },
+    NeedsToken {
+        /// Address as the user wrote it.
+        to: String,
+    },
+    /// The host name has no address.
     #[error("cannot find the host of {to}: {source}. Check its spelling and this host's DNS")]
-    Dns { to: String, source: Arc<io::Error> },
+    Dns {
+        /// Address as the user wrote it.
+        to: String,
+        /// Error of the resolver.
+        source: Arc<io::Error>,
+    },
+    /// The host answers, but no process listens at the port.
     #[error("nothing listens at {to}: connection refused. Is the manager running, on this port?")]
-    Refused { to: String },
+    Refused {
+        /// Address as the user wrote it.
+        to: String,
+    },
+    /// The dial took too long.
     #[error(
         "no answer from {to} within {CONNECT_TIMEOUT:?}. Check the address and the firewalls in \
          between"
     )]
-    Timeout { to: String },
+    Timeout {
+        /// Address as the user wrote it.
+        to: String,
+    },
+    /// The listener is another one than the join token names.
     #[error(
         "{to} is not the manager that this join token was made for: {source}. Use a token of this \
          manager; if its state directory was replaced, its old tokens are void"
     )]
-    WrongPin { to: String, source: PinMismatch },
+    WrongPin {
+        /// Address as the user wrote it.
+        to: String,
+        /// The certificates expected and sent.
+        source: PinMismatch,
+    },
+    /// The TLS handshake failed for another reason than the certificate.
     #[error(
         "{to} does not complete a TLS handshake: {source}. If the manager listens without TLS, \
          dial http:// instead"
     )]
-    Tls { to: String, source: Arc<io::Error> },
+    Tls {
+        /// Address as the user wrote it.
+        to: String,
+        /// Error of the handshake.
+        source: Arc<io::Error>,
+    },
+    /// Any other failure of the network.
     #[error("cannot reach {to}: {source}")]
-    Io { to: String, source: Arc<io::Error> },
+    Io {
+        /// Address as the user wrote it.
+        to: String,
+        /// Error of the operating system.
+        source: Arc<io::Error>,
+    },
+    /// The connection stands, but HTTP/2 does not start.
     #[error(
         "{to} accepted the connection but does not speak HTTP/2: {source}. With TLS? Then dial https://"
     )]
-    Http { to: String, source: Arc<tonic::transport::Error> },
+    Http {
+        /// Address as the user wrote it.
+        to: String,
+        /// Error of the HTTP/2 client.
+        source: Arc<tonic::transport::Error>,
+    },
 }
 
 impl ConnectError {
+    /// Exit status for a process that cannot go on without the manager.
     pub fn exit_code(&self) -> u8 {
         match self {
             ConnectError::Endpoint(_) | ConnectError::NeedsToken { .. } => Exit::Usage.code(),
@@ -76,7 +120,7 @@ impl ConnectError {
         }
     }
 
-    /// False where only a person can help.
+    /// False if only a person can help: a missing or wrong token, an address that cannot be read.
     pub fn may_retry(&self) -> bool {
         match self {
             ConnectError::Endpoint(error) => {
@@ -88,13 +132,14 @@ impl ConnectError {
     }
 }
 
-/// Dials `uri`: `http://`, `https://` or `file:`, see [`Endpoint`]. `token` beats the announce file's.
+/// Dials `uri` (`http://`, `https://` or `file:`, see [`Endpoint`]). `token` is preferred to the
+/// announce file's.
 pub async fn connect(uri: &str, token: Option<&JoinToken>) -> Result<Channel, ConnectError> {
     let endpoint = Endpoint::parse(uri).map_err(from_endpoint)?;
     connect_to(&endpoint, token).await
 }
 
-/// Like [`connect`], for an endpoint that was parsed before.
+/// Dials `endpoint`, as [`connect`] does.
 pub async fn connect_to(
     endpoint: &Endpoint,
     token: Option<&JoinToken>,
@@ -121,16 +166,16 @@ pub async fn connect_to(
     })
 }
 
-/// How to reach one manager; used for the first connection and for every later one.
+/// Address and trust of one manager, for the first connection and every later one.
 #[derive(Clone)]
 struct Dialler {
-    /// As people write it.
+    /// Address as the user wrote it.
     to: String,
     at: Authority,
     tls: Option<Arc<ClientConfig>>,
 }
 
-/// Plain TCP or TLS over it.
+/// A plain TCP stream, or TLS over TCP.
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
@@ -197,7 +242,7 @@ fn pin_mismatch(error: &io::Error) -> Option<PinMismatch> {
     other.0.downcast_ref::<PinMismatch>().cloned()
 }
 
-/// Our own error, found through the wrappers that gRPC put around it.
+/// The [`ConnectError`] inside the wrappers that gRPC put around it.
 fn dial_error(error: &tonic::transport::Error) -> Option<ConnectError> {
     let mut cause: Option<&(dyn StdError + 'static)> = Some(error);
     while let Some(error) = cause {

@@ -1,5 +1,6 @@
-//! The only way to start a task. A [`Drain`] knows every task it started, tells them all to stop, and
-//! names those that do not. It owns no policy on what a task does when told.
+//! Groups of tasks. A [`Drain`] starts tasks, tells them all to stop, and names those that do not.
+//! Every task of the project is started through a drain; what a task does when told to stop is its
+//! own business.
 //!
 //! ```text
 //!   Open ── close(deadline) ──► Closing{deadline} ── all ended, or deadline passed ──► Closed
@@ -17,11 +18,17 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
-/// Where a [`Drain`] stands; the graph is in the module's header.
+/// Progress of a [`Drain`]; the graph is in the module's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
+    /// Tasks run and may be started.
     Open,
-    Closing { deadline: Duration },
+    /// Tasks were told to stop.
+    Closing {
+        /// Longest time that [`Drain::close`] waits.
+        deadline: Duration,
+    },
+    /// [`Drain::close`] returned.
     Closed,
 }
 
@@ -31,10 +38,11 @@ pub enum Phase {
 pub struct StillRunning {
     /// One name per task, oldest first.
     pub names: Vec<&'static str>,
+    /// Time waited: the deadline of [`Drain::close`].
     pub waited: Duration,
 }
 
-/// A group of tasks that stops together. Clones are the same group.
+/// A group of tasks that stop together. Clones are the same group.
 #[derive(Clone, Debug)]
 pub struct Drain {
     shared: Arc<Shared>,
@@ -57,16 +65,17 @@ struct State {
 // === impl Drain ===
 
 impl Drain {
+    /// An open group without tasks.
     pub fn new() -> Drain {
         Drain::with_token(CancellationToken::new())
     }
 
-    /// A group of its own that is also told to stop when this one is.
+    /// A new group that is told to stop when this one is, but not the reverse.
     pub fn child(&self) -> Drain {
         Drain::with_token(self.shared.token.child_token())
     }
 
-    /// Starts `task`. If it panics, that is logged as an error and the handle says so.
+    /// Starts `task` under `name`. A panic is logged as an error, and the handle returns it.
     pub fn spawn<F>(&self, name: &'static str, task: F) -> JoinHandle<F::Output>
     where
         F: Future + Send + 'static,
@@ -92,15 +101,17 @@ impl Drain {
         self.shared.token.cancelled().await;
     }
 
+    /// True once tasks are to stop.
     pub fn is_cancelled(&self) -> bool {
         self.shared.token.is_cancelled()
     }
 
-    /// Cancelling this token tells all tasks to stop, without waiting for them.
+    /// The token behind the group: cancelling it tells all tasks to stop, without waiting for them.
     pub fn token(&self) -> CancellationToken {
         self.shared.token.clone()
     }
 
+    /// The present phase.
     pub fn phase(&self) -> Phase {
         self.lock().phase
     }
@@ -110,8 +121,8 @@ impl Drain {
         self.lock().running.values().copied().collect()
     }
 
-    /// Tells every task to stop and waits for them, `deadline` at most. Those that remain are named,
-    /// not killed: only their owner knows what they hold.
+    /// Tells every task to stop and waits for all of them, `deadline` at most. Tasks that remain
+    /// are named in the error, not killed: only their owner knows what they hold.
     pub async fn close(&self, deadline: Duration) -> Result<(), StillRunning> {
         self.lock().phase = Phase::Closing { deadline };
         self.shared.token.cancel();
@@ -180,7 +191,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
         .unwrap_or("(not text)")
 }
 
-/// `a, b x3`: thousands of connections must not fill a log line.
+/// Names with counts, as in `a, b x3`: thousands of connections must not fill a log line.
 fn summary(names: &[&'static str]) -> String {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for name in names {

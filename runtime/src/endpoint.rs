@@ -1,5 +1,5 @@
-//! Where a manager is: `http://host:port`, `https://host:port`, or `file:PATH`, the announce file
-//! that a manager writes when it listens. Dialling is `connect`'s business.
+//! Addresses of a manager: `http://host:port`, `https://host:port`, or `file:PATH`, the announce
+//! file that a manager writes when it listens. [`crate::connect`] dials them.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -9,54 +9,87 @@ use serde::{Deserialize, Serialize};
 use crate::private_file::{self, FileError};
 use crate::token::{InvalidToken, JoinToken};
 
-/// A place to dial, as a person writes it.
+/// An address of a manager, as a user writes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
+    /// `http://`: no TLS.
     Plain(Authority),
+    /// `https://`: TLS, checked against the pin of a join token.
     Tls(Authority),
-    /// Read anew at every dial, so that a restarted manager is found again.
+    /// `file:`: an announce file, read anew at every dial, so that a restarted manager is found
+    /// again.
     File(PathBuf),
 }
 
-/// Host (no brackets around IPv6) and port.
+/// Host and port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Authority {
+    /// Name or IP address, an IPv6 address without brackets.
     pub host: String,
+    /// TCP port.
     pub port: u16,
 }
 
 /// The content of an announce file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Announce {
+    /// Address of the manager, `http://` or `https://`.
     pub url: String,
-    /// Text of a join token; the file is private for its sake.
+    /// Text of a join token, for which the file is readable by its owner only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
 }
 
+/// Reason why an address cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum EndpointError {
+    /// The text has none of the allowed forms.
     #[error(
         "{text:?} is not a manager's address; write http://HOST:PORT, https://HOST:PORT or \
          file:PATH (the file that the manager's --announce writes)"
     )]
-    Form { text: String },
+    Form {
+        /// The text as given.
+        text: String,
+    },
+    /// The announce file cannot be read.
     #[error(transparent)]
     File(#[from] FileError),
+    /// The announce file does not exist.
     #[error("there is no announce file {}; is the manager running with --announce?", path.display())]
-    NoFile { path: PathBuf },
+    NoFile {
+        /// The announce file.
+        path: PathBuf,
+    },
+    /// The announce file has another content.
     #[error("the announce file {} is not JSON with a \"url\": {source}", path.display())]
-    BadFile { path: PathBuf, source: serde_json::Error },
+    BadFile {
+        /// The announce file.
+        path: PathBuf,
+        /// Error of the JSON parser.
+        source: serde_json::Error,
+    },
+    /// The announce file names an announce file.
     #[error("the announce file {} names another file; it must name a URL", path.display())]
-    Loop { path: PathBuf },
+    Loop {
+        /// The announce file.
+        path: PathBuf,
+    },
+    /// The token in the announce file is malformed.
     #[error("the token in the announce file {}: {source}", path.display())]
-    BadToken { path: PathBuf, source: InvalidToken },
+    BadToken {
+        /// The announce file.
+        path: PathBuf,
+        /// The mistake in the token.
+        source: InvalidToken,
+    },
 }
 
 // === impl Endpoint ===
 
 impl Endpoint {
-    /// A path after the port is refused, except a lone slash.
+    /// Reads an address. The port defaults to 80 or 443; a path after the port is refused, except a
+    /// lone slash.
     pub fn parse(text: &str) -> Result<Endpoint, EndpointError> {
         let text = text.trim();
         let form = || EndpointError::Form { text: text.to_owned() };
@@ -77,7 +110,8 @@ impl Endpoint {
         }
     }
 
-    /// Reads the file where it is one. Never returns [`Endpoint::File`]. The token is the file's.
+    /// The address to dial: this one, or what the announce file names, with the file's token. Never
+    /// [`Endpoint::File`].
     pub fn resolve(&self) -> Result<(Endpoint, Option<JoinToken>), EndpointError> {
         let Endpoint::File(path) = self else { return Ok((self.clone(), None)) };
         let announce = Announce::read(path)?;
@@ -113,12 +147,14 @@ impl fmt::Display for Authority {
 // === impl Announce ===
 
 impl Announce {
-    /// Replaces the file in one step, readable by its owner only.
+    /// Writes the announce file at `path`, replacing an older one in one step; readable by its
+    /// owner only.
     pub fn write(&self, path: &Path) -> Result<(), FileError> {
         let text = serde_json::to_string(self).expect("an announcement is plain data");
         private_file::write(path, &(text + "\n"))
     }
 
+    /// Reads the announce file at `path`.
     pub fn read(path: &Path) -> Result<Announce, EndpointError> {
         let text = private_file::read(path)?
             .ok_or_else(|| EndpointError::NoFile { path: path.to_owned() })?;

@@ -1,11 +1,13 @@
-//! What a process's exit status means, after sysexits(3), so that launchers can tell "fix the
-//! settings" from "try again". Only the command line turns it into an exit.
+//! Exit statuses of our processes, after sysexits(3): launchers can tell "fix the settings" from
+//! "try again". Only the command line exits a process with one.
 
+/// Exit status of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
+    /// Success.
     Ok = 0,
-    /// Ran, and the answer is no: a failed check, a refused request.
+    /// The command ran and the answer is no: a failed check, a refused request.
     Failed = 1,
     /// Wrong arguments or settings; trying again cannot help.
     Usage = 64,
@@ -28,6 +30,7 @@ pub enum Exit {
 }
 
 impl Exit {
+    /// The number that the process exits with.
     pub const fn code(self) -> u8 {
         self as u8
     }

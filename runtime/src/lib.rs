@@ -1,5 +1,6 @@
-//! Process plumbing that every Anabranch process shares and that knows nothing of RL: starting and
-//! stopping tasks, time, settings, logs, tokens, TLS, listening, dialling, child processes.
+//! Process plumbing that every Anabranch process shares: starting and stopping tasks, time,
+//! settings, logs, tokens, TLS, listening, dialling, child processes. Knows nothing of RL.
+#![warn(missing_docs)]
 
 // tasks and time
 pub mod backoff;

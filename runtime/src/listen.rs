@@ -1,6 +1,6 @@
-//! One port for gRPC and HTTP/1.1, plain or TLS: our own accept loop, because neither axum's nor
-//! tonic's offers keepalive, both protocols over TLS, and a shutdown that ends. What is served is the
-//! caller's router.
+//! One port for gRPC and HTTP/1.1, plain or TLS. The accept loop is our own, because neither axum's
+//! nor tonic's offers keepalive, both protocols over TLS, and a shutdown that ends. The caller
+//! brings the router.
 
 use std::io;
 use std::net::SocketAddr;
@@ -29,18 +29,20 @@ use crate::limits::{
     KEEPALIVE_TIMEOUT,
 };
 
-/// A full file table empties as connections end; asking in a tight loop would not help it.
+/// Pause after a failed accept: a full file table empties only as connections end.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
-/// How long sent bytes may stay unacknowledged: catches HTTP/1.1 clients that are gone or stopped.
+/// Longest time that sent bytes may stay unacknowledged: finds HTTP/1.1 clients that are gone or
+/// stopped.
 const TCP_USER_TIMEOUT_MS: u32 = 30_000;
 
+/// Bounds of [`serve`].
 #[derive(Clone, Copy, Debug)]
 pub struct ServeOptions {
-    /// How long open connections may go on after the drain was told to close.
+    /// Time that open connections have after the drain was told to close; default 5 s.
     pub shutdown_deadline: Duration,
-    /// From accept to the end of the TLS handshake.
+    /// Time from accept to the end of the TLS handshake; default 5 s.
     pub tls_timeout: Duration,
-    /// Beyond this many, clients wait in the kernel's backlog.
+    /// Most connections at once, default 65,536; further clients wait in the kernel's backlog.
     pub max_connections: usize,
 }
 
@@ -54,30 +56,46 @@ impl Default for ServeOptions {
     }
 }
 
+/// Reason why an address cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
+    /// Another process listens at the port.
     #[error(
         "cannot listen on {addr}: the port is taken. `ss -ltnp 'sport = :{port}'` shows by whom; \
          stop that process or choose another port with --listen",
         port = port(.addr)
     )]
-    InUse { addr: String },
+    InUse {
+        /// Address as given.
+        addr: String,
+    },
+    /// The process may not listen at the port.
     #[error(
         "cannot listen on {addr}: permission denied. Ports below 1024 need privileges; choose \
          another port with --listen"
     )]
-    Denied { addr: String },
+    Denied {
+        /// Address as given.
+        addr: String,
+    },
+    /// Any other failure, such as an address that is not of this host.
     #[error("cannot listen on {addr}: {source}. --listen takes HOST:PORT of this host")]
-    Other { addr: String, source: io::Error },
+    Other {
+        /// Address as given.
+        addr: String,
+        /// Error of the operating system.
+        source: io::Error,
+    },
 }
 
 impl ListenError {
+    /// Exit status 73: the listener cannot be created.
     pub fn exit_code(&self) -> u8 {
         Exit::CannotCreate.code()
     }
 }
 
-/// Listens on `addr` (`HOST:PORT`; port 0 takes a free one).
+/// Listens on `addr`, `HOST:PORT`; port 0 takes a free one.
 pub async fn bind(addr: &str) -> Result<TcpListener, ListenError> {
     TcpListener::bind(addr).await.map_err(|source| {
         let addr = addr.to_owned();
@@ -89,9 +107,9 @@ pub async fn bind(addr: &str) -> Result<TcpListener, ListenError> {
     })
 }
 
-/// Serves until `drain` is told to close, then for at most `shutdown_deadline` more. Handlers find
-/// the client's address as `ConnectInfo<SocketAddr>`. Endless streams should watch the drain
-/// themselves; those that do not are cut.
+/// Serves `router` until `drain` is told to close, then open connections for at most
+/// `shutdown_deadline` more. Handlers find the client's address as `ConnectInfo<SocketAddr>`. An
+/// endless stream should watch the drain itself; a stream that does not is cut.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -126,7 +144,7 @@ struct Server {
 }
 
 impl Server {
-    /// The next client; none once the drain closes.
+    /// The next client; `None` once the drain closes.
     async fn next(
         &self,
         listener: &TcpListener,
@@ -144,7 +162,7 @@ impl Server {
         }
     }
 
-    /// One connection, from the first byte to the last. `_permit` counts it.
+    /// Serves one connection from the first byte to the last; `_permit` counts the connection.
     async fn run(self: Arc<Self>, tcp: TcpStream, peer: SocketAddr, _permit: OwnedSemaphorePermit) {
         if let Err(error) = prepare(&tcp) {
             tracing::debug!(%peer, %error, "connection was lost before its first byte");
@@ -190,7 +208,8 @@ impl Server {
     }
 }
 
-/// A timer on both protocols: without it hyper ignores keepalive and header timeouts.
+/// HTTP settings. Both protocols get a timer: without one hyper ignores keepalive and header
+/// timeouts.
 fn http_builder() -> auto::Builder<TokioExecutor> {
     let mut http = auto::Builder::new(TokioExecutor::new());
     http.http1().timer(TokioTimer::new());
@@ -217,7 +236,7 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     }
 }
 
-/// The client gave up in the backlog; the next one may be fine.
+/// True if the client gave up in the backlog: the next client may be fine.
 fn of_the_client(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionReset | ConnectionRefused)

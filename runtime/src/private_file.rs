@@ -1,4 +1,4 @@
-//! Files that hold secrets: created readable by their owner only, replaced in one step.
+//! Files with secrets: readable by their owner only, replaced in one step.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -9,12 +9,16 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {verb} {}: {source}{}", path.display(), hint(source))]
 pub struct FileError {
+    /// The failed operation: "read", "write" or "create".
     pub verb: &'static str,
+    /// The file or directory.
     pub path: PathBuf,
+    /// Error of the operating system.
     pub source: io::Error,
 }
 
-/// Replaces `path`: a reader sees the old text or the new one, and a crash leaves one of them.
+/// Replaces the file at `path`: a reader sees the old text or the new one, and a crash leaves one
+/// of them.
 pub(crate) fn write(path: &Path, text: &str) -> Result<(), FileError> {
     let failed = |source| FileError { verb: "write", path: path.to_owned(), source };
     let mut name = path.file_name().unwrap_or_default().to_owned();
@@ -25,7 +29,8 @@ pub(crate) fn write(path: &Path, text: &str) -> Result<(), FileError> {
     sync_parent(path).map_err(failed)
 }
 
-/// `None` where there is no such file. Others' access is taken away where an older mode allowed it.
+/// The text of the file at `path`; `None` if there is no such file. A mode that gives others access
+/// is tightened.
 pub(crate) fn read(path: &Path) -> Result<Option<String>, FileError> {
     let failed = |source| FileError { verb: "read", path: path.to_owned(), source };
     let text = match fs::read_to_string(path) {
@@ -37,7 +42,7 @@ pub(crate) fn read(path: &Path) -> Result<Option<String>, FileError> {
     Ok(Some(text))
 }
 
-/// Makes the state directory, for its owner only.
+/// Creates the state directory, for its owner only; an existing one is left as it is.
 pub(crate) fn make_dir(path: &Path) -> Result<(), FileError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| FileError {
         verb: "create",
@@ -46,7 +51,8 @@ pub(crate) fn make_dir(path: &Path) -> Result<(), FileError> {
     })
 }
 
-/// Only the owner can; for others, such as readers of a shared announce file, it is not theirs to fix.
+/// Tightens the mode of `path`. Fails silently for a process that does not own the file, such as a
+/// reader of a shared announce file.
 fn close_to_others(path: &Path) {
     let Ok(mode) = fs::metadata(path).map(|meta| meta.permissions().mode() & 0o777) else { return };
     if mode & 0o077 != 0 && fs::set_permissions(path, fs::Permissions::from_mode(0o600)).is_ok() {

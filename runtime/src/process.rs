@@ -1,5 +1,6 @@
-//! Child processes that cannot outlive us: each leads a process group of its own, the group ends with
-//! its leader, and the kernel kills the leader when this process dies. What to start is the caller's.
+//! Child processes that cannot outlive this process: each child leads a process group of its own,
+//! the group ends with its leader, and the kernel kills the leader when this process dies. The
+//! caller decides what to start.
 #![allow(unsafe_code)] // `pre_exec` is the only way to ask for the parent-death signal.
 
 use std::fs::File;
@@ -19,33 +20,57 @@ use crate::drain::Drain;
 
 pub use rustix::process::Signal;
 
-/// Longer lines are logged in pieces.
+/// Longest line of a child's output that is logged in one piece.
 const MAX_LINE_BYTES: u64 = 16 << 10;
 
-/// Where a child's stdout and stderr go. Its stdin is always empty.
+/// Destination of a child's stdout and stderr. The stdin of a child is always empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Output {
-    /// Line by line into our log, target `child`.
+    /// This process's log, line by line, target `child`.
     #[default]
     Log,
-    /// Where ours go.
+    /// The stdout and stderr of this process.
     Inherit,
+    /// Nowhere.
     Null,
-    /// Appended to this file.
+    /// The end of this file.
     File(PathBuf),
 }
 
+/// Reason why a child process was not started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    /// The program does not exist.
     #[error("cannot start {name}: there is no program {program:?}; check its path or PATH")]
-    NotFound { name: String, program: String },
+    NotFound {
+        /// Name of the child in logs.
+        name: String,
+        /// Program as given.
+        program: String,
+    },
+    /// The operating system refused to start the program.
     #[error("cannot start {name} ({program:?}): {source}")]
-    Spawn { name: String, program: String, source: io::Error },
+    Spawn {
+        /// Name of the child in logs.
+        name: String,
+        /// Program as given.
+        program: String,
+        /// Error of the operating system.
+        source: io::Error,
+    },
+    /// The file for the output cannot be opened.
     #[error("cannot write the output of {name} to {}: {source}", path.display())]
-    Output { name: String, path: PathBuf, source: io::Error },
+    Output {
+        /// Name of the child in logs.
+        name: String,
+        /// File for the output.
+        path: PathBuf,
+        /// Error of the operating system.
+        source: io::Error,
+    },
 }
 
-/// A started process and its group. Dropping it kills the group.
+/// A started process and its process group. Dropping the handle kills the group.
 #[derive(Debug)]
 pub struct Child {
     name: String,
@@ -55,8 +80,8 @@ pub struct Child {
 }
 
 impl Child {
-    /// Starts `command`. `name` is what logs call it; `drain` runs the tasks that read its output,
-    /// which end with it.
+    /// Starts `command`; logs call the child `name`. `drain` runs the tasks that read the child's
+    /// output, which end with the child.
     pub async fn start(
         name: &str,
         mut command: Command,
@@ -84,16 +109,17 @@ impl Child {
         Ok(Child { name: name.to_owned(), group, inner, ended: None })
     }
 
+    /// Name of the child in logs.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The process id, which is also the group's.
+    /// Process id of the leader, which is also the id of the group.
     pub fn id(&self) -> u32 {
         self.group.as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// Waits for the leader; what is left of its group is then killed. May be called again, and
+    /// Waits for the leader to end, then kills what is left of the group. May be called again, and
     /// dropped at any point.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         if let Some(status) = self.ended {
@@ -103,7 +129,7 @@ impl Child {
         Ok(self.reaped(status))
     }
 
-    /// The status, where the leader has ended.
+    /// The exit status of the leader; `None` while the leader runs.
     pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
         if self.ended.is_none()
             && let Some(status) = self.inner.try_wait()?
@@ -113,7 +139,7 @@ impl Child {
         Ok(self.ended)
     }
 
-    /// Sends `signal` to every process of the group. False where the leader has ended.
+    /// Sends `signal` to every process of the group. False if the leader has ended.
     pub fn signal(&self, signal: Signal) -> io::Result<bool> {
         if self.ended.is_some() {
             return Ok(false);
@@ -122,7 +148,7 @@ impl Child {
         Ok(true)
     }
 
-    /// SIGTERM to the group, and SIGKILL to what is left of it after `deadline`.
+    /// Ends the group: SIGTERM, and after `deadline` SIGKILL to what is left.
     pub async fn terminate(&mut self, deadline: Duration) -> io::Result<ExitStatus> {
         if self.signal(Signal::TERM)? {
             // A stopped process acts on SIGTERM only once it goes on.
@@ -137,14 +163,15 @@ impl Child {
         }
     }
 
-    /// SIGKILL to the group, at once.
+    /// Kills the group at once, with SIGKILL.
     pub async fn kill(&mut self) -> io::Result<ExitStatus> {
         self.signal(Signal::KILL)?;
         self.wait().await
     }
 
-    /// The group's id may be given to others once it is empty, so this is the last time it is used:
-    /// right after the leader was reaped, before ids can have wrapped around.
+    /// Kills the rest of the group and notes the status. The kernel may give the id of an empty
+    /// group to others, so this is the last use of the id: right after the leader was reaped,
+    /// before ids can have wrapped around.
     fn reaped(&mut self, status: ExitStatus) -> ExitStatus {
         // An error means that nobody is left.
         let _ = kill_process_group(self.group, Signal::KILL);
@@ -178,7 +205,7 @@ fn direct(command: &mut Command, name: &str, output: &Output) -> Result<(), Star
     Ok(())
 }
 
-/// In a group of its own, killed with us.
+/// Puts the child into a process group of its own that is killed with this process.
 fn contained(command: Command) -> tokio::process::Command {
     let mut command = tokio::process::Command::from(command);
     command.process_group(0).kill_on_drop(true);
@@ -198,31 +225,31 @@ fn contained(command: Command) -> tokio::process::Command {
     command
 }
 
-/// "Parent" in the parent-death signal is the *thread* that forked, so one that never ends does it:
-/// a worker of a runtime that is shut down would take the children with it.
+/// Spawns on a thread that never ends. "Parent" in the parent-death signal means the *thread* that
+/// forked: a worker of a runtime that is shut down would take the children with it.
 async fn spawn_on_lasting_thread(
     mut command: tokio::process::Command,
 ) -> io::Result<tokio::process::Child> {
-    type Job = Box<dyn FnOnce() + Send>;
-    static THREAD: OnceLock<mpsc::Sender<Job>> = OnceLock::new();
+    type Task = Box<dyn FnOnce() + Send>;
+    static THREAD: OnceLock<mpsc::Sender<Task>> = OnceLock::new();
     let thread = THREAD.get_or_init(|| {
-        // Unbounded, but each caller waits for its own job.
-        let (jobs, queue) = mpsc::channel::<Job>();
+        // Unbounded, but each caller waits for its own task.
+        let (tasks, queue) = mpsc::channel::<Task>();
         thread::Builder::new()
             .name("child-spawner".to_owned())
-            .spawn(move || queue.into_iter().for_each(|job| job()))
+            .spawn(move || queue.into_iter().for_each(|task| task()))
             .expect("a thread can be started");
-        jobs
+        tasks
     });
     let (reply, answer) = oneshot::channel();
     let runtime = Handle::current();
-    let job = Box::new(move || {
+    let task = Box::new(move || {
         let _inside = runtime.enter();
         // A caller that left drops the child, which kills it.
         let _ = reply.send(command.spawn());
     });
-    thread.send(job).expect("the spawner thread never ends");
-    answer.await.expect("the spawner thread answers every job")
+    thread.send(task).expect("the spawner thread never ends");
+    answer.await.expect("the spawner thread answers every task")
 }
 
 async fn log_lines(stream: impl AsyncRead + Unpin, child: String, from: &'static str) {

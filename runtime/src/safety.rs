@@ -1,10 +1,11 @@
-//! The rule that nothing listens off loopback without TLS and tokens unless told so in words.
+//! The rule for listeners: none off loopback without TLS and tokens, unless the user says
+//! `--insecure`.
 
 use std::net::SocketAddr;
 
 use crate::exit::Exit;
 
-/// The listener would let anybody who can reach it in.
+/// A listener that would let in anybody who can reach it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "refusing to listen on {addr}: it is reachable from other hosts and {} off. \
@@ -12,18 +13,23 @@ use crate::exit::Exit;
     missing(*.tls, *.tokens)
 )]
 pub struct UnsafeListen {
+    /// Address that would be listened on.
     pub addr: SocketAddr,
+    /// True if the listener uses TLS.
     pub tls: bool,
+    /// True if the listener asks for join tokens.
     pub tokens: bool,
 }
 
 impl UnsafeListen {
+    /// Exit status 77: the address would be exposed.
     pub fn exit_code(&self) -> u8 {
         Exit::NoPermission.code()
     }
 }
 
-/// Call before `bind`. An unspecified address (0.0.0.0, ::) counts as reachable.
+/// Checks the rule for `addr`; call before `bind`. An unspecified address (0.0.0.0, ::) counts as
+/// reachable.
 pub fn check_listen(
     addr: SocketAddr,
     tls: bool,

@@ -1,11 +1,11 @@
-//! Waiting for SIGTERM or SIGINT. Owns no policy: what a process does then is its own business.
+//! Waiting for SIGTERM or SIGINT. What a process does then is its own business.
 
 use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Both handlers, installed. Keep it and call [`ShutdownSignals::recv`] again: a second signal
-/// usually means "now".
+/// Installed handlers of SIGTERM and SIGINT. [`ShutdownSignals::recv`] may be called again: a
+/// second signal usually means "now".
 #[derive(Debug)]
 pub struct ShutdownSignals {
     term: Signal,
@@ -13,7 +13,7 @@ pub struct ShutdownSignals {
 }
 
 impl ShutdownSignals {
-    /// From here on the signals no longer kill the process.
+    /// Installs the handlers; from here on the signals no longer kill the process.
     pub fn install() -> io::Result<ShutdownSignals> {
         Ok(ShutdownSignals {
             term: signal(SignalKind::terminate())?,
@@ -21,7 +21,7 @@ impl ShutdownSignals {
         })
     }
 
-    /// The name of the signal that came.
+    /// Waits for the next signal and returns its name.
     pub async fn recv(&mut self) -> &'static str {
         tokio::select! {
             _ = self.term.recv() => "SIGTERM",
@@ -30,7 +30,7 @@ impl ShutdownSignals {
     }
 }
 
-/// Waits for the first of the two signals.
+/// Waits for the first SIGTERM or SIGINT and returns its name.
 pub async fn shutdown_signal() -> io::Result<&'static str> {
     Ok(ShutdownSignals::install()?.recv().await)
 }

@@ -1,4 +1,4 @@
-//! Log output of a process: what is let through, in which form, to stderr. Owns no metrics.
+//! Log output of a process, to stderr: filter and format. Owns no metrics.
 
 use std::io::{self, IsTerminal};
 
@@ -6,10 +6,10 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// Names what is let through where `--log` is not given.
+/// Environment variable with the log filter for a process without `--log`.
 pub const LOG_ENV: &str = "ANABRANCH_LOG";
 
-/// How logs are written.
+/// Format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
     /// One line per event, for people.
@@ -19,18 +19,20 @@ pub enum LogFormat {
     Json,
 }
 
+/// A log filter that cannot be parsed.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "cannot read the log filter {filter:?} (from --log or {LOG_ENV}): {source}. \
      Examples: info, debug, anabranch_manager=debug,info"
 )]
 pub struct InvalidFilter {
+    /// The filter as given.
     pub filter: String,
     source: tracing_subscriber::filter::ParseError,
 }
 
-/// Starts logging. `filter` beats the environment, which beats `info`. Where logging was started
-/// before, as in tests, the earlier one stays and the answer is false.
+/// Starts logging with `filter`, else the filter of [`LOG_ENV`], else `info`. False if logging was
+/// started before, as in tests: the earlier settings stay.
 pub fn init(filter: Option<&str>, format: LogFormat) -> Result<bool, InvalidFilter> {
     let from_env = std::env::var(LOG_ENV).ok().filter(|text| !text.trim().is_empty());
     let filter = parse(filter.map(str::to_owned).or(from_env).unwrap_or_else(|| "info".into()))?;

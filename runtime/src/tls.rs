@@ -1,5 +1,6 @@
-//! Certificates: the manager's own authority, the listener's settings, and the client's pin. There is
-//! no other trust: a client accepts exactly the authority whose digest its join token carries.
+//! TLS of the control plane: the manager's own certificate authority, the listener's settings, the
+//! client's pin. A client accepts exactly the authority whose digest its join token carries; there
+//! is no other trust.
 
 mod pin;
 
@@ -24,33 +25,61 @@ const CA_NAME: &str = "Anabranch manager CA";
 const CERT_FILE: &str = "ca-cert.pem";
 const KEY_FILE: &str = "ca-key.pem";
 
+/// Reason why certificates cannot be read, made or used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
+    /// A file of the authority cannot be read or written.
     #[error(transparent)]
     File(#[from] FileError),
+    /// One of the authority's two files is missing.
     #[error(
         "{} and {} must both exist or both be missing; restore the lost one, or delete the other \
          to start a new authority (all join tokens then become void)", cert.display(), key.display()
     )]
-    Half { cert: PathBuf, key: PathBuf },
+    Half {
+        /// File of the certificate.
+        cert: PathBuf,
+        /// File of the key.
+        key: PathBuf,
+    },
+    /// The certificate file has another content.
     #[error("{} is not a PEM certificate: {source}", path.display())]
-    BadCert { path: PathBuf, source: rustls::pki_types::pem::Error },
+    BadCert {
+        /// File of the certificate.
+        path: PathBuf,
+        /// Error of the PEM parser.
+        source: rustls::pki_types::pem::Error,
+    },
+    /// The key file has another content.
     #[error("{} is not a PEM private key: {source}", path.display())]
-    BadKey { path: PathBuf, source: rcgen::Error },
+    BadKey {
+        /// File of the key.
+        path: PathBuf,
+        /// Error of the PEM parser.
+        source: rcgen::Error,
+    },
+    /// No certificate can be made for these names.
     #[error("cannot make a certificate for {names:?}: {source}")]
-    Make { names: Vec<String>, source: rcgen::Error },
+    Make {
+        /// Names that the certificate should hold.
+        names: Vec<String>,
+        /// Error of the certificate library.
+        source: rcgen::Error,
+    },
+    /// The TLS library refuses the certificate or the key.
     #[error("cannot use the certificate and key: {0}")]
     Use(#[from] rustls::Error),
 }
 
-/// The manager's certificate authority. It signs only this manager's listeners.
+/// The manager's certificate authority, which signs only this manager's listeners.
 pub struct Ca {
     cert: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Ca {
-    /// The authority kept in `state_dir`; made at first start, its key readable by the owner only.
+    /// The authority kept in `state_dir`. The first start makes one, with a key that only the owner
+    /// can read.
     pub fn load_or_create(state_dir: &Path) -> Result<Ca, TlsError> {
         private_file::make_dir(state_dir)?;
         let (cert_path, key_path) = (state_dir.join(CERT_FILE), state_dir.join(KEY_FILE));
@@ -61,13 +90,13 @@ impl Ca {
         }
     }
 
-    /// What join tokens pin.
+    /// Digest of the authority's certificate, which join tokens carry.
     pub fn digest(&self) -> CertDigest {
         CertDigest::of(&self.cert)
     }
 
-    /// Settings of a listener that is reached by `names` (host names and IP addresses). Its
-    /// certificate is made anew at each start and sent with the authority's.
+    /// Settings of a listener that clients reach by `names`: host names and IP addresses. The
+    /// listener's certificate is made anew at each start and sent together with the authority's.
     pub fn server_config(&self, names: &[String]) -> Result<Arc<ServerConfig>, TlsError> {
         let failed = |source| TlsError::Make { names: names.to_vec(), source };
         let key = KeyPair::generate().map_err(failed)?;
@@ -112,8 +141,9 @@ impl std::fmt::Debug for Ca {
     }
 }
 
-/// The same at creation and at load: signing needs only these and the key. Validity is rcgen's
-/// default, 1975 to 4096: trust ends by replacing the authority, never by clocks that disagree.
+/// Parameters of the authority, equal at creation and at load: signing needs only these and the
+/// key. Validity is rcgen's default, 1975 to 4096: trust ends by replacing the authority, never by
+/// clocks that disagree.
 fn ca_params() -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, CA_NAME);
@@ -122,7 +152,7 @@ fn ca_params() -> CertificateParams {
     params
 }
 
-/// ring, named: no process-wide default is installed or relied on.
+/// The ring provider, named in every use: no process-wide default is installed or relied on.
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }

@@ -1,6 +1,6 @@
-//! Join tokens: one line of text that lets a process in and tells it which manager to trust.
-//! `ab1.<sha256 of the CA certificate>.<role>.<job>.<secret>`. Which tokens are good is kept by
-//! [`TokenStore`], as hashes. Where a token is asked for is not decided here.
+//! Join tokens: one line of text that lets a process in and tells the process which manager to
+//! trust, in the form `ab1.<sha256 of the CA certificate>.<role>.<job>.<secret>`. [`TokenStore`]
+//! knows the issued tokens, as hashes. Which listener asks for a token is not decided here.
 
 mod store;
 
@@ -9,29 +9,33 @@ use std::str::FromStr;
 
 pub use store::{Grant, TokenId, TokenRefused, TokenStore, TokenStoreError};
 
-/// Marks the format, so that a later one can be told apart.
+/// Mark of the format, to tell a later format apart.
 const PREFIX: &str = "ab1";
-/// 256 bits: nothing can guess it, so its stored hash needs no salt and no stretching.
+/// Size of the secret: 256 bits cannot be guessed, so the stored hash needs no salt and no
+/// stretching.
 const SECRET_BYTES: usize = 32;
-/// Job names go into paths and labels.
+/// Longest job name, in characters: names go into paths and labels.
 const MAX_JOB_CHARS: usize = 64;
 
 /// SHA-256 of a certificate's DER form.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CertDigest(pub [u8; 32]);
 
-/// What the bearer may do. One token, one role.
+/// Rights of the bearer of a token. One token has one role.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
+    /// May attach engines.
     Agent,
+    /// May open the job, submit, consume and publish.
     Trainer,
+    /// May issue and revoke tokens and order engines.
     Admin,
 }
 
-/// A whole token, secret included. Only `Display` shows the secret.
+/// A join token with its secret. Only `Display` shows the secret.
 #[derive(Clone)]
 pub struct JoinToken {
     ca: CertDigest,
@@ -40,25 +44,38 @@ pub struct JoinToken {
     secret: [u8; SECRET_BYTES],
 }
 
-/// Why a text is not a join token. Never repeats the text: it may be a secret.
+/// Reason why a text is not a join token. The text is never repeated, because it may be a secret.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidToken {
+    /// The number of parts is wrong.
     #[error("a join token has 5 parts separated by dots, this has {0}; copy the whole line")]
     Parts(usize),
+    /// The mark of the format is missing.
     #[error("a join token starts with ab1; this is another format or not a token")]
     Prefix,
+    /// A part is not hex, or has the wrong length.
     #[error("the {part} of the join token is not {bytes} bytes in hex; it was cut or altered")]
-    Hex { part: &'static str, bytes: usize },
+    Hex {
+        /// Name of the part.
+        part: &'static str,
+        /// Length that the part must have, in bytes.
+        bytes: usize,
+    },
+    /// The role is unknown.
     #[error("unknown role in the join token; it must be agent, trainer or admin")]
     Role,
+    /// The job name has other characters or another length.
     #[error("a job name has 1 to 64 characters out of a-z, A-Z, 0-9, '-' and '_', unlike {job:?}")]
-    Job { job: String },
+    Job {
+        /// The name, cut to 64 characters.
+        job: String,
+    },
 }
 
 // === impl JoinToken ===
 
 impl JoinToken {
-    /// A new token with a secret of its own. It is worth nothing until a [`TokenStore`] knows it.
+    /// A new token with a random secret, worth nothing until a [`TokenStore`] knows the token.
     pub fn mint(ca: CertDigest, role: Role, job: &str) -> Result<JoinToken, InvalidToken> {
         check_job(job)?;
         let mut secret = [0; SECRET_BYTES];
@@ -66,6 +83,7 @@ impl JoinToken {
         Ok(JoinToken { ca, role, job: job.to_owned(), secret })
     }
 
+    /// Reads the text of a token; white space around it is ignored.
     pub fn parse(text: &str) -> Result<JoinToken, InvalidToken> {
         let parts: Vec<&str> = text.trim().split('.').collect();
         let [prefix, ca, role, job, secret] = parts[..] else {
@@ -83,26 +101,28 @@ impl JoinToken {
         })
     }
 
-    /// True where `hash` is this token's [`JoinToken::hash`]. Takes the same time either way.
+    /// True if `hash` equals [`JoinToken::hash`]. The comparison takes the same time either way.
     pub fn verify(&self, hash: &blake3::Hash) -> bool {
         // blake3's equality is constant in time.
         self.hash() == *hash
     }
 
-    /// Over the whole token, so that no part of it can be changed and still match.
+    /// Hash of the whole text, so that no part of a token can be changed and still match.
     pub fn hash(&self) -> blake3::Hash {
         blake3::hash(self.to_string().as_bytes())
     }
 
-    /// The certificate that the manager's own chain must contain.
+    /// Digest of the certificate that the manager's chain must contain.
     pub fn ca(&self) -> CertDigest {
         self.ca
     }
 
+    /// Role of the bearer.
     pub fn role(&self) -> Role {
         self.role
     }
 
+    /// Name of the job that the token is for.
     pub fn job(&self) -> &str {
         &self.job
     }
@@ -132,6 +152,7 @@ impl fmt::Debug for JoinToken {
 // === impl CertDigest ===
 
 impl CertDigest {
+    /// Digest of the certificate `der`.
     pub fn of(der: &[u8]) -> CertDigest {
         let digest = ring::digest::digest(&ring::digest::SHA256, der);
         CertDigest(digest.as_ref().try_into().expect("SHA-256 has 32 bytes"))

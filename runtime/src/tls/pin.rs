@@ -1,5 +1,5 @@
-//! The client's side of trust: a chain is good when it holds the pinned authority and that authority
-//! signed the leaf.
+//! The client's check of a manager's certificate: the chain must contain the pinned authority, and
+//! the authority must have signed the leaf.
 
 use std::sync::Arc;
 
@@ -16,16 +16,17 @@ use rustls::{
 use super::provider;
 use crate::token::CertDigest;
 
-/// The server is somebody else, or its authority was made anew since the token was issued.
+/// A server of another authority, or of an authority that was made anew since the token was issued.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the server's chain does not contain the pinned certificate authority {expected}")]
 pub struct PinMismatch {
+    /// Digest of the authority that the join token names.
     pub expected: CertDigest,
-    /// What the server sent instead, leaf first.
+    /// Digests of the certificates that the server sent, leaf first.
     pub sent: Vec<CertDigest>,
 }
 
-/// Settings of a client that trusts one authority. ALPN is h2 alone: this is for gRPC.
+/// Settings of a gRPC client that trusts the authority with digest `ca` alone. ALPN is h2 only.
 pub fn pinned_client_config(ca: CertDigest) -> ClientConfig {
     let provider = provider();
     let verifier = PinnedCa { ca, provider: provider.clone() };
@@ -59,8 +60,9 @@ impl PinnedCa {
 }
 
 impl ServerCertVerifier for PinnedCa {
-    /// The name dialled is not compared: the authority signs only the manager's own listeners, so
-    /// its signature is the identity, and tunnels, NAT and port forwards keep working.
+    /// Checks the chain, not the name that was dialled: the authority signs only the manager's own
+    /// listeners, so its signature is the identity, and tunnels, NAT and port forwards keep
+    /// working.
     fn verify_server_cert(
         &self,
         leaf: &CertificateDer<'_>,

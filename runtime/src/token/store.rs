@@ -1,5 +1,5 @@
-//! Which tokens were issued, as hashes, in one file of the state directory. A leaked file lets nobody
-//! in. Reads of the wall clock stay with the caller.
+//! The issued tokens, as hashes, in one file of the state directory. A leaked file lets nobody in.
+//! The caller reads the wall clock.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,50 +14,82 @@ use crate::private_file::{self, FileError};
 
 const FILE: &str = "tokens.json";
 
-/// Names a token without being one: the first 8 bytes of its hash. Safe to show and log.
+/// Name of a token: the first 8 bytes of its hash, in hex. Safe to show and log.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct TokenId(String);
 
-/// What an issued token allows.
+/// Rights of an issued token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {
+    /// Role of the bearer.
     pub role: Role,
+    /// Name of the job that the token is for.
     pub job: String,
-    /// None: until revoked.
+    /// End of validity; `None`: valid until revoked.
     pub expires: Option<UnixSeconds>,
+    /// True if the token lets nobody in any more.
     #[serde(default)]
     pub revoked: bool,
-    /// blake3 over the whole token, hex.
+    /// Hash (blake3) of the whole token, in hex.
     hash: String,
 }
 
-/// Why a well-formed token does not let its bearer in.
+/// Reason why a well-formed token does not let its bearer in.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TokenRefused {
+    /// No such token was issued here.
     #[error("this manager did not issue the join token, or its state directory was replaced")]
     Unknown,
+    /// The validity ended.
     #[error("join token {id} expired {ago_s} s ago; issue a new one")]
-    Expired { id: TokenId, ago_s: u64 },
+    Expired {
+        /// Name of the token.
+        id: TokenId,
+        /// Seconds since the end of validity.
+        ago_s: u64,
+    },
+    /// An admin revoked the token.
     #[error("join token {id} was revoked")]
-    Revoked { id: TokenId },
+    Revoked {
+        /// Name of the token.
+        id: TokenId,
+    },
+    /// The token has another role than the request needs.
     #[error("join token {id} is for the role {has}, but this needs the role {needs}")]
-    WrongRole { id: TokenId, has: Role, needs: Role },
+    WrongRole {
+        /// Name of the token.
+        id: TokenId,
+        /// Role of the token.
+        has: Role,
+        /// Role that the request needs.
+        needs: Role,
+    },
 }
 
+/// Reason why the store cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenStoreError {
+    /// The file of the store cannot be read or written.
     #[error(transparent)]
     File(#[from] FileError),
+    /// The file of the store is not what the store wrote.
     #[error("{} is damaged: {source}. Delete it to revoke all tokens", path.display())]
-    Damaged { path: PathBuf, source: serde_json::Error },
+    Damaged {
+        /// File of the store.
+        path: PathBuf,
+        /// Error of the JSON parser.
+        source: serde_json::Error,
+    },
+    /// A token cannot be made for this job name.
     #[error(transparent)]
     Token(#[from] InvalidToken),
+    /// The named token was never issued here.
     #[error("no token {0} was issued here")]
     NoSuchToken(TokenId),
 }
 
-/// The issued tokens; every change is on disk before its method returns.
+/// The issued tokens of one manager; every change is on disk before its method returns.
 #[derive(Debug)]
 pub struct TokenStore {
     path: PathBuf,
@@ -66,7 +98,8 @@ pub struct TokenStore {
 }
 
 impl TokenStore {
-    /// Opens the store in `state_dir`, empty where there is none. Tokens it issues pin `ca`.
+    /// Opens the store in `state_dir`, or an empty one if there is none. Issued tokens pin the
+    /// authority `ca`.
     pub fn open(state_dir: &Path, ca: CertDigest) -> Result<TokenStore, TokenStoreError> {
         private_file::make_dir(state_dir)?;
         let path = state_dir.join(FILE);
@@ -78,7 +111,7 @@ impl TokenStore {
         Ok(TokenStore { path, ca, grants })
     }
 
-    /// A new token, good for `ttl` (none: until revoked).
+    /// Issues a new token, valid for `ttl` from `now`; `None`: until revoked.
     pub fn issue(
         &mut self,
         role: Role,
@@ -99,7 +132,7 @@ impl TokenStore {
         Ok(token)
     }
 
-    /// What `token` allows, if it may act as `needs` now.
+    /// The rights of `token`, if `token` is valid at `now` and has the role `needs`.
     pub fn verify(
         &self,
         token: &JoinToken,
@@ -124,7 +157,7 @@ impl TokenStore {
         Ok(grant)
     }
 
-    /// From now on `id` lets nobody in.
+    /// Revokes the token `id`: it lets nobody in any more.
     pub fn revoke(&mut self, id: &TokenId) -> Result<(), TokenStoreError> {
         let grant =
             self.grants.get_mut(id).ok_or_else(|| TokenStoreError::NoSuchToken(id.clone()))?;
@@ -132,8 +165,8 @@ impl TokenStore {
         self.save()
     }
 
-    /// Drops what expired before `before`, so that the file does not grow for ever. A dropped token
-    /// is unknown, hence still refused.
+    /// Forgets tokens that expired before `before`, so that the file does not grow for ever;
+    /// returns their number. A forgotten token is unknown, hence still refused.
     pub fn forget_expired(&mut self, before: UnixSeconds) -> Result<usize, TokenStoreError> {
         let count = self.grants.len();
         self.grants.retain(|_, grant| grant.expires.is_none_or(|at| at > before));
@@ -144,6 +177,7 @@ impl TokenStore {
         Ok(dropped)
     }
 
+    /// All issued tokens, by name.
     pub fn iter(&self) -> impl Iterator<Item = (&TokenId, &Grant)> {
         self.grants.iter()
     }
@@ -157,11 +191,12 @@ impl TokenStore {
 // === impl TokenId ===
 
 impl TokenId {
+    /// Name of `token`.
     pub fn of(token: &JoinToken) -> TokenId {
         TokenId(hex::encode(&token.hash().as_bytes()[..8]))
     }
 
-    /// Takes an id that a person typed; any text is one, perhaps unknown.
+    /// The name that a user typed; any text is a name, perhaps of no token.
     pub fn named(text: &str) -> TokenId {
         TokenId(text.trim().to_ascii_lowercase())
     }
