@@ -1,5 +1,5 @@
-//! The engine calls of a load, in time: pause and let the streams run dry, load, go on, probe. When each
-//! is due is the core's business.
+//! The engine calls of a load, in time: pause and let the streams run dry, load, go on, probe. When
+//! each is due is the core's business.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -84,6 +84,5 @@ fn probe_request(vocab: u32) -> Generate {
         min_tokens: 0,
         stop_ids: Arc::from([]),
         seed: None,
-        adapter: String::new(),
     }
 }

@@ -25,7 +25,8 @@ pub struct AgentConfig {
     pub listen: Option<Listen>,
     /// Where weights are staged for the engine to read.
     pub staging: PathBuf,
-    /// Versions are taken over from other agents of this host, and passed to them, instead of copied.
+    /// Versions are taken over from other agents of this host, and passed to them, instead of
+    /// copied.
     pub share: bool,
     /// How long running samples may go on after SIGTERM.
     pub drain_deadline: Duration,
@@ -35,7 +36,8 @@ pub struct AgentConfig {
     pub weights_by_trainer: bool,
     /// For engines started with `--api-key`.
     pub engine_api_key: Option<String>,
-    /// Unacknowledged tokens kept for re-attach, in bytes; above it the newest samples are given back.
+    /// Unacknowledged tokens kept for re-attach, in bytes; above it the newest samples are given
+    /// back.
     pub buffer_bytes: usize,
     /// How long a new engine process may take until it answers.
     pub engine_start_timeout: Duration,

@@ -1,22 +1,16 @@
-//! What an agent decides: attach and re-attach, which sample runs, when a version is loaded, how to leave.
-//! A pure state machine: no sockets, no clock, no tasks. It owns every sample's ledger on this engine.
+//! What an agent decides: attach and re-attach, which sample runs, when a version is loaded, how to
+//! leave. A pure state machine: no sockets, no clock, no tasks. It owns every sample's ledger on
+//! this engine.
 //!
-//! How to drive it: [`Core::handle`] with what happened, [`Core::tokens`] with what a stream brought,
-//! [`Core::on_timeout`] at [`Core::next_timeout`]; after each, take actions from [`Core::poll_action`].
+//! How to drive it: [`Core::handle`] with what happened, [`Core::tokens`] with what a stream
+//! brought, [`Core::on_timeout`] at [`Core::next_timeout`]; after each, take actions from
+//! [`Core::poll_action`].
 //!
-//! ```text
-//!              engine answers             drain order, notice, SIGTERM
-//!   Booting ──────────────────► Serving ───────────────────────────────► Draining ──► Stopped
-//!      ▲      engine died          │                                         ▲
-//!      └───────────────────────────┘                                         │
-//!      └─────────────────────────────────────────────────────────────────────┘
-//!
-//!   link:  Down ──dial──► Greeting ──Welcome──► Joined{lease} ──Data stream──► Bound{lease}
-//!           ▲                 │                     │                            │
-//!           └─────────────────┴─────────────────────┴── lost, silent, refused ───┘
-//! ```
+//! The states and their graphs: [`AgentState`](life::AgentState), [`LinkState`], `LoadState`,
+//! `Memory`, `AttemptState`. One function assigns each, and checks the edge.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Debug;
 use std::time::Duration;
 
 use anabranch_proto::pb;
@@ -26,10 +20,12 @@ use crate::engine::{EngineInfo, Utilization};
 
 pub mod action;
 mod attempts;
+mod drain;
 pub mod event;
 mod life;
 mod link;
 mod load;
+mod memory;
 mod mode;
 mod outbox;
 mod prompts;
@@ -43,9 +39,10 @@ pub use link::DIAL_PATIENCE;
 pub use outbox::WINDOW_TICKS;
 
 use attempts::Attempts;
+use life::AgentState;
 use link::LinkState;
 use load::Loader;
-use mode::{DrainOrder, Memory};
+use memory::Memory;
 use outbox::Outbox;
 use prompts::Prompts;
 use session::Session;
@@ -98,14 +95,6 @@ pub struct Core {
     timers: TimerTable<Timer>,
     /// Drained after each event; bounded by what one event causes.
     actions: VecDeque<Action>,
-}
-
-#[derive(Debug)]
-enum AgentState {
-    Booting,
-    Serving,
-    Draining(DrainOrder),
-    Stopped,
 }
 
 const MAX_UNSENT: usize = 64;
@@ -189,7 +178,8 @@ impl Core {
         !self.actions.is_empty()
     }
 
-    /// What the engine must call its weights; `None` while that changes, or when it is not our business.
+    /// What the engine must call its weights; `None` while that changes, or when it is not our
+    /// business.
     pub fn expected_label(&self) -> Option<String> {
         let ours = !self.config.weights_by_trainer;
         self.loader.settled_label().filter(|_| ours).map(str::to_owned)
@@ -233,6 +223,16 @@ impl Core {
     fn tick_length(&self) -> Duration {
         self.session.as_ref().map_or(TICK, |session| session.tick)
     }
+}
+
+/// Tells of a state change that the graph of `machine` does not have: a panic in tests, an error
+/// line in production, where the change is made all the same.
+fn check_edge(machine: &str, legal: bool, from: &dyn Debug, to: &dyn Debug) {
+    if legal {
+        return;
+    }
+    assert!(!cfg!(test), "{machine}: no edge from {from:?} to {to:?}");
+    tracing::error!(machine, ?from, ?to, "a state change that the graph does not have");
 }
 
 #[cfg(test)]

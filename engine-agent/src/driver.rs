@@ -1,5 +1,5 @@
-//! The only loop: takes actions from the core and performs each without waiting for it. Everything that
-//! takes time is a task of its own that reports back as an event.
+//! The only loop: takes actions from the core and performs each without waiting for it. Everything
+//! that takes time is a task of its own that reports back as an event.
 
 use std::collections::BTreeMap;
 use std::future::pending;

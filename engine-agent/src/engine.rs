@@ -1,5 +1,5 @@
-//! What the agent needs of an inference engine, whatever its dialect. Typed: no JSON passes this line.
-//! Owns no state of a sample; that is [`crate::core`].
+//! What the agent needs of an inference engine, whatever its dialect. Typed: no JSON passes this
+//! line. Owns no state of a sample; that is [`crate::core`].
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,8 @@ pub mod sglang;
 pub trait Engine: Send + Sync + 'static {
     type Stream: TokenStream;
 
-    /// What it is and what it can do. Also how it is asked whether it lives, after attach: see [`Engine::alive`].
+    /// What it is and what it can do. Also how it is asked whether it lives, after attach: see
+    /// [`Engine::alive`].
     fn info(&self) -> impl Future<Output = Result<EngineInfo, EngineError>> + Send;
 
     /// The label of its weights. Answers fast, also while paused.
@@ -52,7 +53,8 @@ pub trait Engine: Send + Sync + 'static {
 
 /// The tokens of one request as they come.
 pub trait TokenStream: Send {
-    /// Fills `chunk` (its buffers are reused). After a chunk with a finish, or an error, do not call again.
+    /// Fills `chunk` (its buffers are reused). After a chunk with a finish, or an error, do not
+    /// call again.
     fn next(&mut self, chunk: &mut Chunk) -> impl Future<Output = Result<(), StreamError>> + Send;
 
     /// After the finish: reads what is left, so that the connection can serve again.
@@ -77,7 +79,6 @@ pub struct Generate {
     pub min_tokens: u32,
     pub stop_ids: Arc<[u32]>,
     pub seed: Option<u64>,
-    pub adapter: String,
 }
 
 /// What came since the last chunk. Log-probabilities are as many as tokens.

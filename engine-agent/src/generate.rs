@@ -1,5 +1,5 @@
-//! One request at the engine, from its start to its terminal chunk. Where its tokens belong is decided in
-//! the core, at the moment they are handed over.
+//! One request at the engine, from its start to its terminal chunk. Where its tokens belong is
+//! decided in the core, at the moment they are handed over.
 
 use std::sync::Arc;
 

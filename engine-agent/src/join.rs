@@ -1,5 +1,5 @@
-//! One link to the manager: dials, opens both streams, and carries messages. What they mean is decided in
-//! the core; a link that breaks is never repaired, the core dials a new one.
+//! One link to the manager: dials, opens both streams, and carries messages. What they mean is
+//! decided in the core; a link that breaks is never repaired, the core dials a new one.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! Starting an engine process: which flags and environment it needs from us, and where it will listen.
-//! Watching it is [`crate::watch`]'s business.
+//! Starting an engine process: which flags and environment it needs from us, and where it will
+//! listen. Watching it is [`crate::watch`]'s business.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::Command;

@@ -1,5 +1,6 @@
-//! The sidecar of one inference engine: attaches it to a manager, runs samples on it, keeps its weights
-//! current, and leaves without losing a token. Decides no placement; generates nothing itself.
+//! The sidecar of one inference engine: attaches it to a manager, runs samples on it, keeps its
+//! weights current, and leaves without losing a token. Decides no placement; generates nothing
+//! itself.
 //!
 //! ```text
 //!   manager ◄── join (Control, Data) ──► core ◄── generate ◄── engine/sglang ◄── engine
@@ -46,7 +47,8 @@ use crate::shared::Shared;
 use crate::watch::Watch;
 use crate::weights::Weights;
 
-/// Runs one agent until it is told to leave. `shutdown` begins a drain with the configured deadline.
+/// Runs one agent until it is told to leave. `shutdown` begins a drain with the configured
+/// deadline.
 pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(), AgentError> {
     raise_file_limit();
     if let Some(listen) = config.listen.as_ref().filter(|listen| !listen.is_dialable()) {

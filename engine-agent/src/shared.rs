@@ -1,5 +1,5 @@
-//! The core behind its lock, and the way to wake the driver. Streams hand their tokens over right here,
-//! without a hop through the driver: the lock is held for a copy of some hundred bytes.
+//! The core behind its lock, and the way to wake the driver. Streams hand their tokens over right
+//! here, without a hop through the driver: the lock is held for a copy of some hundred bytes.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -59,7 +59,8 @@ impl Shared {
         verdict
     }
 
-    /// For the driver: fires what is due, hands over the actions, and notes until when it will sleep.
+    /// For the driver: fires what is due, hands over the actions, and notes until when it will
+    /// sleep.
     pub fn turn(&self, actions: &mut Vec<Action>) -> Option<Now> {
         let now = self.clock.now();
         let mut inner = self.lock();

@@ -1,5 +1,5 @@
-//! Is the engine there, and is it still the one we know? Starts it where that is our business. Reports
-//! facts to the core; decides only when to start a process again.
+//! Is the engine there, and is it still the one we know? Starts it where that is our business.
+//! Reports facts to the core; decides only when to start a process again.
 //!
 //! ```text
 //!   (start) ─► wait until it answers ─► probe ─► EngineUp ─► look each second ─► EngineDown ─► (stop, back off)

@@ -1,5 +1,6 @@
-//! The agent's end of the transfer: fetches versions into staging, checks them against what the engine was
-//! started with, keeps what the engine may still read, and lends it to peers. Knows no engine calls.
+//! The agent's end of the transfer: fetches versions into staging, checks them against what the
+//! engine was started with, keeps what the engine may still read, and lends it to peers. Knows no
+//! engine calls.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
-//! Everything an agent can do, imperative. The driver performs these in order and never waits for one.
+//! Everything an agent can do, imperative. The driver performs these in order and never waits for
+//! one.
 
 use std::path::PathBuf;
 
@@ -32,8 +33,8 @@ pub enum Action {
 
     // The engine
     Generate(Box<Generate>),
-    /// The stream goes on until its terminal chunk. Said again until then: an abort that overtakes its
-    /// request is lost.
+    /// The stream goes on until its terminal chunk. Said again until then: an abort that overtakes
+    /// its request is lost.
     Abort {
         attempt: AttemptId,
         rid: String,

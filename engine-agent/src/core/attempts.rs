@@ -1,5 +1,5 @@
-//! The samples on this engine: `impl Core` for starting, counting and ending them. Every token passes
-//! [`Core::tokens`], where it gets its offset and its version.
+//! The samples on this engine: `impl Core` for starting, counting and ending them. Every token
+//! passes [`Core::tokens`], where it gets its offset and its version.
 //!
 //! ```text
 //!   Start ──► Waiting ──► Running ──► (terminal chunk) ──► ended
@@ -24,8 +24,9 @@ mod ending;
 mod table;
 mod tokens;
 
+pub(super) use table::AttemptState;
 pub(super) use table::Attempts;
-use table::{AttemptState, LiveAttempt};
+use table::LiveAttempt;
 pub use tokens::AfterChunk;
 
 // === impl Core ===
@@ -38,11 +39,11 @@ impl Core {
         }
         let Some(attempt) = self.attempts.by_id.get_mut(&id) else { return };
         let aborted = matches!(end, RequestEnd::Finished { finish: Finish::Aborted, .. });
-        if attempt.stage == AttemptState::Cutting
+        if attempt.state() == AttemptState::Cutting
             && aborted
             && attempt.finished_by_tokens().is_none()
         {
-            attempt.stage = AttemptState::Cut;
+            attempt.set_state(AttemptState::Cut);
             return;
         }
         if let RequestEnd::Failed(StreamError::Broken { .. } | StreamError::Unreachable { .. }) =
@@ -51,7 +52,7 @@ impl Core {
             self.act(Action::CheckEngine);
         }
         let Some(attempt) = self.attempts.remove(id) else { return };
-        if attempt.stage == AttemptState::Discarding {
+        if attempt.state() == AttemptState::Discarding {
             return;
         }
         let end = closing(&attempt, end);
@@ -69,7 +70,7 @@ impl Core {
             return;
         }
         match self.admit(&start) {
-            Ok(prompt) => self.begin(sample, number, prompt, start),
+            Ok(prompt) => self.begin(sample, prompt, start),
             Err((why, text)) => {
                 tracing::debug!(%sample, start.attempt, text, "not started");
                 self.outbox.end(
@@ -99,31 +100,14 @@ impl Core {
         true
     }
 
-    fn begin(&mut self, sample: SampleId, number: Attempt, prompt: Arc<[u32]>, start: pb::Start) {
+    fn begin(&mut self, sample: SampleId, prompt: Arc<[u32]>, start: pb::Start) {
         let seeded = self
             .engine
             .as_ref()
             .is_some_and(|engine| engine.caps.seed_keying() != pb::caps::SeedKeying::None);
         let attested = self.attested(&start);
-        let sampling = start.sampling.unwrap_or_default();
-        let tail: Vec<u32> = anabranch_proto::tokens::ids(&start.kept).collect();
-        let attempt = LiveAttempt {
-            sample,
-            number,
-            prompt,
-            own_stops: sampling.ignore_eos && !start.stop_ids.is_empty(),
-            sampling: Arc::new(sampling),
-            stop_ids: start.stop_ids.into(),
-            adapter: start.adapter,
-            seed: seeded.then_some(start.seed),
-            kept: start.offset,
-            request_offset: start.offset,
-            tail,
-            requests: 0,
-            stage: AttemptState::Waiting,
-            boundary: false,
-            attested,
-        };
+        let seed = seeded.then_some(start.seed);
+        let attempt = LiveAttempt::new(sample, prompt, seed, attested, start);
         let id = self.attempts.insert(attempt);
         if !self.loader.is_loading() {
             self.send_to_engine(id);
@@ -134,7 +118,7 @@ impl Core {
     pub(super) fn send_waiting(&mut self, now: Now) {
         for id in self
             .attempts
-            .ids(|attempt| matches!(attempt.stage, AttemptState::Waiting | AttemptState::Cut))
+            .ids(|attempt| matches!(attempt.state(), AttemptState::Waiting | AttemptState::Cut))
         {
             let finished = self.attempts.by_id.get(&id).and_then(LiveAttempt::finished_by_tokens);
             match finished {
@@ -147,7 +131,7 @@ impl Core {
     fn send_to_engine(&mut self, id: AttemptId) {
         let context = self.engine.as_ref().map_or(0, |engine| engine.model.max_context);
         let Some(attempt) = self.attempts.by_id.get_mut(&id) else { return };
-        attempt.stage = AttemptState::Running;
+        attempt.set_state(AttemptState::Running);
         attempt.requests += 1;
         attempt.request_offset = attempt.upto();
         attempt.boundary = false;
@@ -167,7 +151,6 @@ impl Core {
             min_tokens: attempt.sampling.min_tokens.saturating_sub(made),
             stop_ids: attempt.stop_ids.clone(),
             seed: attempt.seed,
-            adapter: attempt.adapter.clone(),
         };
         self.act(Action::Generate(Box::new(generate)));
     }
@@ -195,7 +178,7 @@ fn finished(attempt: &LiveAttempt, finish: Finish) -> (Why, String) {
         Finish::StopId => (Why::StopId, String::new()),
         Finish::StopString(text) => (Why::StopString, text),
         Finish::Length => (Why::Length, String::new()),
-        Finish::Aborted => match (attempt.finished_by_tokens(), attempt.stage) {
+        Finish::Aborted => match (attempt.finished_by_tokens(), attempt.state()) {
             (Some(why), _) => (why, String::new()),
             (None, AttemptState::Stopping) => (Why::Aborted, String::new()),
             (None, _) => (Why::Lost, "the engine aborted it unasked".to_owned()),

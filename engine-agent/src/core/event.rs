@@ -1,5 +1,5 @@
-//! Everything that can happen to an agent, in the past tense, except tokens: those take the short way,
-//! [`super::Core::tokens`].
+//! Everything that can happen to an agent, in the past tense, except tokens: those take the short
+//! way, [`super::Core::tokens`].
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -47,7 +47,8 @@ pub enum Event {
     LinkLost {
         link: LinkId,
         why: String,
-        /// The manager cannot be spoken to at all (wrong token, wrong protocol): no use in trying again.
+        /// The manager cannot be spoken to at all (wrong token, wrong protocol): no use in trying
+        /// again.
         fatal: bool,
     },
 

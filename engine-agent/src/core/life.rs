@@ -3,12 +3,57 @@
 use anabranch_runtime::{Now, TimerTable};
 
 use super::action::{Action, ExitReason};
+use super::drain::DrainOrder;
 use super::event::ProbeResult;
-use super::mode::Memory;
-use super::{AgentState, Core};
+use super::memory::Memory;
+use super::{Core, check_edge};
 use crate::engine::{EngineInfo, Utilization};
 
+/// What the agent as a whole is doing.
+///
+/// ```text
+///              engine answers             drain order, notice, SIGTERM
+///   Booting ──────────────────► Serving ───────────────────────────────► Draining ──► Stopped
+///      ▲  │    engine died          │                                      ▲ ▲  │
+///      │  └────────────────────────►│◄───────────────────────────────┐     │ └──┘ sooner deadline, next phase
+///      └────────────────────────────┴─ (Booting drains as well) ─────┴─────┘
+/// ```
+///
+/// Any state becomes `Stopped` when the manager refuses the agent or orders it to leave.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum AgentState {
+    /// The engine does not answer yet, or died.
+    Booting,
+    /// The engine answers; attempts are accepted.
+    Serving,
+    /// The agent leaves; no new attempt is accepted.
+    Draining(DrainOrder),
+    /// The agent said why it ends; events no longer change anything.
+    Stopped,
+}
+
+impl AgentState {
+    /// True if the graph has an edge from this state to `next`.
+    pub(super) fn may_become(&self, next: &AgentState) -> bool {
+        use AgentState::{Booting, Draining, Serving, Stopped};
+        match (self, next) {
+            (Booting, Serving) | (Serving, Booting) => true,
+            (Booting | Serving, Draining(_)) => true,
+            (Draining(old), Draining(new)) => old.may_become(new),
+            (Stopped, _) => false,
+            (_, Stopped) => true,
+            _ => false,
+        }
+    }
+}
+
 impl Core {
+    /// Assigns the state of the agent; no other code does.
+    pub(super) fn set_state(&mut self, next: AgentState) {
+        check_edge("agent", self.state.may_become(&next), &self.state, &next);
+        self.state = next;
+    }
+
     pub(super) fn engine_up(&mut self, now: Now, info: EngineInfo, probe: Option<ProbeResult>) {
         if matches!(self.state, AgentState::Stopped) || self.engine.is_some() {
             return;
@@ -16,11 +61,11 @@ impl Core {
         self.incarnation += u64::from(self.known.is_some());
         self.known = Some(info.clone());
         self.loader.engine_started(&info, probe);
-        self.memory = Memory::Resident;
+        self.set_memory(Memory::Resident);
         self.paused = false;
         self.engine = Some(info);
         match self.state {
-            AgentState::Booting => self.state = AgentState::Serving,
+            AgentState::Booting => self.set_state(AgentState::Serving),
             AgentState::Serving | AgentState::Draining(_) | AgentState::Stopped => return,
         }
         match self.session.is_some() {
@@ -34,8 +79,8 @@ impl Core {
         if self.engine.take().is_none() {
             return;
         }
-        // First what it made, then that it died, then what that ended: so a sample that kills engines is
-        // seen to have run at its death, and no token is lost to the end of the session.
+        // First what it made, then that it died, then what that ended: so a sample that kills
+        // engines is seen to have run at its death, and no token is lost to the end of the session.
         let ends = self.outbox.take_lost_ends();
         self.outbox.seal();
         self.send_ticks(now);
@@ -44,10 +89,10 @@ impl Core {
         self.lose_all_attempts(now, why);
         self.outbox.seal();
         self.engine_lost_in_load(why);
-        self.memory = Memory::Resident;
+        self.set_memory(Memory::Resident);
         self.utilization = Utilization::default();
         if matches!(self.state, AgentState::Serving) {
-            self.state = AgentState::Booting;
+            self.set_state(AgentState::Booting);
         }
     }
 
@@ -55,7 +100,7 @@ impl Core {
         if matches!(self.state, AgentState::Stopped) {
             return;
         }
-        self.state = AgentState::Stopped;
+        self.set_state(AgentState::Stopped);
         self.timers = TimerTable::new();
         self.act(Action::Exit(exit));
     }

@@ -1,4 +1,5 @@
-//! Attach, re-attach, leases and beats: `impl Core` for everything between the agent and the manager.
+//! Attach, re-attach, leases and beats: `impl Core` for everything between the agent and the
+//! manager.
 
 use std::time::Duration;
 
@@ -7,19 +8,40 @@ use anabranch_runtime::Now;
 
 use super::action::{Action, ExitReason};
 use super::event::LinkId;
+use super::life::AgentState;
 use super::timer::Timer;
-use super::{AgentState, Core, MAX_UNSENT};
+use super::{Core, MAX_UNSENT, check_edge};
 
-/// The graph is in the header of [`super`].
+/// The connection to the manager.
+///
+/// ```text
+///   Down ──dial──► Greeting ──Welcome──► Joined{lease} ──Data stream──► Bound{lease}
+///    ▲                 │                      │                            │
+///    └─────────────────┴──────────────────────┴── lost, silent, refused ───┘
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LinkState {
+    /// No connection; the agent dials when `Timer::Redial` fires.
     Down,
+    /// Dialled; the manager has not answered the Hello yet.
     Greeting { link: LinkId },
+    /// Welcomed; control messages flow, the Data stream is not open yet.
     Joined { link: LinkId, lease: Duration },
+    /// Both streams are open.
     Bound { link: LinkId, lease: Duration },
 }
 
 impl LinkState {
+    /// True if the graph has an edge from this state to `next`. A link never changes its id.
+    pub(super) fn may_become(self, next: LinkState) -> bool {
+        match (self, next) {
+            (_, LinkState::Down) | (LinkState::Down, LinkState::Greeting { .. }) => true,
+            (LinkState::Greeting { link }, LinkState::Joined { link: to, .. })
+            | (LinkState::Joined { link, .. }, LinkState::Bound { link: to, .. }) => link == to,
+            _ => false,
+        }
+    }
+
     pub(super) fn id(self) -> Option<LinkId> {
         match self {
             LinkState::Down => None,
@@ -43,6 +65,12 @@ const FIRST_REDIAL: Duration = Duration::from_millis(100);
 const MAX_REDIAL: Duration = Duration::from_secs(5);
 
 impl Core {
+    /// Assigns the state of the link; no other code does.
+    pub(super) fn set_link(&mut self, next: LinkState) {
+        check_edge("link", self.link.may_become(next), &self.link, &next);
+        self.link = next;
+    }
+
     pub(super) fn dial(&mut self) {
         let stopped = matches!(self.state, AgentState::Stopped);
         if stopped || self.link != LinkState::Down || self.engine.is_none() {
@@ -51,7 +79,7 @@ impl Core {
         let link = LinkId(self.next_link);
         self.next_link += 1;
         self.dials += 1;
-        self.link = LinkState::Greeting { link };
+        self.set_link(LinkState::Greeting { link });
         self.timers.clear(Timer::Redial);
         let hello = Box::new(self.hello());
         self.act(Action::Dial { link, hello });
@@ -103,7 +131,7 @@ impl Core {
     pub(super) fn bound(&mut self, link: LinkId) {
         match self.link {
             LinkState::Joined { link: joined, lease } if joined == link => {
-                self.link = LinkState::Bound { link, lease };
+                self.set_link(LinkState::Bound { link, lease });
             }
             _ => {}
         }
@@ -143,7 +171,7 @@ impl Core {
     }
 
     fn link_down(&mut self, now: Now, at_least: Duration) {
-        self.link = LinkState::Down;
+        self.set_link(LinkState::Down);
         self.timers.clear(Timer::LinkSilent);
         self.timers.clear(Timer::Beat);
         if self.session.as_ref().is_some_and(|session| session.ending) {

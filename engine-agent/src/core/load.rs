@@ -1,5 +1,6 @@
-//! From an order to serving its version, or back to the old one: `impl Core` for weights. The engine is
-//! told only after everything was verified, and no token leaves before the new weights were probed.
+//! From an order to serving its version, or back to the old one: `impl Core` for weights. The
+//! engine is told only after everything was verified, and no token leaves before the new weights
+//! were probed.
 //!
 //! ```text
 //!            order              verified             streams quiet         paused
@@ -31,12 +32,13 @@ use super::{AgentState, Core, Memory};
 mod ending;
 mod loader;
 mod order;
+mod state;
 mod swap;
 mod traffic;
 
-use loader::LoadState;
 pub(super) use loader::Loader;
 use order::LoadOrder;
+pub(super) use state::LoadState;
 
 /// How long streams that were told to end for a load may take.
 const QUIESCE: Duration = Duration::from_secs(15);
@@ -54,7 +56,7 @@ impl Core {
         if let Some(why) = self.cannot_load() {
             return self.report(order.failed(why));
         }
-        match &self.loader.state {
+        match self.loader.state() {
             LoadState::Active => self.begin_fetch(now, order),
             LoadState::Fetching(old) => {
                 let why = format!("superseded by order {}", order.id);
@@ -102,11 +104,11 @@ impl Core {
             directory: order.directory.clone(),
             bytes: order.bytes,
         })));
-        self.loader.state = LoadState::Fetching(order);
+        self.loader.set_state(LoadState::Fetching(order));
     }
 
     pub(super) fn fetch_progressed(&mut self, now: Now, id: u64, so_far: Moved) {
-        let LoadState::Fetching(order) = &mut self.loader.state else { return };
+        let Some(order) = self.loader.fetching_mut() else { return };
         if order.id == id {
             order.traffic.moved(now, so_far);
             let report = pb::LoadState { bytes: so_far.bytes, ..order.report(Stage::Fetching) };
@@ -115,7 +117,7 @@ impl Core {
     }
 
     pub(super) fn fetched(&mut self, now: Now, id: u64, result: Result<StagedVersion, String>) {
-        let LoadState::Fetching(order) = &self.loader.state else { return };
+        let LoadState::Fetching(order) = self.loader.state() else { return };
         if order.id != id {
             return;
         }
@@ -152,29 +154,27 @@ impl Core {
                 self.timers.set(Timer::Quiesce, now + QUIESCE);
             }
         }
-        self.loader.state = LoadState::Quiescing(order, staged);
+        self.loader.set_state(LoadState::Quiescing(order, staged));
     }
 
     /// Goes on once the streams are quiet.
     pub(super) fn settle_load(&mut self) {
-        let LoadState::Quiescing(order, _) = &self.loader.state else { return };
+        let LoadState::Quiescing(order, staged) = self.loader.state() else { return };
         let paused_ones_too =
             !matches!(order.on_running, OnRunning::Continue | OnRunning::Unspecified);
         if self.unquiet(paused_ones_too) > 0 {
             return;
         }
-        let LoadState::Quiescing(order, staged) = std::mem::take(&mut self.loader.state) else {
-            return;
-        };
+        let (order, staged) = (order.clone(), staged.clone());
         self.timers.clear(Timer::Quiesce);
-        self.loader.state = LoadState::Pausing(order, staged);
+        self.loader.set_state(LoadState::Pausing(order, staged));
         self.act(Action::Call(Call::PauseForLoad));
     }
 
     pub(super) fn load_deadline(&mut self, now: Now) {
         let late =
             |order: &LoadOrder| format!("not done within the deadline of {} ms", order.deadline_ms);
-        match &self.loader.state {
+        match self.loader.state() {
             LoadState::Fetching(order) => {
                 let (id, why) = (order.id, late(order));
                 self.cancel_load(now, id, &why);
@@ -189,7 +189,7 @@ impl Core {
     }
 
     pub(super) fn quiesce_gave_up(&mut self, now: Now) {
-        let LoadState::Quiescing(order, _) = &self.loader.state else { return };
+        let LoadState::Quiescing(order, _) = self.loader.state() else { return };
         let (order, open) = (order.clone(), self.unquiet(true));
         let why = format!("{open} streams did not end within {} s", QUIESCE.as_secs());
         self.fail_load(now, order, why);

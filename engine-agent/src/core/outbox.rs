@@ -1,5 +1,5 @@
-//! The ticks of one session: columns of what samples made, kept until the manager acknowledged them.
-//! Pure and hot: every chunk of every sample passes `append`. Decides nothing about samples.
+//! The ticks of one session: columns of what samples made, kept until the manager acknowledged
+//! them. Pure and hot: every chunk of every sample passes `append`. Decides nothing about samples.
 //!
 //! ```text
 //!   append, end ──► open tick ── seal ──► unsent ── next_to_send ──► in flight ── ack ──► gone
@@ -158,8 +158,8 @@ impl Outbox {
 /// A tick is closed at this size, so that it and what is appended last fit a frame.
 const TICK_BYTES: usize = FRAME_BYTES * 3 / 4;
 
-/// Ticks on their way at once: 2.5 s of 20 ms ticks, above any sane round trip. The driver's channel is
-/// larger, so that sending never waits.
+/// Ticks on their way at once: 2.5 s of 20 ms ticks, above any sane round trip. The driver's
+/// channel is larger, so that sending never waits.
 pub const WINDOW_TICKS: usize = 128;
 
 /// What one segment or one end adds to a message, roughly.

@@ -22,7 +22,8 @@ pub(super) struct Session {
     pub incarnation: u64,
     pub tick: Duration,
     pub beats: u64,
-    /// The engine died: once the manager has the rest, a new session begins with the new incarnation.
+    /// The engine died: once the manager has the rest, a new session begins with the new
+    /// incarnation.
     pub ending: bool,
 }
 
@@ -78,7 +79,7 @@ impl Core {
             return;
         }
         let lease = Duration::from_millis(welcome.lease_ms.into()).max(MIN_LEASE);
-        self.link = LinkState::Joined { link, lease };
+        self.set_link(LinkState::Joined { link, lease });
         self.dials = 0;
         self.heard(now);
         self.timers.set(Timer::Beat, now + lease / 3);
@@ -213,7 +214,7 @@ impl Core {
         if let Some(link) = self.link.id() {
             self.act(Action::HangUp { link });
         }
-        self.link = LinkState::Down;
+        self.set_link(LinkState::Down);
         self.timers.clear(Timer::LinkSilent);
         self.timers.clear(Timer::Beat);
         self.dial();

@@ -13,7 +13,9 @@ use crate::engine::{AttemptId, Chunk, EngineInfo, Finish, Generate, LabelSpan, S
 
 mod attach;
 mod draining;
+mod edges;
 mod loading;
+mod modes;
 mod samples;
 
 /// A core with its clock, and what its actions amounted to.

@@ -1,5 +1,6 @@
-//! No engine at all: what stands in for one in a relay, a process that fetches versions only to serve them
-//! to receivers that cannot reach the trainer, or are many. It takes every load and generates nothing.
+//! No engine at all: what stands in for one in a relay, a process that fetches versions only to
+//! serve them to receivers that cannot reach the trainer, or are many. It takes every load and
+//! generates nothing.
 
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};

@@ -1,5 +1,5 @@
-//! The SGLang dialect: `/generate` as server-sent events and the control calls, as an unmodified server
-//! (0.5.x) and the embedded engine speak it. Owns the connection pool; decides nothing.
+//! The SGLang dialect: `/generate` as server-sent events and the control calls, as an unmodified
+//! server (0.5.x) and the embedded engine speak it. Owns the connection pool; decides nothing.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -172,7 +172,8 @@ impl Engine for Sglang {
     }
 }
 
-/// SGLang's 400 that hides a success: the weights did change, only the flush and the label are missing.
+/// SGLang's 400 that hides a success: the weights did change, only the flush and the label are
+/// missing.
 const HALF_DONE: &str = "Weights were updated, but";
 
 impl Sglang {

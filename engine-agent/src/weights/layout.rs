@@ -1,4 +1,5 @@
-//! Names, types and shapes of the tensors that an engine was started with: every new version must have the same.
+//! Names, types and shapes of the tensors that an engine was started with: every new version must
+//! have the same.
 
 use std::collections::BTreeMap;
 use std::path::Path;

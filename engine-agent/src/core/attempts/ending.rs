@@ -1,4 +1,5 @@
-//! The ways a sample leaves this engine before its time: `impl Core` for stops, aborts, cuts and losses.
+//! The ways a sample leaves this engine before its time: `impl Core` for stops, aborts, cuts and
+//! losses.
 
 use anabranch_proto::pb::{self, end::Why};
 use anabranch_proto::{Attempt, SampleId};
@@ -21,13 +22,13 @@ impl Core {
     /// Ends as `aborted`: at once if the engine has no request of it, else with its terminal chunk.
     fn abort(&mut self, now: Now, id: AttemptId, why: &str) {
         let Some(attempt) = self.attempts.by_id.get_mut(&id) else { return };
-        match attempt.stage {
+        match attempt.state() {
             AttemptState::Waiting | AttemptState::Cut => {
                 self.end_now(now, id, Why::Aborted, why.to_owned())
             }
-            AttemptState::Cutting => attempt.stage = AttemptState::Stopping,
+            AttemptState::Cutting => attempt.set_state(AttemptState::Stopping),
             AttemptState::Running => {
-                attempt.stage = AttemptState::Stopping;
+                attempt.set_state(AttemptState::Stopping);
                 let rid = attempt.rid();
                 self.act(Action::Abort { attempt: id, rid });
             }
@@ -45,10 +46,10 @@ impl Core {
     pub(in crate::core) fn cut_attempts(&mut self) {
         for id in self
             .attempts
-            .ids(|attempt| attempt.stage == AttemptState::Running && attempt.can_be_cut())
+            .ids(|attempt| attempt.state() == AttemptState::Running && attempt.can_be_cut())
         {
             let Some(attempt) = self.attempts.by_id.get_mut(&id) else { continue };
-            attempt.stage = AttemptState::Cutting;
+            attempt.set_state(AttemptState::Cutting);
             let rid = attempt.rid();
             self.act(Action::Abort { attempt: id, rid });
         }
@@ -56,7 +57,7 @@ impl Core {
 
     /// Requests that a load still waits for; with `all`, also those that would be paused.
     pub(in crate::core) fn unquiet(&self, all: bool) -> usize {
-        let counts = |attempt: &&LiveAttempt| match attempt.stage {
+        let counts = |attempt: &&LiveAttempt| match attempt.state() {
             AttemptState::Waiting | AttemptState::Cut => false,
             AttemptState::Running => all,
             AttemptState::Stopping | AttemptState::Discarding | AttemptState::Cutting => true,
@@ -64,10 +65,11 @@ impl Core {
         self.attempts.by_id.values().filter(counts).count()
     }
 
-    /// New weights lie under streams that were only paused: where exactly, the engine says at their end.
+    /// New weights lie under streams that were only paused: where exactly, the engine says at their
+    /// end.
     pub(in crate::core) fn mark_boundaries(&mut self) {
         for attempt in self.attempts.by_id.values_mut() {
-            attempt.boundary |= attempt.stage.at_engine();
+            attempt.boundary |= attempt.state().at_engine();
         }
     }
 
@@ -88,17 +90,17 @@ impl Core {
     pub(super) fn discard(&mut self, id: AttemptId) {
         let Some(attempt) = self.attempts.by_id.get_mut(&id) else { return };
         self.attempts.by_sample.remove(&attempt.sample);
-        match attempt.stage {
+        match attempt.state() {
             AttemptState::Waiting | AttemptState::Cut => {
                 self.attempts.by_id.remove(&id);
             }
             AttemptState::Running => {
-                attempt.stage = AttemptState::Discarding;
+                attempt.set_state(AttemptState::Discarding);
                 let rid = attempt.rid();
                 self.act(Action::Abort { attempt: id, rid });
             }
             AttemptState::Stopping | AttemptState::Cutting => {
-                attempt.stage = AttemptState::Discarding
+                attempt.set_state(AttemptState::Discarding)
             }
             AttemptState::Discarding => {}
         }
@@ -117,7 +119,8 @@ impl Core {
         ids.len()
     }
 
-    /// The buffer is full: the newest samples have the least to lose. Never stops reading the engine.
+    /// The buffer is full: the newest samples have the least to lose. Never stops reading the
+    /// engine.
     pub(in crate::core) fn shed(&mut self, now: Now) {
         let live: Vec<AttemptId> = self.attempts.by_sample.values().copied().collect();
         let mut ids = live;
@@ -137,7 +140,7 @@ impl Core {
         self.loader.drop_withheld();
         for id in self.attempts.ids(|_| true) {
             let Some(attempt) = self.attempts.remove(id) else { continue };
-            match attempt.stage {
+            match attempt.state() {
                 AttemptState::Discarding => {}
                 AttemptState::Waiting => {
                     self.outbox.end(now, attempt.end(Why::Busy, why.to_owned()))
@@ -148,13 +151,13 @@ impl Core {
         }
     }
 
-    /// A load went wrong after the streams went on: what they made since was not sent, and must not be.
+    /// A load went wrong after the streams went on: what they made since was not sent, and must not
+    /// be.
     pub(in crate::core) fn abort_unverified(&mut self, now: Now, why: &str) {
         self.loader.drop_withheld();
-        for id in self
-            .attempts
-            .ids(|attempt| attempt.stage.at_engine() && attempt.stage != AttemptState::Discarding)
-        {
+        for id in self.attempts.ids(|attempt| {
+            attempt.state().at_engine() && attempt.state() != AttemptState::Discarding
+        }) {
             self.close_attempt(now, id, Why::Aborted, why.to_owned());
         }
     }

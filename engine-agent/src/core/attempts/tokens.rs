@@ -22,7 +22,7 @@ impl Core {
     /// What a stream brought. The hot path: some 100 ns beside the copy.
     pub fn tokens(&mut self, now: Now, id: AttemptId, chunk: &Chunk) -> AfterChunk {
         let Some(attempt) = self.attempts.by_id.get(&id) else { return AfterChunk::Close };
-        if attempt.stage == AttemptState::Discarding {
+        if attempt.state() == AttemptState::Discarding {
             return AfterChunk::Read;
         }
         if self.loader.withholds() {
@@ -49,7 +49,7 @@ impl Core {
         let why = format!("the engine has other weights than were loaded: {label:?}");
         tracing::warn!(why, "dropped its tokens");
         let Some(attempt) = self.attempts.remove(id) else { return };
-        if attempt.stage != AttemptState::Discarding {
+        if attempt.state() != AttemptState::Discarding {
             self.outbox.end(now, attempt.end(Why::Lost, why));
         }
         self.act(Action::CheckEngine);

@@ -1,9 +1,10 @@
-//! The ends of a load other than success: `impl Core` for failures, cancellation and the engine's death.
+//! The ends of a load other than success: `impl Core` for failures, cancellation and the engine's
+//! death.
 
 use anabranch_runtime::Now;
 
-use super::loader::LoadState;
 use super::order::LoadOrder;
+use super::state::LoadState;
 use crate::core::Core;
 use crate::core::action::Action;
 use crate::core::timer::Timer;
@@ -19,7 +20,7 @@ impl Core {
     }
 
     pub(super) fn finish_load(&mut self, now: Now) {
-        self.loader.state = LoadState::Active;
+        self.loader.set_state(LoadState::Active);
         self.send_waiting(now);
         if let Some(next) = self.loader.next.take() {
             match self.cannot_load() {
@@ -33,7 +34,7 @@ impl Core {
         if let Some(next) = self.loader.next.take_if(|next| next.id == id) {
             return self.report(next.failed(why.to_owned()));
         }
-        match &self.loader.state {
+        match self.loader.state() {
             LoadState::Fetching(order) if order.id == id => {
                 let order = order.clone();
                 self.act(Action::CancelFetch { order: id });
@@ -56,31 +57,23 @@ impl Core {
 
     /// Leaving, or giving memory back: loads that have not reached the engine end here.
     pub(in crate::core) fn cancel_unstarted(&mut self, now: Now, why: &str) {
-        if let LoadState::Fetching(order) | LoadState::Quiescing(order, _) = &self.loader.state {
+        if let LoadState::Fetching(order) | LoadState::Quiescing(order, _) = self.loader.state() {
             let id = order.id;
             self.cancel_load(now, id, why);
         }
     }
 
     pub(in crate::core) fn engine_lost_in_load(&mut self, why: &str) {
-        let state = std::mem::take(&mut self.loader.state);
+        let order = self.loader.state().order().cloned();
+        if matches!(self.loader.state(), LoadState::Fetching(_)) {
+            let fetched = order.iter().map(|order| order.id);
+            fetched.for_each(|order| self.act(Action::CancelFetch { order }));
+        }
+        self.loader.set_state(LoadState::Active);
         self.loader.serving = None;
         self.loader.last_probe = None;
         self.timers.clear(Timer::LoadDeadline);
         self.timers.clear(Timer::Quiesce);
-        let order = match state {
-            LoadState::Active => None,
-            LoadState::Fetching(order) => {
-                self.act(Action::CancelFetch { order: order.id });
-                Some(order)
-            }
-            LoadState::Quiescing(order, _)
-            | LoadState::Pausing(order, _)
-            | LoadState::Loading(order, _)
-            | LoadState::Continuing(order, _)
-            | LoadState::Probing(order, _)
-            | LoadState::Restoring { order, .. } => Some(order),
-        };
         for order in order.into_iter().chain(self.loader.next.take()) {
             self.report(order.failed(format!("the engine died: {why}")));
         }

@@ -7,12 +7,14 @@ use std::path::PathBuf;
 use anabranch_proto::{Version, pb};
 
 use super::order::LoadOrder;
-use crate::core::event::{ProbeResult, RequestEnd, StagedVersion};
+use super::state::LoadState;
+use crate::core::check_edge;
+use crate::core::event::{ProbeResult, RequestEnd};
 use crate::engine::{AttemptId, Chunk, EngineInfo, LabelSpan};
 
 #[derive(Default)]
 pub struct Loader {
-    pub state: LoadState,
+    state: LoadState,
     /// What the engine's weights are; `None`: they are gone, or nobody knows.
     pub serving: Option<Serving>,
     /// The newest order that came too late to replace the one under way.
@@ -32,24 +34,6 @@ pub struct Serving {
     pub directory: Option<PathBuf>,
 }
 
-#[derive(Debug, Default)]
-pub enum LoadState {
-    #[default]
-    Active,
-    Fetching(LoadOrder),
-    Quiescing(LoadOrder, StagedVersion),
-    Pausing(LoadOrder, StagedVersion),
-    Loading(LoadOrder, StagedVersion),
-    Continuing(LoadOrder, StagedVersion),
-    Probing(LoadOrder, StagedVersion),
-    /// `reload`: the old weights are being loaded again; else only the pause is being ended.
-    Restoring {
-        order: LoadOrder,
-        why: String,
-        reload: bool,
-    },
-}
-
 pub enum Withheld {
     Tokens { attempt: AttemptId, tokens: Vec<u32>, logprobs: Vec<f32>, spans: Vec<LabelSpan> },
     End { attempt: AttemptId, end: RequestEnd },
@@ -58,6 +42,25 @@ pub enum Withheld {
 const MAX_LABELS: usize = 8;
 
 impl Loader {
+    /// The present state; [`Loader::set_state`] changes it.
+    pub fn state(&self) -> &LoadState {
+        &self.state
+    }
+
+    /// Assigns the state; no other code does.
+    pub fn set_state(&mut self, next: LoadState) {
+        check_edge("load", self.state.may_become(&next), &self.state, &next);
+        self.state = next;
+    }
+
+    /// The order whose version is being fetched.
+    pub fn fetching_mut(&mut self) -> Option<&mut LoadOrder> {
+        match &mut self.state {
+            LoadState::Fetching(order) => Some(order),
+            _ => None,
+        }
+    }
+
     pub fn serving(&self) -> Option<Version> {
         self.serving.as_ref().map(|serving| serving.version)
     }
@@ -118,7 +121,7 @@ impl Loader {
     }
 
     pub fn engine_started(&mut self, info: &EngineInfo, probe: Option<ProbeResult>) {
-        self.state = LoadState::Active;
+        self.set_state(LoadState::Active);
         self.last_probe = probe;
         let version = Version::base(0);
         self.take(Serving {

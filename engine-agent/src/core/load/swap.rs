@@ -1,12 +1,14 @@
-//! Changing the engine's weights, call by call: `impl Core` from quiet streams to the verdict of the probe.
+//! Changing the engine's weights, call by call: `impl Core` from quiet streams to the verdict of
+//! the probe.
 
 use anabranch_proto::pb;
 use anabranch_proto::pb::load_state::Stage;
 use anabranch_proto::pb::probe::Verdict;
 use anabranch_runtime::Now;
 
-use super::loader::{LoadState, Serving, Withheld};
+use super::loader::{Serving, Withheld};
 use super::order::{LoadOrder, verdict, wire};
+use super::state::LoadState;
 use crate::core::Core;
 use crate::core::action::{Action, ExitReason};
 use crate::core::event::{Call, ProbeResult, StagedVersion};
@@ -25,54 +27,48 @@ impl Core {
     }
 
     fn paused_for_load(&mut self) {
-        match std::mem::take(&mut self.loader.state) {
+        match self.loader.state().clone() {
             LoadState::Pausing(order, staged) => {
                 self.report(order.report(Stage::Loading));
                 let directory = staged.directory.clone();
                 self.act(Action::LoadWeights { directory, label: order.to.to_string() });
-                self.loader.state = LoadState::Loading(order, staged);
+                self.loader.set_state(LoadState::Loading(order, staged));
             }
-            other => self.loader.state = other,
+            _ => {}
         }
     }
 
     /// The engine has new weights; from here on its tokens are theirs.
     fn loaded(&mut self) {
-        match std::mem::take(&mut self.loader.state) {
+        match self.loader.state().clone() {
             LoadState::Loading(order, staged) => {
                 self.mark_boundaries();
                 self.report(order.report(Stage::Probing));
-                self.loader.state = LoadState::Continuing(order, staged);
+                self.loader.set_state(LoadState::Continuing(order, staged));
                 self.act(Action::Call(Call::ContinueAfterLoad));
             }
             // The old ones are back.
-            LoadState::Restoring { order, why, .. } => {
-                self.loader.state = LoadState::Restoring { order, why, reload: false };
+            LoadState::Restoring { order, why, reload: true } => {
+                self.loader.set_state(LoadState::Restoring { order, why, reload: false });
                 self.act(Action::Call(Call::ContinueAfterLoad));
             }
-            other => self.loader.state = other,
+            _ => {}
         }
     }
 
     fn continued(&mut self, now: Now) {
-        match std::mem::take(&mut self.loader.state) {
+        match self.loader.state().clone() {
             LoadState::Continuing(order, staged) => {
-                self.loader.state = LoadState::Probing(order, staged);
+                self.loader.set_state(LoadState::Probing(order, staged));
                 self.act(Action::Probe);
             }
             LoadState::Restoring { order, why, reload: false } => self.fail_load(now, order, why),
-            other => self.loader.state = other,
+            _ => {}
         }
     }
 
     pub(in crate::core) fn probed(&mut self, now: Now, result: Result<ProbeResult, String>) {
-        let (order, staged) = match std::mem::take(&mut self.loader.state) {
-            LoadState::Probing(order, staged) => (order, staged),
-            other => {
-                self.loader.state = other;
-                return;
-            }
-        };
+        let LoadState::Probing(order, staged) = self.loader.state().clone() else { return };
         let probe = match result {
             Ok(probe) => probe,
             Err(why) => return self.go_back(now, order, format!("the probe failed: {why}")),
@@ -109,6 +105,8 @@ impl Core {
         self.loader.last_probe = Some(probe.clone());
         self.act(Action::KeepStaged { version: order.to, directory: staged.directory.clone() });
         self.report(order.active(Some(probe), verdict, Some(&staged)));
+        // Nothing is withheld from here on, so the replay below reaches the attempts.
+        self.loader.set_state(LoadState::Active);
         for item in std::mem::take(&mut self.loader.withheld) {
             match item {
                 Withheld::Tokens { attempt, tokens, logprobs, spans } => {
@@ -122,24 +120,24 @@ impl Core {
 
     /// The engine refused, or could not be paused: its weights are still the old ones.
     fn load_failed(&mut self, why: String) {
-        match std::mem::take(&mut self.loader.state) {
+        match self.loader.state().clone() {
             LoadState::Pausing(order, _) | LoadState::Loading(order, _) => {
-                self.loader.state = LoadState::Restoring { order, why, reload: false };
+                self.loader.set_state(LoadState::Restoring { order, why, reload: false });
                 self.act(Action::Call(Call::ContinueAfterLoad));
             }
             LoadState::Restoring { order, why: first, .. } => {
                 self.unverified(&order, &format!("{first}; and going back failed: {why}"));
             }
-            other => self.loader.state = other,
+            _ => {}
         }
     }
 
     fn continue_failed(&mut self, why: String) {
-        match std::mem::take(&mut self.loader.state) {
+        match self.loader.state().clone() {
             LoadState::Continuing(order, _) | LoadState::Restoring { order, .. } => {
                 self.unverified(&order, &format!("the engine does not go on: {why}"));
             }
-            other => self.loader.state = other,
+            _ => {}
         }
     }
 
@@ -152,7 +150,7 @@ impl Core {
             self.unverified(&order, &format!("{why}; no copy of the old weights can be read here"));
             return;
         };
-        self.loader.state = LoadState::Restoring { order, why, reload: true };
+        self.loader.set_state(LoadState::Restoring { order, why, reload: true });
         self.act(Action::LoadWeights { directory, label });
     }
 
@@ -160,6 +158,7 @@ impl Core {
     fn unverified(&mut self, order: &LoadOrder, why: &str) {
         self.report(order.failed(why.to_owned()));
         self.loader.serving = None;
+        self.loader.set_state(LoadState::Active);
         self.exit(ExitReason::Unverified { why: why.to_owned() });
     }
 }

@@ -1,4 +1,5 @@
-//! How fast a fetch came in and what went on to peers meanwhile: the manager ranks hosts by it. Pure.
+//! How fast a fetch came in and what went on to peers meanwhile: the manager ranks hosts by it.
+//! Pure.
 
 use std::time::Duration;
 

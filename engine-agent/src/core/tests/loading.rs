@@ -1,4 +1,5 @@
-//! Loads of new weights: what becomes of running samples, probes, and the versions that tokens carry.
+//! Loads of new weights: what becomes of running samples, probes, and the versions that tokens
+//! carry.
 
 use super::*;
 

@@ -1,5 +1,6 @@
-//! SGLang's stream: server-sent events to token deltas. Pure. Serves the cumulative and the incremental
-//! form by one rule: what is new is the tail of `output_ids`, as long as `completion_tokens` grew.
+//! SGLang's stream: server-sent events to token deltas. Pure. Serves the cumulative and the
+//! incremental form by one rule: what is new is the tail of `output_ids`, as long as
+//! `completion_tokens` grew.
 
 use std::borrow::Cow;
 
@@ -105,8 +106,8 @@ impl Decoder {
             malformed(format!("completion_tokens fell from {} to {total}", self.have))
         })? as usize;
         let logprobs = tail(&meta.output_token_logprobs, fresh, "output_token_logprobs")?;
-        // A queued abort repeats its last token and all its log-probabilities; what was not sent before
-        // stands only beside the latter.
+        // A queued abort repeats its last token and all its log-probabilities; what was not sent
+        // before stands only beside the latter.
         let named = &ids[ids.len() - ids.len().min(fresh)..];
         let first_named = fresh - named.len();
         for (entry, id) in logprobs[first_named..].iter().zip(named) {

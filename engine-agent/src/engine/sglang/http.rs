@@ -1,5 +1,6 @@
-//! HTTP/1.1 to one engine, lean: each request drives its own connection inside its own task (no second
-//! task, no channel hop between tasks per chunk), and finished connections are kept for reuse.
+//! HTTP/1.1 to one engine, lean: each request drives its own connection inside its own task (no
+//! second task, no channel hop between tasks per chunk), and finished connections are kept for
+//! reuse.
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -140,7 +141,8 @@ impl Pool {
     }
 }
 
-/// hyper reads at most this at once; a busy stream's chunk is below 2 KiB, a prompt's answer may be large.
+/// hyper reads at most this at once; a busy stream's chunk is below 2 KiB, a prompt's answer may be
+/// large.
 const READ_BUFFER_BYTES: usize = 64 << 10;
 
 /// Connections kept for reuse: as many as samples run on a large engine.

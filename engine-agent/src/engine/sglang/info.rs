@@ -1,4 +1,5 @@
-//! What an SGLang server says of itself, with the model directory's `config.json` where it stays silent.
+//! What an SGLang server says of itself, with the model directory's `config.json` where it stays
+//! silent.
 
 use std::path::{Path, PathBuf};
 
@@ -65,7 +66,6 @@ fn caps(server: &ServerInfo, embedded: bool, convention: Option<Convention>) -> 
         spans: true,
         pause_modes: ["abort", "retract", "in_place"].map(str::to_owned).into(),
         release_memory: server.enable_memory_saver,
-        modalities: vec!["text".to_owned()],
         ..Default::default()
     }
 }
@@ -128,7 +128,8 @@ struct RawLoads {
 }
 
 impl RawLoads {
-    /// Of all data-parallel ranks. An engine that does not say gets a modest guess: 0 would mean none.
+    /// Of all data-parallel ranks. An engine that does not say gets a modest guess: 0 would mean
+    /// none.
     fn kv_tokens(&self) -> u64 {
         let sum = self.loads.iter().map(|load| load.max_total_num_tokens).sum();
         if sum == 0 { GUESSED_KV_TOKENS } else { sum }

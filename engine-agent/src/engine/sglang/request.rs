@@ -15,7 +15,6 @@ pub(super) fn body(request: &Generate, incremental: bool) -> Bytes {
         stream: true,
         return_logprob: true,
         logprob_start_len: -1,
-        lora_path: Some(request.adapter.as_str()).filter(|adapter| !adapter.is_empty()),
     };
     serde_json::to_vec(&body).expect("plain structs serialise").into()
 }
@@ -29,8 +28,6 @@ struct Body<'a> {
     return_logprob: bool,
     /// Of the prompt: none.
     logprob_start_len: i32,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    lora_path: Option<&'a str>,
 }
 
 struct Ids<'a> {
@@ -96,8 +93,8 @@ fn top_k(sampling: &pb::Sampling) -> i64 {
     }
 }
 
-/// Each chunk of a cumulative stream repeats all that came before, so bytes grow with the square of the
-/// length over the interval: 64 chunks at most keep them near 32 times the final chunk.
+/// Each chunk of a cumulative stream repeats all that came before, so bytes grow with the square of
+/// the length over the interval: 64 chunks at most keep them near 32 times the final chunk.
 pub(super) fn cumulative_interval(max_tokens: u32) -> u32 {
     max_tokens.div_ceil(64).max(8)
 }
@@ -132,7 +129,6 @@ mod tests {
             min_tokens: 2,
             stop_ids: Arc::from([9]),
             seed: Some(7),
-            adapter: String::new(),
         }
     }
 
