@@ -1,6 +1,6 @@
 //! The chaos run: real processes, one random fault a second, a version every few seconds; then everything is left to
 //! finish and a process of its own verifies every token. Owns the run's course and its report; which fault comes
-//! is [`faults`]'s, how it is done is [`breaker`]'s.
+//! is `faults`'s, how it is done is `breaker`'s.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

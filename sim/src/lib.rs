@@ -4,7 +4,7 @@
 //! A failing seed reproduces exactly: `anabranch sim --seed N`.
 //!
 //! What is real: the deciding core, the ledger, the oracle. What is modelled: agents and engines as one
-//! ([`fleet`]), the trainer ([`trainer`]), the network ([`world`]). [`transfer`] is a world of its own: weights
+//! (`fleet`), the trainer (`trainer`), the network (`world`). [`transfer`] is a world of its own: weights
 //! on their way, with the manager's plan and the receiver's queue.
 
 mod check;
