@@ -1,15 +1,37 @@
-# CI runs these same recipes (.ci/run).
+# Short names. What the gates run stands in .ci/run, which CI calls too.
 
 default: fmt clippy test
 
+# Every gate, in CI's order, from formatting to the tests.
+ci:
+    .ci/run
+
 fmt:
-    cargo fmt --all --check
+    .ci/run fmt
+
+words:
+    .ci/run words
+
+deny:
+    .ci/run deny
+
+advisories:
+    .ci/run advisories
+
+unused:
+    .ci/run unused
 
 clippy:
-    cargo clippy --release --workspace --all-targets --locked -- -D warnings
+    .ci/run clippy
+
+docs:
+    .ci/run docs
+
+rdma:
+    .ci/run rdma
 
 test:
-    cargo test --release --workspace --locked
+    .ci/run test
 
 demo:
     cargo run --release -p anabranch -- demo
