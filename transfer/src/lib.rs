@@ -5,52 +5,45 @@
 //! fetches what (the manager's), loading into an engine (the agent's).
 //!
 //! Units: offsets and lengths are bytes of a version's *image*, which is a safetensors file; chunks are
-//! indices of `chunk_bytes` each. The flow, in reading order:
+//! indices of `chunk_bytes` each. The layers, each of which imports only those above it in this list:
 //!
 //! ```text
-//!   layout ─► arena ─► holder ─► serve ══ wire over link ══► fetch (queue) ─► staging ─► a directory
-//!             publish is the trainer's API                    Fetcher is the agent's
+//!   image      what a version is: layout, chunks, blobs, checkpoints, names of exported versions
+//!   memory     shared memory, who else maps it, locked directories
+//!   link       one stream between two processes: the messages, and each way to carry them
+//!   delta      the differences between versions, and the memory that they are in
+//!   send       the trainer's side: arena -> holder -> serve; publish is its API
+//!   receive    the agent's side: fetch (queue) -> staging -> a directory for the engine
 //! ```
 //! The bulk path is blocking threads; the async functions of the API only wait for them.
 
-pub mod checkpoint;
-pub mod chunks;
 pub mod delta;
-pub mod directory;
-pub mod layout;
-pub mod queue;
-pub mod wire;
 
-mod arena;
-mod export;
-mod fetch;
-mod holder;
-mod inbound;
+mod image;
 mod link;
-mod listen;
-mod lock;
-mod maps;
-mod publish;
-mod serve;
-mod shm;
-mod staging;
+mod memory;
+mod receive;
+mod send;
 
-pub use arena::ArenaError;
-pub use arena::home::ShmArena;
-pub use export::ExportError;
-pub use fetch::{
+pub use image::{checkpoint, chunks, directory, layout};
+pub use link::wire;
+pub use link::{LinkError, PinMismatch};
+pub use memory::home::ShmArena;
+pub use memory::lock::LockError;
+pub use memory::mappers::Mapper;
+pub use receive::fetch::{
     FetchError, FetchProgress, FetchReport, FetchRequest, FetchRules, Fetcher, SourceRef, Staged,
     Tried,
 };
-pub use holder::{Held, Holder, Lease, Refusal};
-pub use link::{LinkError, PinMismatch};
-pub use listen::{LinkKind, Listen, Listener, UnknownLink};
-pub use lock::LockError;
-pub use maps::Mapper;
-pub use publish::{
+pub use receive::queue;
+pub use receive::queue::QueueStats;
+pub use receive::staging::{MODEL_FILE, StageError, StagedSlot, Staging};
+pub use send::arena::ArenaError;
+pub use send::export::ExportError;
+pub use send::holder::{Held, Holder, Lease, Refusal};
+pub use send::listen::{LinkKind, Listen, Listener, UnknownLink};
+pub use send::publish::{
     Part, PartError, PartInfo, PartInfoError, PieceRef, PublishError, Published, Publisher,
     PublisherConfig, Publishing, PublishingPart, Sender, TensorRef,
 };
-pub use queue::QueueStats;
-pub use serve::{FeedOrder, ServeError, ServeLimits, Server};
-pub use staging::{MODEL_FILE, StageError, StagedSlot, Staging};
+pub use send::serve::{FeedOrder, ServeError, ServeLimits, Server};

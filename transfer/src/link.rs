@@ -18,9 +18,9 @@ use std::time::Duration;
 
 use anabranch_proto::manifest::ChunkHash;
 
-use crate::holder::Blob;
-use crate::shm::SharedMap;
-use crate::wire::{Message, WireError};
+use crate::link::wire::{Message, WireError};
+use crate::memory::map::SharedMap;
+use crate::send::holder::Blob;
 
 pub(crate) mod file;
 pub(crate) mod frame;
@@ -32,6 +32,7 @@ pub(crate) mod shm;
 mod stream;
 pub(crate) mod tcp;
 pub(crate) mod tls;
+pub mod wire;
 
 pub use identity::PinMismatch;
 

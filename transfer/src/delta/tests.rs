@@ -2,7 +2,7 @@ use anabranch_proto::manifest::{Kind, Manifest};
 use proptest::prelude::*;
 
 use super::*;
-use crate::layout::{Layout, TensorSpec};
+use crate::image::layout::{Layout, TensorSpec};
 
 fn manifest(tensors: &[(DType, u64)]) -> Manifest {
     let spec = |(ix, (dtype, len)): (usize, &(DType, u64))| TensorSpec {

@@ -17,9 +17,9 @@ use anabranch_proto::manifest::{ChunkHash, Kind, MAX_MANIFEST_BYTES, Manifest};
 use anabranch_proto::version::{Root, Version};
 
 use super::{Closer, Link, LinkError};
-use crate::export::{self, Name};
-use crate::shm::SharedMap;
-use crate::wire::{BlobId, FailCode, MAX_WANTED, Message};
+use crate::link::wire::{BlobId, FailCode, MAX_WANTED, Message};
+use crate::memory::map::SharedMap;
+use crate::send::export::{self, Name};
 
 /// Hashed while still in the cache, after it was copied.
 const STRIDE: usize = 128 << 10;

@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use anabranch_proto::manifest::ChunkHash;
 
-use crate::shm::SharedMap;
-use crate::wire::{HEADER_BYTES, Header, Message, WireError};
+use crate::link::wire::{HEADER_BYTES, Header, Message, WireError};
+use crate::memory::map::SharedMap;
 
 /// Read at once, then hashed while it is still in the cache. Shorter strides cost more in waits for the
 /// socket than the cache gives back: 0.1 s of CPU for 2 GiB at 128 KiB.

@@ -27,9 +27,9 @@ use anabranch_proto::manifest::ChunkHash;
 
 use super::tcp::{self, TcpLink};
 use super::{Closer, Link, LinkError};
-use crate::holder::Blob;
-use crate::shm::SharedMap;
-use crate::wire::{Message, WireError};
+use crate::link::wire::{Message, WireError};
+use crate::memory::map::SharedMap;
+use crate::send::holder::Blob;
 
 mod fabric;
 mod lending;

@@ -12,8 +12,8 @@ use anabranch_proto::manifest::ChunkHash;
 
 use super::frame::{self, ReadError};
 use super::{Closer, Link, LinkError};
-use crate::shm::SharedMap;
-use crate::wire::Message;
+use crate::link::wire::Message;
+use crate::memory::map::SharedMap;
 
 /// Read from the file at once, then encrypted while it is still in the cache.
 const SEND_STRIDE: u64 = 64 << 10;

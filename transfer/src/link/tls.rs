@@ -18,7 +18,7 @@ use rustls::{ClientConnection, Connection, ServerConfig, ServerConnection};
 use super::identity::{NAME, Pinned, PinnedAddr};
 use super::stream::{ByteStream, StreamLink};
 use super::{Closer, Link, LinkError, frame, tcp};
-use crate::wire::Message;
+use crate::link::wire::Message;
 
 /// What is read from the socket at once: enough for requests at first, more for bulk. rustls by itself
 /// reads 4 KiB.

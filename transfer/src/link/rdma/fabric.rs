@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
-use crate::maps::LendingMap;
-use crate::shm::SharedMap;
+use crate::memory::map::SharedMap;
+use crate::memory::mappers::LendingMap;
 
 mod raw;
 mod reads;

@@ -16,9 +16,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::fabric::{self, Endpoint, Lender, Lent, ReadMap, Remote};
-use crate::holder::{Blob, Stamp};
 use crate::link::LinkError;
-use crate::shm::SharedMap;
+use crate::memory::map::SharedMap;
+use crate::send::holder::{Blob, Stamp};
 
 /// New connections wake nobody in some providers: they wait for so long.
 const SERVE_TICK: Duration = Duration::from_millis(20);

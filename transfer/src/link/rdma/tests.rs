@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anabranch_proto::manifest::{Kind, Manifest};
 
 use super::*;
-use crate::chunks::{ChunkSet, Ledger};
-use crate::holder::{Backing, Stamp};
-use crate::wire::BlobId;
+use crate::image::chunks::{ChunkSet, Ledger};
+use crate::link::wire::BlobId;
+use crate::send::holder::{Backing, Stamp};
 
 const CHUNK_BYTES: u32 = 1 << 20;
 const CHUNKS: u32 = 4;

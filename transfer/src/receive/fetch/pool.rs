@@ -1,0 +1,144 @@
+//! Streams that are kept between versions, and the greeting that binds one to a version.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
+
+use anabranch_proto::version::Root;
+
+use super::{Shared, SourceRef, StreamError};
+use crate::link::wire::{Message, PROTO};
+use crate::link::{self, Link, LinkError};
+
+/// Address of a source that dials this receiver; its name follows.
+const FEED: &str = "feed:";
+/// Idle streams per address; more than this are closed.
+const KEPT: usize = 16;
+
+/// Idle streams by the address they go to.
+#[derive(Default)]
+pub(super) struct Pool {
+    idle: Mutex<BTreeMap<String, Vec<Box<dyn Link>>>>,
+    /// Addresses that did not answer when they were last tried: tried last.
+    silent: Mutex<BTreeSet<String>>,
+}
+
+/// A stream bound to the version that its grant names.
+pub(super) struct Session {
+    pub(super) link: Box<dyn Link>,
+    /// The one of the source's addresses that it goes to.
+    pub(super) addr: String,
+    pub(super) complete: bool,
+    pub(super) delta_complete: bool,
+    pub(super) delta_bytes: u64,
+}
+
+// === impl Pool ===
+
+impl Pool {
+    fn put(&self, addr: &str, link: Box<dyn Link>) {
+        let mut idle = self.idle.lock().expect("held only to push and pop");
+        let links = idle.entry(addr.to_owned()).or_default();
+        if links.len() < KEPT {
+            links.push(link);
+        }
+    }
+
+    fn take(&self, addr: &str) -> Option<Box<dyn Link>> {
+        let mut idle = self.idle.lock().expect("held only to push and pop");
+        let links = idle.get_mut(addr)?;
+        while let Some(mut link) = links.pop() {
+            if link.is_idle() {
+                return Some(link);
+            }
+        }
+        idle.remove(addr);
+        None
+    }
+
+    /// The given order, but those that were silent come last.
+    fn in_order<'a>(&self, addrs: &'a [String]) -> Vec<&'a String> {
+        let silent = self.silent.lock().expect("held only to look and note");
+        let mut ordered: Vec<&String> = addrs.iter().collect();
+        ordered.sort_by_key(|addr| silent.contains(*addr));
+        ordered
+    }
+
+    fn note(&self, addr: &str, answered: bool) {
+        let mut silent = self.silent.lock().expect("held only to look and note");
+        if answered {
+            silent.remove(addr);
+        } else {
+            silent.insert(addr.to_owned());
+        }
+    }
+}
+
+// === impl Session ===
+
+impl Session {
+    /// On a kept stream if one lives, else on a new one to the first address that answers.
+    pub(super) fn open(
+        shared: &Shared,
+        source: &SourceRef,
+        base: Root,
+    ) -> Result<Session, StreamError> {
+        let mut first = None;
+        for addr in shared.pool.in_order(&source.addrs) {
+            let opened = Session::open_at(shared, addr, &source.grant, base);
+            shared.pool.note(addr, !matches!(opened, Err(StreamError::Link(_))));
+            match opened {
+                Err(StreamError::Link(error)) => first = first.or(Some(error)),
+                other => return other,
+            }
+        }
+        let nowhere = || LinkError::Address { addr: String::new(), why: "none is known".into() };
+        Err(first.unwrap_or_else(nowhere).into())
+    }
+
+    fn open_at(
+        shared: &Shared,
+        addr: &str,
+        grant: &[u8],
+        base: Root,
+    ) -> Result<Session, StreamError> {
+        if let Some(link) = shared.pool.take(addr) {
+            match greet(shared, link, addr, grant, base) {
+                // The peer may have closed it a moment ago: only a new stream tells.
+                Err(StreamError::Link(_)) => {}
+                other => return other,
+            }
+        }
+        let link = match addr.strip_prefix(FEED) {
+            None => link::dial(addr, shared.rules.connect)?,
+            Some(source) => {
+                let dialled = shared.holder.inbound().take(source, shared.rules.connect);
+                let within = shared.rules.connect;
+                dialled
+                    .ok_or_else(|| LinkError::NotDialled { holder: source.to_owned(), within })?
+            }
+        };
+        greet(shared, link, addr, grant, base)
+    }
+
+    /// Kept for the next use.
+    pub(super) fn keep(self, shared: &Shared) {
+        shared.pool.put(&self.addr, self.link);
+    }
+}
+
+fn greet(
+    shared: &Shared,
+    mut link: Box<dyn Link>,
+    addr: &str,
+    grant: &[u8],
+    base: Root,
+) -> Result<Session, StreamError> {
+    link.set_patience(shared.rules.progress)?;
+    link.send(&Message::Hi { proto: PROTO, base, grant: grant.to_vec() })?;
+    match link.receive()? {
+        Message::Welcome { complete, delta_complete, delta_bytes } => {
+            Ok(Session { link, addr: addr.to_owned(), complete, delta_complete, delta_bytes })
+        }
+        other => Err(StreamError::from_reply(other)),
+    }
+}
