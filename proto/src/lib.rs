@@ -24,6 +24,7 @@ pub mod sampling;
 pub mod seed;
 pub mod staleness;
 // weights
+pub mod address;
 pub mod attested;
 pub mod grant;
 pub mod manifest;
