@@ -80,6 +80,8 @@ fn run(cli: Cli) -> Outcome {
         (log, false) => log.as_deref(),
     };
     telemetry::init(filter, format).or_exit(Exit::Usage)?;
+    #[cfg(feature = "rdma")]
+    anabranch_transfer_rdma::register();
     // An agent's work is many small wake-ups: on one thread they need no hand-over.
     let mut runtime = match cli.command {
         Command::Agent(_) => tokio::runtime::Builder::new_current_thread(),

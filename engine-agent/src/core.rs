@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Debug;
 use std::time::Duration;
 
+use anabranch_proto::address::Address;
 use anabranch_proto::pb;
 use anabranch_runtime::{Now, TimerTable};
 
@@ -57,7 +58,7 @@ pub struct CoreConfig {
     pub token: String,
     pub labels: BTreeMap<String, String>,
     pub gpus: u32,
-    pub addresses: Vec<String>,
+    pub addresses: Vec<Address>,
     /// The same for all agents that it can pass memory to; empty: none.
     pub host: String,
     pub weights_by_trainer: bool,

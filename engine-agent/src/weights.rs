@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use anabranch_proto::address::{Address, AddressError};
 use anabranch_proto::{Version, pb};
 use anabranch_transfer::checkpoint::{Baseline, Checkpoint};
 use anabranch_transfer::directory::{DirectoryStamp, ReadOptions, verify_directory};
@@ -79,9 +80,9 @@ impl Weights {
     }
 
     /// Where peers will find what this agent holds, best first; none: it lends nothing.
-    pub fn addresses(&self) -> Vec<String> {
+    pub fn addresses(&self) -> Vec<Address> {
         let abroad = self.lock().data_plane.addresses();
-        let here = self.sharing.as_ref().map(|(socket, _)| format!("shm:{}", socket.display()));
+        let here = self.sharing.as_ref().map(|(socket, _)| Address::Shm(socket.clone()));
         here.into_iter().chain(abroad).collect()
     }
 
@@ -261,19 +262,16 @@ fn moved(at: FetchProgress, holder: &Holder, version: Version) -> Moved {
     Moved { bytes: at.bytes, received_bytes: at.received_bytes, served_bytes }
 }
 
-/// One per holder, with all its addresses.
+/// One source for each holder, with all its addresses that can be dialled from here.
 fn sources(orders: &[pb::Source]) -> Vec<SourceRef> {
     let mut sources: Vec<SourceRef> = Vec::new();
     for order in orders {
-        let addr = match order.dial() {
-            pb::source::Dial::Source => format!("feed:{}", order.holder),
-            pb::source::Dial::Receiver | pb::source::Dial::Unspecified => order.addr.clone(),
-        };
+        let addr = address(order);
         match sources.iter_mut().find(|s| s.holder == order.holder) {
-            Some(known) => known.addrs.push(addr),
+            Some(known) => known.addrs.extend(addr),
             None => sources.push(SourceRef {
                 holder: order.holder.clone(),
-                addrs: vec![addr],
+                addrs: addr.into_iter().collect(),
                 grant: order.grant.to_vec(),
                 stripes: order.stripes.clone(),
                 fallback_for: order.fallback_for.clone(),
@@ -282,4 +280,15 @@ fn sources(orders: &[pb::Source]) -> Vec<SourceRef> {
         }
     }
     sources
+}
+
+/// Where the holder is reached; `None`, with a warning, where this version of the agent cannot.
+fn address(order: &pb::Source) -> Option<Address> {
+    if order.dial() == pb::source::Dial::Source {
+        return Some(Address::Feed(order.holder.clone()));
+    }
+    let refused = |error: &AddressError| {
+        tracing::warn!(holder = order.holder, %error, "a holder of weights is not dialled there");
+    };
+    order.addr.parse().inspect_err(refused).ok()
 }

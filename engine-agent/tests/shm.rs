@@ -6,6 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use anabranch_proto::address::Address;
 use anabranch_proto::grant::{Grant, Role};
 use anabranch_proto::manifest::DType;
 use anabranch_proto::pb::load_state::Stage;
@@ -21,8 +22,8 @@ fn load(publisher: &Publisher, version: Version) -> to_agent::Kind {
     let (job, receiver) = ("test".to_owned(), "e1".to_owned());
     let (ttl_ms, nonce) = (60_000, version.number);
     let grant = Grant { job, version, receiver, role: Role::Fetch, ttl_ms, nonce }.mint(&KEY);
-    let source = |addr: String| pb::Source {
-        addr,
+    let source = |addr: Address| pb::Source {
+        addr: addr.to_string(),
         grant: grant.clone(),
         holder: "trainer".into(),
         ..Default::default()

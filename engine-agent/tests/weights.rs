@@ -86,7 +86,7 @@ async fn outcome(attached: &mut Attached, ledger: &mut Ledger) -> pb::LoadState 
 async fn versions_come_in_chunks_and_go_on_to_a_peer_while_samples_run() {
     logs();
     let publisher = publisher();
-    let trainer = publisher.addresses()[0].clone();
+    let trainer = publisher.addresses()[0].to_string();
     let engine = TestEngine::start(|config| config.rate = Some(300.0)).await;
     let mut manager = TestManager::start().await;
     // What it announces before it serves is what peers dial: its certificate stands there already.
@@ -138,7 +138,7 @@ async fn versions_come_in_chunks_and_go_on_to_a_peer_while_samples_run() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_version_that_does_not_fit_or_cannot_be_reached_is_never_shown_to_the_engine() {
     let publisher = publisher();
-    let trainer = publisher.addresses()[0].clone();
+    let trainer = publisher.addresses()[0].to_string();
     let engine = TestEngine::start(|config| config.rate = Some(300.0)).await;
     let mut manager = TestManager::start().await;
     let _agent = TestAgent::start(manager.addr, engine.addr, |_| {});
@@ -173,7 +173,7 @@ async fn a_version_that_does_not_fit_or_cannot_be_reached_is_never_shown_to_the_
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_relay_takes_a_version_without_an_engine_and_an_engine_gets_it_from_there() {
     let publisher = publisher();
-    let trainer = publisher.addresses()[0].clone();
+    let trainer = publisher.addresses()[0].to_string();
     let engine = TestEngine::start(|_| {}).await;
     let mut manager = TestManager::start().await;
     let _relay = TestAgent::start(manager.addr, engine.addr, |c| {

@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use anabranch_proto::address::AddressError;
 use anabranch_proto::{Root, Version, pb};
 use anabranch_transfer::{FeedOrder, Publisher, Sender};
 use bytes::Bytes;
@@ -145,13 +146,13 @@ impl Announcement {
         };
         if self.sender.is_some_and(|sender| sender.part) {
             // What is no whole is not passed on as memory.
-            addresses.retain(|addr| !addr.starts_with("shm:"));
+            addresses.retain(|addr| !addr.is_within_host());
         }
         let begin = pb::publish_part::Begin {
             session: self.session,
             version: Some(pb::Version { root: Bytes::new(), ..version.into() }),
             kind: 1,
-            addresses,
+            addresses: addresses.iter().map(ToString::to_string).collect(),
             directory,
             dials: self.dials,
             bytes: self.bytes,
@@ -194,8 +195,13 @@ impl Announcement {
         // Nobody was told that a directory dials.
         let Source::Publisher(publisher) = &self.source else { return };
         let receiver = order.receiver;
+        let address = |addr: &String| {
+            let refused =
+                |error: &AddressError| tracing::warn!(receiver, %error, "not dialled there");
+            addr.parse().inspect_err(refused).ok()
+        };
         let order = FeedOrder {
-            addrs: order.addresses,
+            addrs: order.addresses.iter().filter_map(address).collect(),
             grant: order.grant.to_vec(),
             streams: order.streams as usize,
             connect: DIAL_PATIENCE,

@@ -18,6 +18,7 @@
 //! The bulk path is blocking threads; the async functions of the API only wait for them.
 
 pub mod delta;
+pub mod external;
 
 mod image;
 mod link;
@@ -25,10 +26,11 @@ mod memory;
 mod receive;
 mod send;
 
+pub use image::exported::MODEL_FILE;
 pub use image::{checkpoint, chunks, directory, layout};
 pub use link::wire;
 pub use link::{LinkError, PinMismatch};
-pub use memory::home::ShmArena;
+pub use memory::home::{HomeError, ShmArena};
 pub use memory::lock::LockError;
 pub use memory::mappers::Mapper;
 pub use receive::fetch::{
@@ -37,13 +39,13 @@ pub use receive::fetch::{
 };
 pub use receive::queue;
 pub use receive::queue::QueueStats;
-pub use receive::staging::{MODEL_FILE, StageError, StagedSlot, Staging};
+pub use receive::staging::{StageError, StagedSlot, Staging};
 pub use send::arena::ArenaError;
 pub use send::export::ExportError;
 pub use send::holder::{Held, Holder, Lease, Refusal};
-pub use send::listen::{LinkKind, Listen, Listener, UnknownLink};
+pub use send::listen::{LinkKind, Listen, Listener, ServeError, UnknownLink};
 pub use send::publish::{
     Part, PartError, PartInfo, PartInfoError, PieceRef, PublishError, Published, Publisher,
     PublisherConfig, Publishing, PublishingPart, Sender, TensorRef,
 };
-pub use send::serve::{FeedOrder, ServeError, ServeLimits, Server};
+pub use send::serve::{FeedOrder, ServeLimits, Server};

@@ -12,36 +12,36 @@
 //! ```
 
 use std::fs::File;
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::time::Duration;
 
 use anabranch_proto::manifest::ChunkHash;
 
-use crate::link::wire::{Message, WireError};
+use crate::image::blob::Blob;
 use crate::memory::map::SharedMap;
-use crate::send::holder::Blob;
+use wire::Message;
 
+mod dial;
+mod error;
+pub(crate) mod external;
 pub(crate) mod file;
 pub(crate) mod frame;
 pub(crate) mod identity;
 pub(crate) mod quic;
-#[cfg_attr(not(feature = "rdma"), path = "link/rdma/absent.rs")]
-pub(crate) mod rdma;
 pub(crate) mod shm;
 mod stream;
 pub(crate) mod tcp;
 pub(crate) mod tls;
 pub mod wire;
 
+pub(crate) use dial::dial;
+pub use error::LinkError;
 pub use identity::PinMismatch;
-
-use file::FileLink;
-use identity::PinnedAddr;
 
 /// One stream of the data plane, from either end. Blocking, with a deadline on every step: a call fails
 /// with [`LinkError::Stalled`] when no byte moves for the patience that was set.
-pub(crate) trait Link: Send {
+pub trait Link: Send {
     /// Who is at the other end, for logs.
     fn peer(&self) -> String;
 
@@ -92,66 +92,4 @@ pub(crate) trait Link: Send {
     fn is_idle(&mut self) -> bool;
 }
 
-pub(crate) type Closer = Box<dyn Fn() + Send + Sync>;
-
-/// What can go wrong on a stream, from this side's view.
-#[derive(Debug, thiserror::Error)]
-pub enum LinkError {
-    #[error("cannot resolve `{addr}`: {error}")]
-    Resolve { addr: String, error: io::Error },
-    #[error("cannot connect to {addr} within {within:?}: {error}")]
-    Connect { addr: String, within: Duration, error: io::Error },
-    #[error("`{addr}` is no address of the data plane: {why}")]
-    Address { addr: String, why: String },
-    #[error("`{holder}` did not dial this receiver within {within:?}")]
-    NotDialled { holder: String, within: Duration },
-    #[error("{addr} is not the listener that was asked for: {mismatch}")]
-    Pin { addr: String, mismatch: PinMismatch },
-    #[error("no secure stream to {addr}: {why}")]
-    Handshake { addr: String, why: String },
-    #[error("no byte moved for {0:?}")]
-    Stalled(Duration),
-    #[error("the peer closed the stream")]
-    Closed,
-    #[error("the stream broke: {0}")]
-    Broken(io::Error),
-    #[error(
-        "no rdma through `{provider}`: {text} (look at FI_PROVIDER, `ulimit -l`, the device, and that \
-         libfabric is installed: `libfabric1` on Debian; other addresses are used meanwhile)"
-    )]
-    Fabric { provider: String, text: String },
-    #[error("the peer broke the protocol: {0}")]
-    Wire(#[from] WireError),
-}
-
-/// Opens a stream to `addr` by the link that it names.
-pub(crate) fn dial(addr: &str, within: Duration) -> Result<Box<dyn Link>, LinkError> {
-    match addr.split_once(':') {
-        Some(("file", dir)) => Ok(Box::new(FileLink::open(addr, dir)?)),
-        Some(("shm", path)) => Ok(Box::new(shm::dial(addr, path, within)?)),
-        Some(("rdma", at)) => rdma::connect(at.strip_prefix("//").unwrap_or(at), within),
-        Some(("tls", rest)) => tls::connect(&pinned(addr, rest)?, within),
-        Some(("quic", rest)) => quic::connect(&pinned(addr, rest)?, within),
-        _ => Ok(Box::new(tcp::dial(addr, within)?)),
-    }
-}
-
-fn pinned(addr: &str, rest: &str) -> Result<PinnedAddr, LinkError> {
-    PinnedAddr::parse(addr, rest.strip_prefix("//").unwrap_or(rest))
-}
-
-// === impl LinkError ===
-
-impl LinkError {
-    /// By what a read or write said; `patience` is the deadline that it ran under.
-    pub(crate) fn of(error: io::Error, patience: Duration) -> LinkError {
-        match error.kind() {
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => LinkError::Stalled(patience),
-            ErrorKind::UnexpectedEof
-            | ErrorKind::ConnectionReset
-            | ErrorKind::ConnectionAborted
-            | ErrorKind::BrokenPipe => LinkError::Closed,
-            _ => LinkError::Broken(error),
-        }
-    }
-}
+pub type Closer = Box<dyn Fn() + Send + Sync>;

@@ -2,6 +2,7 @@
 
 mod common;
 
+use anabranch_proto::address::Address;
 use anabranch_proto::manifest::Manifest;
 use anabranch_transfer::{Published, Publisher, ServeLimits, Server};
 use common::*;
@@ -100,7 +101,7 @@ fn a_delta_that_leads_elsewhere_costs_its_bytes_and_the_version_still_comes_righ
     let first = publish(&publisher, 1, &weights);
     let exported = |v| {
         let addrs = publisher.addresses();
-        let file = addrs.iter().find(|a| a.starts_with("file:")).expect("exported");
+        let file = addrs.iter().find(|a| matches!(a, Address::File(_))).expect("exported");
         request(v, vec![source("export", file, v)])
     };
     let old = receiver.fetcher.fetch_blocking(&exported(first.version)).expect("v1");

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anabranch_proto::address::Address;
 use anabranch_proto::version::{Root, Version};
 use anabranch_transfer::{FetchError, PublishError, Published, Publisher, SourceRef, Staged};
 use common::*;
@@ -49,7 +50,7 @@ fn a_version_is_fetched_from_the_directory_after_its_trainer_has_gone() {
     let (dir, receiver) = (tempfile::tempdir().expect("dir"), receiver());
     let publisher = exporting(dir.path(), 1);
     let addresses = publisher.addresses();
-    assert_eq!(addresses.last(), Some(&format!("file:{}", dir.path().display())));
+    assert_eq!(addresses.last(), Some(&Address::File(dir.path().to_owned())));
     let weights = Weights::new(12, 1);
     let published = publish(&publisher, 1, &weights);
     drop(publisher);

@@ -5,9 +5,10 @@
 
 mod common;
 
-use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
+use anabranch_proto::address::{Address, CertPin, HostPort};
 use anabranch_proto::grant::{Grant, Role};
 use anabranch_transfer::{
     FeedOrder, FetchError, Holder, LinkKind, Listen, Listener, Publisher, ServeLimits, Server,
@@ -22,22 +23,25 @@ fn publisher_over(links: &[LinkKind]) -> Publisher {
     publisher_with(|c| c.links = links.to_vec())
 }
 
-fn address(publisher: &Publisher) -> String {
+fn address(publisher: &Publisher) -> Address {
     publisher.addresses().remove(0)
 }
 
 /// The address of the same listener by another way.
-fn via(address: &str, host: impl ToString) -> String {
-    let (scheme, rest) = address.split_once("://").unwrap_or(("", address));
-    match rest.split_once('#') {
-        Some((_, pin)) => format!("{scheme}://{}#{pin}", host.to_string()),
-        None => host.to_string(),
+fn via(address: &Address, way: SocketAddr) -> Address {
+    let way = way.into();
+    match address {
+        Address::Tls(_, pin) => Address::Tls(way, *pin),
+        Address::Quic(_, pin) => Address::Quic(way, *pin),
+        _ => Address::Tcp(way),
     }
 }
 
-fn authority(address: &str) -> &str {
-    let rest = address.split_once("://").map_or(address, |(_, rest)| rest);
-    rest.split_once('#').map_or(rest, |(authority, _)| authority)
+fn authority(address: &Address) -> &HostPort {
+    match address {
+        Address::Tcp(at) | Address::Tls(at, _) | Address::Quic(at, _) => at,
+        other => panic!("{other} has no port"),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -47,9 +51,13 @@ async fn a_version_arrives_over_each_link() {
             (publisher_over(&[link]), receiver(), Weights::new(24, 1));
         let publishing = publisher.publish(1, &weights.refs()).expect("publish");
         let published = publishing.sealed().await.expect("sealed");
-        let scheme = format!("{link}://");
-        let at = address(&publisher);
-        assert!(at.starts_with(&scheme) || (link == LinkKind::Tcp && !at.contains("://")), "{at}");
+        let of_link = match address(&publisher) {
+            Address::Tcp(_) => LinkKind::Tcp,
+            Address::Tls(..) => LinkKind::Tls,
+            Address::Quic(..) => LinkKind::Quic,
+            other => panic!("{other}"),
+        };
+        assert_eq!(of_link, link);
         let sources = vec![from(&publisher, published.version)];
         let staged = receiver.fetcher.fetch(request(published.version, sources)).await;
         let staged = staged.unwrap_or_else(|error| panic!("{link}: {error}"));
@@ -102,12 +110,17 @@ fn a_listener_with_another_certificate_is_refused_and_both_are_named() {
             (publisher_over(&[link]), receiver(), Weights::new(2, 3));
         let published = publish(&publisher, 1, &weights);
         let (v, at) = (published.version, address(&publisher));
-        let (start, pin) = at.split_once('#').expect("pinned");
-        let other = "ab".repeat(32);
-        let sources = vec![source("trainer", &format!("{start}#{other}"), v)];
+        let foreign = CertPin([0xab; 32]);
+        let (pin, wrong) = match at {
+            Address::Tls(at, pin) => (pin, Address::Tls(at, foreign)),
+            Address::Quic(at, pin) => (pin, Address::Quic(at, foreign)),
+            other => panic!("{other} is not pinned"),
+        };
+        let (pin, other) = (pin.to_string(), foreign.to_string());
+        let sources = vec![source("trainer", wrong, v)];
         let error = receiver.fetcher.fetch_blocking(&request(v, sources)).err().expect("refused");
         let text = error.to_string();
-        assert!(text.contains(pin) && text.contains(&other), "{link}: {text}");
+        assert!(text.contains(&pin) && text.contains(&other), "{link}: {text}");
         assert_eq!(published.sent_bytes(), 0, "{link}");
     }
 }
@@ -155,10 +168,10 @@ fn a_plain_receiver_at_a_listener_for_tls_is_told_what_to_dial_and_the_other_way
             (publisher_over(&[offered]), receiver(), Weights::new(2, 6));
         let published = publish(&publisher, 1, &weights);
         let v = published.version;
-        let authority = authority(&address(&publisher)).to_owned();
+        let authority = authority(&address(&publisher)).clone();
         let wrong = match dialled {
-            LinkKind::Tcp => authority,
-            _ => format!("tls://{authority}#{}", "ab".repeat(32)),
+            LinkKind::Tcp => Address::Tcp(authority),
+            _ => Address::Tls(authority, CertPin([0xab; 32])),
         };
         let error =
             receiver.fetcher.fetch_blocking(&request(v, vec![source("trainer", &wrong, v)]));
@@ -315,23 +328,6 @@ fn a_server_closes_at_once_while_receivers_keep_streams() {
                 assert!(text.contains("started again since"), "{link}: {text}");
             }
         }
-    }
-}
-
-#[test]
-fn addresses_that_cannot_be_dialled_say_why() {
-    let receiver = receiver();
-    let (publisher, weights) = (publisher(), Weights::new(1, 14));
-    let v = publish(&publisher, 1, &weights).version;
-    for (addr, want) in [
-        ("tls://127.0.0.1:1", "lacks #"),
-        ("quic://127.0.0.1:1#abcd", "64 digits"),
-        ("tls://#", "64 digits"),
-    ] {
-        let refused =
-            receiver.fetcher.fetch_blocking(&request(v, vec![source("t", addr, v)])).err();
-        let text = refused.expect("refused").to_string();
-        assert!(text.contains(addr) && text.contains(want), "{want}: {text}");
     }
 }
 

@@ -7,6 +7,7 @@ mod common;
 
 use std::time::Duration;
 
+use anabranch_proto::address::Address;
 use anabranch_proto::grant::{Grant, Role};
 use anabranch_proto::version::Version;
 use anabranch_transfer::{FeedOrder, FetchRequest, ServeLimits, Server, SourceRef};
@@ -119,7 +120,7 @@ fn feed_order(to: &Server, version: Version, job: &str) -> FeedOrder {
     let (job, receiver) = (job.to_owned(), "trainer".to_owned());
     let grant = Grant { job, version, receiver, role: Role::Feed, ttl_ms: 60_000, nonce: 7 };
     FeedOrder {
-        addrs: vec![to.addr().to_string()],
+        addrs: vec![Address::Tcp(to.addr().into())],
         grant: grant.mint(&KEY).to_vec(),
         streams: 4,
         connect: Duration::from_secs(2),

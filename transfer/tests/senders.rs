@@ -8,6 +8,7 @@ mod common;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use anabranch_proto::address::Address;
 use anabranch_proto::version::Version;
 use anabranch_transfer::layout::TensorSpec;
 use anabranch_transfer::{
@@ -147,7 +148,7 @@ fn a_sender_that_dies_is_stood_in_for_by_one_that_has_everything() {
     assert_eq!(whole.version, v);
     let dying = Proxy::start(&publishers[0].addresses()[0], Fault::DieAfter(6 << 20));
     let mut sources = sources(&publishers, &published[0]);
-    sources[0].addrs = vec![dying.addr.to_string()];
+    sources[0].addrs = vec![Address::Tcp(dying.addr.into())];
     let receiver = receiver();
     let staged = receiver.fetcher.fetch_blocking(&request(v, sources)).expect("fetch");
     assert_holds(staged.dir(), &weights);
@@ -193,7 +194,7 @@ fn with_a_plan_a_senders_part_comes_from_the_stand_in_as_soon_as_it_is_lost() {
     let whole = publish(&publishers[2], 1, &weights);
     let dying = Proxy::start(&publishers[1].addresses()[0], Fault::DieAfter(4 << 20));
     let mut sources = sources(&publishers, &published[0]);
-    sources[1].addrs = vec![dying.addr.to_string()];
+    sources[1].addrs = vec![Address::Tcp(dying.addr.into())];
     let request = planned(sources, 2, whole.version);
     let receiver = receiver();
     let started = Instant::now();

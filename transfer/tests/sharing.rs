@@ -11,6 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
+use anabranch_proto::address::Address;
 use anabranch_proto::version::Version;
 use anabranch_transfer::{FetchRequest, ServeLimits, Server, SourceRef, Staged};
 use common::*;
@@ -18,7 +19,7 @@ use common::*;
 /// Fetches for its host, and lends to its housemates at a socket.
 struct Landlord {
     receiver: Receiver,
-    address: String,
+    address: Address,
     server: Server,
 }
 
@@ -28,7 +29,7 @@ fn landlord() -> Landlord {
     let mut server = Server::within_host(receiver.holder.clone(), ServeLimits::default());
     server.as_mut().expect("server").share(&socket).expect("shared");
     let server = server.expect("server");
-    Landlord { receiver, address: format!("shm:{}", socket.display()), server }
+    Landlord { receiver, address: Address::Shm(socket), server }
 }
 
 /// Sources tell once a second that they live.
@@ -83,7 +84,7 @@ fn one_of_a_host_fetches_and_the_others_take_its_memory_over() {
         assert!(published.sent_bytes() <= published.bytes, "the trainer sends it once");
     }
     assert!(guests.iter().all(|guest| slots(guest).is_empty()), "they need no slots of their own");
-    assert_eq!(landlord.server.addresses(), Vec::<String>::new());
+    assert_eq!(landlord.server.addresses(), []);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
+use anabranch_proto::address::Address;
 use anabranch_proto::version::Version;
 use anabranch_transfer::{
     PublishError, Published, Publisher, PublisherConfig, Server, ShmArena, Staged,
@@ -79,7 +80,7 @@ fn a_receiver_takes_the_trainers_memory_over_and_serves_peers_from_it() {
     let (host, receiver, leaf) = (Host::new(), receiver(), receiver());
     let publisher = host.trainer(1);
     let addresses = publisher.addresses();
-    assert_eq!(addresses[0], format!("shm:{}/socket", host.arena().display()));
+    assert_eq!(addresses[0], Address::Shm(host.arena().join("socket")));
     let weights = Weights::new(24, 1);
     let published = publish(&publisher, 1, &weights);
     let v = published.version;
@@ -320,7 +321,7 @@ fn where_memory_cannot_be_linked_or_nobody_may_have_it_the_version_is_copied() {
     assert_eq!(staged.report.received_bytes, published.bytes);
     // A socket of another host is no path here.
     let mut elsewhere = sources(&publisher, v);
-    elsewhere[0].addrs[0] = "shm:/dev/shm/anabranch-of-another-host.arena/socket".into();
+    elsewhere[0].addrs[0] = Address::Shm("/dev/shm/anabranch-of-another-host.arena/socket".into());
     let near = receiver();
     let staged = near.fetcher.fetch_blocking(&request(v, elsewhere)).expect("by tcp");
     assert_holds(staged.dir(), &weights);

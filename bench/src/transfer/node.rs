@@ -151,7 +151,7 @@ impl Node {
             Server::serve(Listener::bind(&listen)?, holder.clone(), ServeLimits::default())?;
         let progress = std::time::Duration::from_millis(order.progress_ms);
         let rules = FetchRules { progress, ..FetchRules::default() };
-        let addrs = server.addresses();
+        let addrs = server.addresses().iter().map(ToString::to_string).collect();
         *lock(&self.receiver) = Some(Receiver {
             fetcher: Fetcher::new(staging, holder, rules),
             server: Arc::new(server),
@@ -170,7 +170,7 @@ impl Node {
         config.shm = order.arena.map(|dir| ShmArena { dir, required: true });
         let publisher = Publisher::start(config)?;
         publisher.set_serve_key(key(&order.key)?);
-        let addrs = publisher.addresses();
+        let addrs = publisher.addresses().iter().map(ToString::to_string).collect();
         let trainer =
             Trainer { publisher: Arc::new(publisher), model: None, published: Vec::new() };
         *lock(&self.trainer) = Some(trainer);
@@ -209,7 +209,7 @@ impl Node {
             let grant = hex::decode(&s.grant).context("a grant is hex")?;
             Ok(SourceRef {
                 holder: s.holder.clone(),
-                addrs: vec![s.addr.clone()],
+                addrs: vec![s.addr.parse()?],
                 grant,
                 stripes: s.stripes.clone(),
                 fallback_for: s.fallback_for.clone(),

@@ -60,7 +60,7 @@ impl Core {
             max_running: info.map_or(0, |info| info.max_running),
             gpus: self.config.gpus,
             labels: self.config.labels.clone().into_iter().collect(),
-            addresses: self.config.addresses.clone(),
+            addresses: self.config.addresses.iter().map(ToString::to_string).collect(),
             held: session.map(|_| self.held()).unwrap_or_default(),
             loaded: self.loader.serving().map(|version| version.into()),
             resume_session: session.map_or(0, |session| session.id),

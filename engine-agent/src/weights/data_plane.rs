@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use anabranch_proto::address::Address;
 use anabranch_transfer::{FetchRules, Fetcher, Holder, Listener, ServeLimits, Server, Staging};
 
 pub enum DataPlane {
@@ -30,7 +31,7 @@ impl DataPlane {
         DataPlane::Open { job: job.to_owned(), fetcher, holder, server }
     }
 
-    pub fn addresses(&self) -> Vec<String> {
+    pub fn addresses(&self) -> Vec<Address> {
         let addresses = match self {
             DataPlane::Reserved { listener } => listener.as_ref().map(Listener::addresses),
             DataPlane::Open { server, .. } => server.as_ref().map(Server::addresses),

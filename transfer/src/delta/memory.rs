@@ -12,9 +12,9 @@ use anabranch_proto::version::Root;
 
 use super::chain::HEAD_BYTES;
 use super::encode::Output;
+use crate::image::blob::{Backing, Blob, Stamp};
 use crate::image::chunks::{ChunkSet, Ledger};
 use crate::memory::map::SharedMap;
-use crate::send::holder::{Backing, Blob, Stamp};
 
 #[derive(Default)]
 pub(crate) struct DeltaMemory {

@@ -12,14 +12,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
 
+use anabranch_proto::address::Address;
 use anabranch_proto::grant::Grant;
 use anabranch_proto::manifest::{ChunkHash, Kind, MAX_MANIFEST_BYTES, Manifest};
 use anabranch_proto::version::{Root, Version};
 
 use super::{Closer, Link, LinkError};
+use crate::image::exported::{self, Name};
 use crate::link::wire::{BlobId, FailCode, MAX_WANTED, Message};
 use crate::memory::map::SharedMap;
-use crate::send::export::{self, Name};
 
 /// Hashed while still in the cache, after it was copied.
 const STRIDE: usize = 128 << 10;
@@ -76,13 +77,9 @@ type Refusal = (FailCode, String);
 // === impl FileLink ===
 
 impl FileLink {
-    /// `dir` is looked at only when a version is asked for.
-    pub(crate) fn open(addr: &str, dir: &str) -> Result<FileLink, LinkError> {
-        let bad = |why: String| LinkError::Address { addr: addr.to_owned(), why };
-        if !dir.starts_with('/') {
-            return Err(bad("write file:/DIR, with the directory's absolute path".into()));
-        }
-        let dir = PathBuf::from(dir);
+    /// Starts the reader of `dir`, which is looked at only when a version is asked for.
+    pub(crate) fn open(dir: &Path) -> Result<FileLink, LinkError> {
+        let dir = dir.to_owned();
         let (requests, asked) = sync_channel(MAX_WANTED as usize);
         let (answering, answers) = sync_channel(AHEAD);
         let (spent, spare) = sync_channel(AHEAD + 1);
@@ -90,7 +87,7 @@ impl FileLink {
         std::thread::Builder::new()
             .name("transfer-file".into())
             .spawn(move || reader.run(&asked, &answering))
-            .map_err(|error| bad(format!("no thread to read with: {error}")))?;
+            .map_err(LinkError::Broken)?;
         let (patience, closed) = (Duration::MAX, Arc::default());
         Ok(FileLink { dir, patience, closed, requests, answers, wake, bulk: None, spent, due: 0 })
     }
@@ -98,7 +95,7 @@ impl FileLink {
 
 impl Link for FileLink {
     fn peer(&self) -> String {
-        format!("file:{}", self.dir.display())
+        Address::File(self.dir.clone()).to_string()
     }
 
     fn closer(&self) -> Result<Closer, LinkError> {
@@ -165,8 +162,8 @@ impl Link for FileLink {
     }
 
     fn send_chunk(&mut self, _: &Message, _: &File, _: Range<u64>) -> Result<(), LinkError> {
-        let why = "nothing can be sent to a directory".to_owned();
-        Err(LinkError::Address { addr: self.peer(), why })
+        let why = "nothing can be sent to a directory";
+        Err(LinkError::Broken(io::Error::new(io::ErrorKind::Unsupported, why)))
     }
 
     fn is_idle(&mut self) -> bool {
@@ -263,7 +260,7 @@ fn gone(path: &Path, error: &io::Error) -> Refusal {
 impl Opened {
     fn open(dir: &Path, version: Version, base: Root) -> Result<Opened, Refusal> {
         // Listing asks the server of a network file system; a look-up may be answered by an old cache.
-        let names = export::list(dir).map_err(|error| {
+        let names = exported::list(dir).map_err(|error| {
             let text = format!("cannot read the exported versions in {}: {error}", dir.display());
             (FailCode::UnknownVersion, text)
         })?;
@@ -294,7 +291,7 @@ fn absent(dir: &Path, name: Name, mut there: Vec<Name>) -> String {
 
 impl Stored {
     fn open(dir: &Path, blob: BlobId) -> Result<Stored, Refusal> {
-        let (manifest_path, path) = export::files(dir, blob);
+        let (manifest_path, path) = exported::files(dir, blob);
         let encoded = read_bounded(&manifest_path).map_err(|e| gone(&manifest_path, &e))?;
         let manifest = Manifest::decode(&encoded).map_err(|error| {
             (FailCode::UnknownVersion, format!("{} is damaged: {error}", manifest_path.display()))

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
+use anabranch_proto::address::CertPin;
 use anabranch_runtime::CertDigest;
 use rcgen::{CertificateParams, DnType, KeyPair};
 use rustls::client::Resumption;
@@ -15,8 +16,6 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, Serve
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error, ServerConfig, SignatureScheme,
 };
-
-use super::LinkError;
 
 /// The data plane's first wire; tls and quic offer nothing else.
 const ALPN: &[u8] = b"abd/1";
@@ -30,14 +29,6 @@ pub(crate) struct Identity {
     key: PrivateKeyDer<'static>,
 }
 
-/// `host:port#<sha256 of the certificate, in hex>`: what follows the scheme of a pinned address.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct PinnedAddr {
-    /// `host:port`
-    pub(super) authority: String,
-    pub(super) pin: CertDigest,
-}
-
 /// The listener is another one than the address names.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -45,13 +36,13 @@ pub(crate) struct PinnedAddr {
      somebody else; ask the manager for its present address"
 )]
 pub struct PinMismatch {
-    pub expected: CertDigest,
-    pub sent: CertDigest,
+    pub expected: CertPin,
+    pub sent: CertPin,
 }
 
 /// Accepts one certificate, and remembers what else was shown.
 pub(super) struct Pinned {
-    pin: CertDigest,
+    pin: CertPin,
     mismatch: Mutex<Option<PinMismatch>>,
     provider: Arc<CryptoProvider>,
 }
@@ -68,8 +59,8 @@ impl Identity {
         Ok(Identity { cert, key })
     }
 
-    pub(crate) fn pin(&self) -> CertDigest {
-        CertDigest::of(&self.cert)
+    pub(crate) fn pin(&self) -> CertPin {
+        CertPin(CertDigest::of(&self.cert).0)
     }
 
     pub(crate) fn server_config(&self) -> Result<Arc<ServerConfig>, Error> {
@@ -84,30 +75,10 @@ impl Identity {
     }
 }
 
-// === impl PinnedAddr ===
-
-impl PinnedAddr {
-    /// `addr` is the whole address, `rest` what follows `scheme://`.
-    pub(crate) fn parse(addr: &str, rest: &str) -> Result<PinnedAddr, LinkError> {
-        let bad = |why: &str| LinkError::Address { addr: addr.to_owned(), why: why.to_owned() };
-        let (authority, pin) = rest.split_once('#').ok_or_else(|| {
-            bad("it lacks #<sha256 of the certificate>; copy the whole address as it was published")
-        })?;
-        let mut digest = [0; 32];
-        hex::decode_to_slice(pin, &mut digest)
-            .map_err(|_| bad("what follows # is not a SHA-256 in hex (64 digits)"))?;
-        match authority.rsplit_once(':') {
-            Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => {}
-            _ => return Err(bad("write host:port between the scheme and #")),
-        }
-        Ok(PinnedAddr { authority: authority.to_owned(), pin: CertDigest(digest) })
-    }
-}
-
 // === impl Pinned ===
 
 impl Pinned {
-    pub(super) fn new(pin: CertDigest) -> Arc<Pinned> {
+    pub(super) fn new(pin: CertPin) -> Arc<Pinned> {
         Arc::new(Pinned { pin, mismatch: Mutex::default(), provider: provider() })
     }
 
@@ -138,7 +109,7 @@ impl ServerCertVerifier for Pinned {
         _ocsp: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let sent = CertDigest::of(leaf);
+        let sent = CertPin(CertDigest::of(leaf).0);
         if sent == self.pin {
             return Ok(ServerCertVerified::assertion());
         }
@@ -215,25 +186,6 @@ mod tests {
         pub(crate) fn certified(&self, cert: CertificateDer<'static>) -> Arc<CertifiedKey> {
             let key = provider().key_provider.load_private_key(self.key.clone_key());
             Arc::new(CertifiedKey::new(vec![cert], key.expect("a key")))
-        }
-    }
-
-    #[test]
-    fn a_pinned_address_is_read_and_a_cut_one_is_refused_with_a_reason() {
-        let pin = CertDigest::of(b"a certificate");
-        let rest = format!("[fd00::1]:7000#{pin}");
-        let addr = PinnedAddr::parse("tls://...", &rest).expect("parses");
-        assert_eq!((addr.authority.as_str(), addr.pin), ("[fd00::1]:7000", pin));
-        for (rest, want) in [
-            ("h:1".to_owned(), "lacks #"),
-            (rest[..rest.len() - 1].to_owned(), "64 digits"),
-            (format!("h#{pin}"), "host:port"),
-            (format!(":1#{pin}"), "host:port"),
-            (format!("h:70000#{pin}"), "host:port"),
-        ] {
-            let error = PinnedAddr::parse(&format!("tls://{rest}"), &rest).expect_err("bad");
-            let text = error.to_string();
-            assert!(text.contains(want) && text.contains(&rest), "{want}: {text}");
         }
     }
 

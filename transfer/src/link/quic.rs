@@ -11,6 +11,7 @@ use std::sync::{Arc, LazyLock, Mutex, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use anabranch_proto::address::{CertPin, HostPort};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{
     AsyncUdpSocket, ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, ReadError,
@@ -18,7 +19,7 @@ use quinn::{
 };
 use tokio::runtime::{Builder, Runtime};
 
-use super::identity::{NAME, Pinned, PinnedAddr};
+use super::identity::{NAME, Pinned};
 use super::stream::{ByteStream, StreamLink};
 use super::{Closer, Link, LinkError};
 
@@ -50,7 +51,7 @@ struct QuicStream {
 /// Connections of this process by the address they were dialled by. Weak: streams keep them.
 #[derive(Default)]
 struct Dialled {
-    connections: Mutex<BTreeMap<String, Weak<Connection>>>,
+    connections: Mutex<BTreeMap<(HostPort, CertPin), Weak<Connection>>>,
 }
 
 static RUNTIME: LazyLock<io::Result<Runtime>> = LazyLock::new(|| {
@@ -73,20 +74,25 @@ static DIALLED: LazyLock<Dialled> = LazyLock::new(Dialled::default);
 
 // === dialling ===
 
-pub(crate) fn connect(addr: &PinnedAddr, within: Duration) -> Result<Box<dyn Link>, LinkError> {
+/// A stream to the listener at `at`, if it shows the certificate that `pin` names.
+pub(crate) fn connect(
+    at: &HostPort,
+    pin: CertPin,
+    within: Duration,
+) -> Result<Box<dyn Link>, LinkError> {
     let until = Instant::now() + within;
-    let connection = DIALLED.connection(addr, within, until)?;
+    let connection = DIALLED.connection((at, pin), within, until)?;
     let gate = Gate::default();
     let left = until.saturating_duration_since(Instant::now());
     let opened = await_on(&gate, left, connection.open_bi());
     let opened = opened.and_then(|opened| opened.map_err(lost));
-    let (send, recv) = opened.map_err(|error| refused(addr, within, error))?;
+    let (send, recv) = opened.map_err(|error| refused(at, within, error))?;
     let peer = connection.remote_address();
     Ok(QuicStream::link(send, recv, peer, Some(connection)))
 }
 
-fn refused(addr: &PinnedAddr, within: Duration, error: io::Error) -> LinkError {
-    LinkError::Connect { addr: format!("quic://{}", addr.authority), within, error }
+fn refused(at: &HostPort, within: Duration, error: io::Error) -> LinkError {
+    LinkError::Connect { addr: format!("quic://{at}"), within, error }
 }
 
 // === impl Dialled ===
@@ -94,15 +100,15 @@ fn refused(addr: &PinnedAddr, within: Duration, error: io::Error) -> LinkError {
 impl Dialled {
     fn connection(
         &self,
-        addr: &PinnedAddr,
+        (at, pin): (&HostPort, CertPin),
         within: Duration,
         until: Instant,
     ) -> Result<Arc<Connection>, LinkError> {
-        let key = format!("{}#{}", addr.authority, addr.pin);
+        let key = (at.clone(), pin);
         if let Some(known) = self.live(&key) {
             return Ok(known);
         }
-        let made = Arc::new(handshake(addr, within, until)?);
+        let made = Arc::new(handshake(at, pin, within, until)?);
         // Another thread may have been as fast: its connection serves both.
         if let Some(known) = self.live(&key) {
             return Ok(known);
@@ -113,7 +119,7 @@ impl Dialled {
         Ok(made)
     }
 
-    fn live(&self, key: &str) -> Option<Arc<Connection>> {
+    fn live(&self, key: &(HostPort, CertPin)) -> Option<Arc<Connection>> {
         let connections = self.connections.lock().expect("held only to look and note");
         let known = connections.get(key).and_then(Weak::upgrade);
         known.filter(|connection| connection.close_reason().is_none())
@@ -121,20 +127,25 @@ impl Dialled {
 }
 
 /// With the first address of the name that answers, all by `until`.
-fn handshake(addr: &PinnedAddr, within: Duration, until: Instant) -> Result<Connection, LinkError> {
-    let resolve = |error| LinkError::Resolve { addr: addr.authority.clone(), error };
+fn handshake(
+    at: &HostPort,
+    pin: CertPin,
+    within: Duration,
+    until: Instant,
+) -> Result<Connection, LinkError> {
+    let resolve = |error| LinkError::Resolve { addr: at.to_string(), error };
     let mut last = io::Error::new(ErrorKind::AddrNotAvailable, "the name has no address");
-    for candidate in addr.authority.to_socket_addrs().map_err(resolve)? {
-        let verifier = Pinned::new(addr.pin);
+    for candidate in at.as_str().to_socket_addrs().map_err(resolve)? {
+        let verifier = Pinned::new(pin);
         match handshake_with(candidate, &verifier, within, until) {
             Ok(connection) => return Ok(connection),
             Err(error) => last = error,
         }
         if let Some(mismatch) = verifier.mismatch() {
-            return Err(LinkError::Pin { addr: addr.authority.clone(), mismatch });
+            return Err(LinkError::Pin { addr: at.to_string(), mismatch });
         }
     }
-    Err(refused(addr, within, last))
+    Err(refused(at, within, last))
 }
 
 fn handshake_with(

@@ -8,8 +8,10 @@ use std::net::Shutdown;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
+use anabranch_proto::address::Address;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt,
@@ -24,8 +26,10 @@ pub(crate) struct LocalStream {
     socket: UnixStream,
 }
 
-pub(crate) fn dial(addr: &str, path: &str, within: Duration) -> Result<ShmLink, LinkError> {
-    let failed = |error| LinkError::Connect { addr: addr.to_owned(), within, error };
+/// A stream to the process of this host that listens at `path`.
+pub(crate) fn dial(path: &Path, within: Duration) -> Result<ShmLink, LinkError> {
+    let addr = || Address::Shm(path.to_owned()).to_string();
+    let failed = |error| LinkError::Connect { addr: addr(), within, error };
     let socket = connect(path, within).map_err(|error| failed(error.into()))?;
     Ok(link(socket))
 }
@@ -35,7 +39,7 @@ pub(crate) fn link(socket: UnixStream) -> ShmLink {
 }
 
 /// A unix socket whose listener is busy makes `connect` wait: not for ever.
-fn connect(path: &str, within: Duration) -> rustix::io::Result<UnixStream> {
+fn connect(path: &Path, within: Duration) -> rustix::io::Result<UnixStream> {
     let address = SocketAddrUnix::new(path)?;
     let flags = SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;

@@ -6,38 +6,40 @@ use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::ops::Range;
 use std::time::Duration;
 
+use anabranch_proto::address::HostPort;
+
 use super::stream::{ByteStream, StreamLink, sendfile};
-use super::{Closer, LinkError};
+use super::{Closer, Link, LinkError};
 
-pub(crate) type TcpLink = StreamLink<PlainStream>;
-
-pub(crate) struct PlainStream {
+struct PlainStream {
     socket: TcpStream,
     peer: SocketAddr,
 }
 
-pub(crate) fn dial(addr: &str, within: Duration) -> Result<TcpLink, LinkError> {
-    link(connect(addr, within)?).map_err(LinkError::Broken)
+/// A stream to the listener at `at`.
+pub(crate) fn dial(at: &HostPort, within: Duration) -> Result<Box<dyn Link>, LinkError> {
+    link(connect(at, within)?).map_err(LinkError::Broken)
 }
 
-pub(crate) fn link(socket: TcpStream) -> io::Result<TcpLink> {
+/// A stream of the data plane over a connection, from either end.
+pub fn link(socket: TcpStream) -> io::Result<Box<dyn Link>> {
     // Socket buffers are left alone: setting them turns the kernel's autotuning off.
     socket.set_nodelay(true)?;
     let peer = socket.peer_addr()?;
-    Ok(StreamLink::over(PlainStream { socket, peer }))
+    Ok(Box::new(StreamLink::over(PlainStream { socket, peer })))
 }
 
-/// A TCP connection to the first address of `addr` that accepts.
-pub(crate) fn connect(addr: &str, within: Duration) -> Result<TcpStream, LinkError> {
-    let resolve = |error| LinkError::Resolve { addr: addr.to_owned(), error };
+/// A TCP connection to the first address of `at` that accepts. Each of them gets the time `within`.
+pub fn connect(at: &HostPort, within: Duration) -> Result<TcpStream, LinkError> {
+    let resolve = |error| LinkError::Resolve { addr: at.to_string(), error };
     let mut last = io::Error::new(ErrorKind::AddrNotAvailable, "the name has no address");
-    for candidate in addr.to_socket_addrs().map_err(resolve)? {
+    for candidate in at.as_str().to_socket_addrs().map_err(resolve)? {
         match TcpStream::connect_timeout(&candidate, within) {
             Ok(stream) => return Ok(stream),
             Err(error) => last = error,
         }
     }
-    Err(LinkError::Connect { addr: addr.to_owned(), within, error: last })
+    Err(LinkError::Connect { addr: at.to_string(), within, error: last })
 }
 
 /// Ends the waits on both sides of it.

@@ -12,10 +12,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anabranch_proto::address::{CertPin, HostPort};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConnection, Connection, ServerConfig, ServerConnection};
 
-use super::identity::{NAME, Pinned, PinnedAddr};
+use super::identity::{NAME, Pinned};
 use super::stream::{ByteStream, StreamLink};
 use super::{Closer, Link, LinkError, frame, tcp};
 use crate::link::wire::Message;
@@ -44,11 +45,16 @@ struct Inflow {
 
 // === dialling and accepting ===
 
-pub(crate) fn connect(addr: &PinnedAddr, within: Duration) -> Result<Box<dyn Link>, LinkError> {
+/// A stream to the listener at `at`, if it shows the certificate that `pin` names.
+pub(crate) fn connect(
+    at: &HostPort,
+    pin: CertPin,
+    within: Duration,
+) -> Result<Box<dyn Link>, LinkError> {
     let until = Instant::now() + within;
-    let socket = tcp::connect(&addr.authority, within)?;
-    let verifier = Pinned::new(addr.pin);
-    let failed = |why: String| LinkError::Handshake { addr: addr.authority.clone(), why };
+    let socket = tcp::connect(at, within)?;
+    let verifier = Pinned::new(pin);
+    let failed = |why: String| LinkError::Handshake { addr: at.to_string(), why };
     let broken = |error: io::Error| failed(said(&error, within));
     let config = verifier.client_config().map_err(|error| failed(error.to_string()))?;
     let name = ServerName::try_from(NAME).expect("a valid name");
@@ -63,7 +69,7 @@ pub(crate) fn connect(addr: &PinnedAddr, within: Duration) -> Result<Box<dyn Lin
     match stream.handshake(until) {
         Ok(()) => Ok(Box::new(StreamLink::over(stream))),
         Err(error) => Err(match verifier.mismatch() {
-            Some(mismatch) => LinkError::Pin { addr: addr.authority.clone(), mismatch },
+            Some(mismatch) => LinkError::Pin { addr: at.to_string(), mismatch },
             None => broken(error),
         }),
     }
@@ -271,14 +277,14 @@ mod tests {
         let config =
             Arc::new(owner.server_config_with(|cert| Arc::new(Copied(thief.certified(cert)))));
         let listener = TcpListener::bind("127.0.0.1:0").expect("port");
-        let authority = listener.local_addr().expect("addr").to_string();
+        let at = HostPort::from(listener.local_addr().expect("addr"));
         let within = Duration::from_secs(5);
         let error = std::thread::scope(|s| {
             let accepting = s.spawn(|| {
                 let (socket, _) = listener.accept().expect("accepted");
                 accept(socket, config, Instant::now() + within).err()
             });
-            let error = connect(&PinnedAddr { authority, pin }, within).err().expect("refused");
+            let error = connect(&at, pin, within).err().expect("refused");
             assert!(accepting.join().expect("no panic").is_some(), "no link on either side");
             error.to_string()
         });

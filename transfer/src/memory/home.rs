@@ -12,9 +12,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::memory::lock::{DirLock, LockError};
-use crate::memory::map::SharedMap;
-use crate::send::arena::ArenaError;
+use super::lock::{DirLock, LockError};
+use super::map::{SharedMap, descriptor_path};
 
 const LOCK_FILE: &str = "lock";
 const SOCKET: &str = "socket";
@@ -34,6 +33,28 @@ pub(crate) struct Home {
     dir: PathBuf,
     required: bool,
     _lock: DirLock,
+}
+
+/// Why a directory cannot be the arena's home.
+#[derive(Debug, thiserror::Error)]
+pub enum HomeError {
+    /// No slot of the size fits beside what is there.
+    #[error(
+        "{path} is too small: a version needs {need} bytes more there, {free} of {size} are free. In a \
+         container start it with a larger --shm-size (Docker) or mount an emptyDir with medium: \
+         Memory at /dev/shm (Kubernetes); two versions must fit. Or switch the shm link off: then \
+         versions lie outside of it, and engines of this host get copies"
+    )]
+    TooSmall { path: PathBuf, need: u64, free: u64, size: u64 },
+    /// The file system, its rights or its kinds of locks do not allow it.
+    #[error("cannot use {path} for the arena: {error}")]
+    Unusable { path: PathBuf, error: io::Error },
+    /// A living trainer has it.
+    #[error(
+        "another trainer of this job publishes from this host: {path}: {error}; stop one of them, or \
+         give each its own job"
+    )]
+    Taken { path: PathBuf, error: LockError },
 }
 
 /// Longer paths do not fit a socket's address.
@@ -61,13 +82,13 @@ impl ShmArena {
 
 impl Home {
     /// `None` where it cannot be used and is not required. A second trainer is refused all the same.
-    pub(crate) fn open(at: &ShmArena, job: &str) -> Result<Option<Home>, ArenaError> {
+    pub(crate) fn open(at: &ShmArena, job: &str) -> Result<Option<Home>, HomeError> {
         if let Some(parent) = at.dir.parent() {
             sweep(parent, Some(&at.dir));
         }
         match Home::take(at, job) {
             Ok(home) => Ok(Some(home)),
-            Err(error @ ArenaError::Home { .. }) if !at.required => {
+            Err(error @ HomeError::Unusable { .. }) if !at.required => {
                 tracing::warn!(%error, "engines of this host will get copies");
                 Ok(None)
             }
@@ -75,14 +96,14 @@ impl Home {
         }
     }
 
-    fn take(at: &ShmArena, job: &str) -> Result<Home, ArenaError> {
+    fn take(at: &ShmArena, job: &str) -> Result<Home, HomeError> {
         let ShmArena { dir, required } = at;
-        let failed = |error| ArenaError::Home { path: dir.clone(), error };
+        let failed = |error| HomeError::Unusable { path: dir.clone(), error };
         let socket = dir.join(SOCKET);
         check_socket(&socket).map_err(failed)?;
         let lock = lock(dir, job).map_err(|error| match error {
             LockError::Io(error) => failed(error),
-            error => ArenaError::Taken { path: dir.clone(), error },
+            error => HomeError::Taken { path: dir.clone(), error },
         })?;
         fs::remove_file(&socket).or_else(ignore_absent).map_err(failed)?;
         let home = Home { dir: dir.clone(), required: *required, _lock: lock };
@@ -98,16 +119,16 @@ impl Home {
         self.required
     }
 
-    pub(crate) fn leftovers(&self) -> Result<Vec<PathBuf>, ArenaError> {
-        slots(&self.dir).map_err(|error| ArenaError::Home { path: self.dir.clone(), error })
+    pub(crate) fn leftovers(&self) -> Result<Vec<PathBuf>, HomeError> {
+        slots(&self.dir).map_err(|error| HomeError::Unusable { path: self.dir.clone(), error })
     }
 
     /// A new slot, all of its memory there. On failure nothing of it stays.
-    pub(crate) fn slot(&self, id: u64, bytes: u64) -> Result<(SharedMap, PathBuf), ArenaError> {
-        let failed = |error| ArenaError::Home { path: self.dir.clone(), error };
+    pub(crate) fn slot(&self, id: u64, bytes: u64) -> Result<(SharedMap, PathBuf), HomeError> {
+        let failed = |error| HomeError::Unusable { path: self.dir.clone(), error };
         let stat = rustix::fs::statvfs(&self.dir).map_err(|e| failed(e.into()))?;
         let (free, size) = (stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize);
-        let too_small = || ArenaError::TooSmall { path: self.dir.clone(), need: bytes, free, size };
+        let too_small = || HomeError::TooSmall { path: self.dir.clone(), need: bytes, free, size };
         // A tmpfs without a limit says 0 blocks.
         if size > 0 && bytes > free {
             return Err(too_small());
@@ -135,7 +156,7 @@ pub(crate) fn probe(dir: &Path) -> io::Result<()> {
     let map = SharedMap::file(&path, 1)?;
     fs::remove_file(&path)?;
     let exclusive = map.is_exclusive()?;
-    let opened = fs::File::open(crate::memory::map::descriptor_path(map.backing()))?;
+    let opened = fs::File::open(descriptor_path(map.backing()))?;
     let shared = !map.is_exclusive()?;
     drop(opened);
     if exclusive && shared {
@@ -215,3 +236,6 @@ fn slots(dir: &Path) -> io::Result<Vec<PathBuf>> {
 fn ignore_absent(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
 }
+
+#[cfg(test)]
+mod tests;

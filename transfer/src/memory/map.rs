@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use memmap2::{Advice, MmapRaw};
 
 /// A shared mapping of a whole file, prefaulted but for what was only reserved.
-pub(crate) struct SharedMap {
+pub struct SharedMap {
     map: MmapRaw,
     file: Arc<File>,
     /// So many bytes from the front have their memory.
@@ -28,8 +28,7 @@ const LARGEST_PAGE_BYTES: u64 = 64 << 10;
 
 impl SharedMap {
     /// Anonymous shared memory, named `name` in `/proc/<pid>/maps`; not bounded by the size of /dev/shm.
-    #[cfg(any(test, feature = "rdma"))]
-    pub(crate) fn anonymous(name: &str, len: u64) -> io::Result<SharedMap> {
+    pub fn anonymous(name: &str, len: u64) -> io::Result<SharedMap> {
         let map = SharedMap::reserved(name, len)?;
         map.back(len)?;
         Ok(map)
@@ -120,11 +119,11 @@ impl SharedMap {
         Ok(())
     }
 
-    pub(crate) fn len(&self) -> u64 {
+    pub fn len(&self) -> u64 {
         self.file.metadata().map(|m| m.len()).unwrap_or(0).min(self.map.len() as u64)
     }
 
-    pub(crate) fn backing(&self) -> &Arc<File> {
+    pub fn backing(&self) -> &Arc<File> {
         &self.file
     }
 
@@ -152,13 +151,13 @@ impl SharedMap {
     }
 
     /// Where it is mapped in this process: tells our own line in `/proc/self/maps` from a second one.
-    pub(crate) fn address(&self) -> usize {
+    pub fn address(&self) -> usize {
         self.map.as_ptr() as usize
     }
 
     /// Writes through `fill`. The caller owns the range: nobody else writes it, and readers of it know
     /// that it is not valid (a generation, a ledger, a hash).
-    pub(crate) fn write<R>(&self, range: Range<u64>, fill: impl FnOnce(&mut [u8]) -> R) -> R {
+    pub fn write<R>(&self, range: Range<u64>, fill: impl FnOnce(&mut [u8]) -> R) -> R {
         let (at, len) = self.bounds(range);
         // SAFETY: `bounds` keeps the range inside the mapping, which lives as long as `self`. The
         // caller owns the range (above); other processes map the file read-only and after the seal.
@@ -167,7 +166,7 @@ impl SharedMap {
     }
 
     /// Reads through `f`. The caller knows that nobody writes the range meanwhile.
-    pub(crate) fn read<R>(&self, range: Range<u64>, f: impl FnOnce(&[u8]) -> R) -> R {
+    pub fn read<R>(&self, range: Range<u64>, f: impl FnOnce(&[u8]) -> R) -> R {
         let (at, len) = self.bounds(range);
         // SAFETY: as in `write`; the caller's protocol excludes a writer for the time of the call.
         let bytes = unsafe { std::slice::from_raw_parts(self.map.as_ptr().add(at), len) };

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anabranch_proto::address::Address;
 use anabranch_proto::manifest::Manifest;
 use anabranch_proto::version::{Root, Version};
 use tokio_util::sync::CancellationToken;
@@ -77,7 +78,7 @@ pub struct SourceRef {
     /// For logs and reports: `trainer`, an engine id.
     pub holder: String,
     /// Where it can be reached (see `link`), best first.
-    pub addrs: Vec<String>,
+    pub addrs: Vec<Address>,
     pub grant: Vec<u8>,
     /// Stripes whose planned parent it is.
     pub stripes: Vec<u32>,
@@ -285,7 +286,7 @@ const SLOT_POLL: Duration = Duration::from_millis(50);
 /// A trainer that is there will publish another version. One that only left files may have ended.
 fn may_come_again(request: &FetchRequest) -> bool {
     let mut addrs = request.sources.iter().flat_map(|source| &source.addrs);
-    addrs.any(|addr| !addr.starts_with("file:"))
+    addrs.any(|addr| !matches!(addr, Address::File(_)))
 }
 
 /// Chunks that the slot still had from an earlier version or try, and those of the staged version.
@@ -325,6 +326,16 @@ impl FetchRules {
             rescue_after: self.rescue_after,
             stuck_after: self.stuck_after,
         }
+    }
+}
+
+// === impl SourceRef ===
+
+impl SourceRef {
+    /// All addresses, for errors and reports.
+    fn shown(&self) -> String {
+        let addrs: Vec<String> = self.addrs.iter().map(Address::to_string).collect();
+        addrs.join(", ")
     }
 }
 

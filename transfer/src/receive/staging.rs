@@ -19,11 +19,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use anabranch_proto::manifest::{ChunkHash, Manifest};
 use anabranch_proto::version::{Root, Version};
 
+use crate::image::blob::Stamp;
 use crate::image::chunks::{ChunkSet, Ledger};
 use crate::memory::home;
 use crate::memory::map::SharedMap;
 use crate::memory::mappers::{Mapper, mappers};
-use crate::send::holder::Stamp;
 
 mod filling;
 mod record;
@@ -36,9 +36,6 @@ pub use staged::StagedSlot;
 pub(crate) use staged::{Adopting, Place};
 
 const SLOTS: usize = 2;
-
-/// The file that engines load inside a version's directory.
-pub const MODEL_FILE: &str = "model.safetensors";
 
 /// A staging area. Clones are the same area; a second process cannot open it.
 #[derive(Clone)]

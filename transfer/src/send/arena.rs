@@ -18,14 +18,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use anabranch_proto::version::{Root, Version};
 
+use crate::image::blob::Stamp;
 use crate::image::layout::Layout;
-use crate::memory::lock::LockError;
 use crate::memory::map::SharedMap;
-use crate::send::holder::{Holder, Stamp};
+use crate::send::holder::Holder;
 
 mod seal;
 
-use crate::memory::home::Home;
+use crate::memory::home::{Home, HomeError};
 pub(crate) use seal::{Sealer, SlotWriter};
 
 /// Sealed versions that are kept, and slots in the steady state.
@@ -100,24 +100,12 @@ pub enum ArenaError {
     )]
     Memory { bytes: u64, error: std::io::Error },
     #[error(
-        "{path} is too small: a version needs {need} bytes more there, {free} of {size} are free. In a \
-         container start it with a larger --shm-size (Docker) or mount an emptyDir with medium: \
-         Memory at /dev/shm (Kubernetes); two versions must fit. Or switch the shm link off: then \
-         versions lie outside of it, and engines of this host get copies"
-    )]
-    TooSmall { path: PathBuf, need: u64, free: u64, size: u64 },
-    #[error(
         "the part of version {number} that was published before is not sealed yet: seal it with what the \
          other senders have, or drop it"
     )]
     Unsealed { number: u64 },
-    #[error("cannot use {path} for the arena: {error}")]
-    Home { path: PathBuf, error: std::io::Error },
-    #[error(
-        "another trainer of this job publishes from this host: {path}: {error}; stop one of them, or \
-         give each its own job"
-    )]
-    Taken { path: PathBuf, error: LockError },
+    #[error(transparent)]
+    Home(#[from] HomeError),
 }
 
 // === impl Arena ===
@@ -232,7 +220,7 @@ impl State {
     fn take_over(&mut self) -> Result<(), ArenaError> {
         let Some(home) = &self.home else { return Ok(()) };
         for path in home.leftovers()? {
-            let failed = |error| ArenaError::Home { path: path.clone(), error };
+            let failed = |error| HomeError::Unusable { path: path.clone(), error };
             let bytes = std::fs::metadata(&path).map_err(failed)?.len();
             let map = SharedMap::file(&path, bytes).map_err(failed)?;
             tracing::info!(path = %path.display(), bytes, "took over a slot of a trainer that ended");
@@ -279,7 +267,7 @@ impl State {
             // What is not whole is of no use to others of this host.
             Some(home) if extent.first() == Some(&(0..bytes)) => match home.slot(id, bytes) {
                 Ok((map, path)) => Slot::named(map, path),
-                Err(error) if home.is_required() => return Err(error),
+                Err(error) if home.is_required() => return Err(error.into()),
                 Err(error) => {
                     tracing::warn!(%error, "engines of this host will get copies");
                     Slot::anonymous(id, bytes, extent)?
@@ -341,6 +329,3 @@ impl Slot {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

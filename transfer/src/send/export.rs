@@ -15,17 +15,14 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use anabranch_proto::version::{Root, Version};
+use anabranch_proto::address::Address;
+use anabranch_proto::version::Version;
 
-use crate::link::wire::BlobId;
+use crate::image::blob::{Blob, BlobId};
+use crate::image::exported::{Name, files, list};
 use crate::memory::lock::{DirLock, LockError};
 use crate::memory::map::{SharedMap, descriptor_path};
-use crate::receive::staging::MODEL_FILE;
-use crate::send::holder::{Blob, Held};
-
-pub(crate) const MANIFEST_FILE: &str = "manifest";
-pub(crate) const DELTA_FILE: &str = "delta";
-pub(crate) const DELTA_MANIFEST_FILE: &str = "delta.manifest";
+use crate::send::holder::Held;
 
 const LOCK_FILE: &str = ".exporter";
 const PART: &str = ".part-";
@@ -39,17 +36,6 @@ pub(crate) struct Export {
     nth: AtomicU64,
     _lock: DirLock,
 }
-
-/// What a version's directory is called.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Name {
-    epoch: u32,
-    number: u64,
-    /// The first bytes of the root.
-    root: [u8; ROOT_BYTES],
-}
-
-const ROOT_BYTES: usize = 6;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
@@ -88,8 +74,9 @@ impl Export {
         Ok(Export { dir, keep: keep.max(1), nth: AtomicU64::new(0), _lock: lock })
     }
 
-    pub(crate) fn address(&self) -> String {
-        format!("file:{}", self.dir.display())
+    /// Where receivers find the versions.
+    pub(crate) fn address(&self) -> Address {
+        Address::File(self.dir.clone())
     }
 
     /// Returns the version's directory. Older ones beyond the number to keep are removed.
@@ -129,7 +116,8 @@ impl Export {
     ) -> Result<(), ExportError> {
         let io = |error| self.io(part, error);
         fs::create_dir(part).map_err(io)?;
-        let mut file = File::create(part.join(MODEL_FILE)).map_err(io)?;
+        let (manifest, bytes) = files(part, BlobId::Image);
+        let mut file = File::create(bytes).map_err(io)?;
         for range in strides(blob.manifest.image_bytes) {
             image.read(range, |bytes| file.write_all(bytes)).map_err(io)?;
             if !blob.stamp.is_valid() {
@@ -137,28 +125,29 @@ impl Export {
             }
         }
         file.sync_all().map_err(io)?;
-        write_synced(&part.join(MANIFEST_FILE), &blob.encoded).map_err(io)?;
+        write_synced(&manifest, &blob.encoded).map_err(io)?;
         if let Some(delta) = delta {
             let gone = || io(io::ErrorKind::NotFound.into());
             let from = delta.file.get().ok_or_else(gone)?;
             let from = File::open(descriptor_path(&from)).map_err(io)?;
             let mut from = from.take(delta.manifest.image_bytes);
-            let mut to = File::create(part.join(DELTA_FILE)).map_err(io)?;
+            let (manifest, bytes) = files(part, BlobId::Delta);
+            let mut to = File::create(bytes).map_err(io)?;
             io::copy(&mut from, &mut to).map_err(io)?;
             to.sync_all().map_err(io)?;
             if !delta.stamp.is_valid() {
                 return Err(ExportError::Overtaken { dir: self.dir.clone(), version });
             }
-            write_synced(&part.join(DELTA_MANIFEST_FILE), &delta.encoded).map_err(io)?;
+            write_synced(&manifest, &delta.encoded).map_err(io)?;
         }
         sync_dir(part).map_err(io)
     }
 
     /// Exported before, by an earlier life of this trainer.
     fn is_there(&self, target: &Path, blob: &Blob) -> bool {
-        let len = fs::metadata(target.join(MODEL_FILE)).map(|m| m.len());
-        len.is_ok_and(|len| len == blob.manifest.image_bytes)
-            && fs::read(target.join(MANIFEST_FILE)).is_ok_and(|m| m[..] == blob.encoded[..])
+        let (manifest, bytes) = files(target, BlobId::Image);
+        fs::metadata(bytes).is_ok_and(|m| m.len() == blob.manifest.image_bytes)
+            && fs::read(manifest).is_ok_and(|m| m[..] == blob.encoded[..])
     }
 
     /// Keeps `newest` and those before it; numbers may go back in a new epoch.
@@ -211,24 +200,6 @@ impl Export {
     }
 }
 
-/// The versions in an export directory, in no order.
-pub(crate) fn list(dir: &Path) -> io::Result<Vec<Name>> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(dir)? {
-        names.extend(entry?.file_name().to_str().and_then(Name::parse));
-    }
-    Ok(names)
-}
-
-/// The blob of a version in its directory: manifest, bytes.
-pub(crate) fn files(version_dir: &Path, blob: BlobId) -> (PathBuf, PathBuf) {
-    let (manifest, bytes) = match blob {
-        BlobId::Image => (MANIFEST_FILE, MODEL_FILE),
-        BlobId::Delta => (DELTA_MANIFEST_FILE, DELTA_FILE),
-    };
-    (version_dir.join(manifest), version_dir.join(bytes))
-}
-
 fn strides(len: u64) -> impl Iterator<Item = Range<u64>> {
     (0..len).step_by(STRIDE as usize).map(move |at| at..len.min(at + STRIDE))
 }
@@ -242,33 +213,6 @@ fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// So that names survive a crash of the host.
 fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
-}
-
-// === impl Name ===
-
-impl Name {
-    pub(crate) fn of(version: Version) -> Name {
-        let Version { epoch, number, root: Root(root) } = version;
-        let root = root[..ROOT_BYTES].try_into().expect("a root is longer");
-        Name { epoch, number, root }
-    }
-
-    fn parse(text: &str) -> Option<Name> {
-        let mut parts = text.splitn(3, '-');
-        let number = parts.next()?.strip_prefix('v')?.parse().ok()?;
-        let epoch = parts.next()?.strip_prefix('e')?.parse().ok()?;
-        let mut root = [0; ROOT_BYTES];
-        hex::decode_to_slice(parts.next()?, &mut root).ok()?;
-        let name = Name { epoch, number, root };
-        // Only names that would be written so are ours.
-        (name.to_string() == text).then_some(name)
-    }
-}
-
-impl std::fmt::Display for Name {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "v{}-e{}-{}", self.number, self.epoch, hex::encode(self.root))
-    }
 }
 
 #[cfg(test)]

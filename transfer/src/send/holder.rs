@@ -2,43 +2,16 @@
 //! leases of those who read it. Decides who may read; the bytes themselves go through `serve`.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anabranch_proto::grant::{Grant, GrantError, Role, ServeKey};
-use anabranch_proto::manifest::Manifest;
 use anabranch_proto::version::{Root, Version};
 
-use crate::image::chunks::Ledger;
-use crate::link::wire::{BlobId, FailCode};
+use crate::image::blob::{Blob, BlobId};
+use crate::link::wire::FailCode;
 use crate::send::inbound::Inbound;
-
-/// One image in a file, as far as it is verified, for as long as its memory belongs to it.
-#[derive(Clone, Debug)]
-pub struct Blob {
-    pub(crate) file: Backing,
-    pub(crate) manifest: Arc<Manifest>,
-    pub(crate) encoded: Arc<[u8]>,
-    pub(crate) ledger: Arc<Ledger>,
-    pub(crate) stamp: Stamp,
-}
-
-/// The file that a blob's bytes are in.
-#[derive(Clone, Debug)]
-pub(crate) enum Backing {
-    Own(Arc<File>),
-    /// Memory of another process, which gets it back when its adopter lets go, whoever still reads here.
-    Lent(Weak<File>),
-}
-
-/// A slot's generation as it was when the blob was made: another number means other bytes.
-#[derive(Clone, Debug)]
-pub struct Stamp {
-    cell: Arc<AtomicU64>,
-    seen: u64,
-}
 
 /// A version that this process lends.
 #[derive(Debug)]
@@ -334,18 +307,6 @@ impl Held {
     }
 }
 
-// === impl Backing ===
-
-impl Backing {
-    /// `None` once the memory was given back.
-    pub(crate) fn get(&self) -> Option<Arc<File>> {
-        match self {
-            Backing::Own(file) => Some(Arc::clone(file)),
-            Backing::Lent(file) => file.upgrade(),
-        }
-    }
-}
-
 // === impl Lease ===
 
 impl Lease {
@@ -361,25 +322,5 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.held.leases.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-// === impl Stamp ===
-
-impl Stamp {
-    /// Of memory as it is now.
-    pub(crate) fn of(cell: &Arc<AtomicU64>) -> Stamp {
-        Stamp { cell: Arc::clone(cell), seen: cell.load(Ordering::Acquire) }
-    }
-
-    /// Of the same memory at the same time.
-    #[cfg(feature = "rdma")]
-    pub(crate) fn is(&self, other: &Stamp) -> bool {
-        Arc::ptr_eq(&self.cell, &other.cell) && self.seen == other.seen
-    }
-
-    /// False once the memory belongs to another version: what was read since may be torn.
-    pub(crate) fn is_valid(&self) -> bool {
-        self.cell.load(Ordering::Acquire) == self.seen
     }
 }

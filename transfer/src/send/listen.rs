@@ -3,19 +3,20 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anabranch_proto::address::{Address, CertPin, HostPort};
 use rustls::ServerConfig;
 
+use crate::link::external::{self, Accept, RDMA_FIRST_BYTE};
 use crate::link::identity::Identity;
-use crate::link::rdma::{self, Lendings};
 use crate::link::tcp;
 use crate::link::wire::{FailCode, Message};
-use crate::link::{Link, tls};
-use crate::send::serve::ServeError;
+use crate::link::{Link, LinkError, tls};
 
 /// A way to move bytes that a listener can offer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,7 +53,7 @@ pub struct Listener {
     pub(crate) udp: Option<UdpSocket>,
     pub(crate) identity: Option<Identity>,
     at: SocketAddr,
-    addresses: Vec<String>,
+    addresses: Vec<Address>,
     door: Door,
 }
 
@@ -61,7 +62,27 @@ pub struct Listener {
 pub(crate) struct Door {
     plain: bool,
     tls: Option<Arc<ServerConfig>>,
-    rdma: Option<Arc<Lendings>>,
+    rdma: Option<Arc<dyn Accept>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error(
+        "cannot listen on {addr} for weight transfers: {error}; choose another address or port"
+    )]
+    Listen { addr: SocketAddr, error: io::Error },
+    #[error(
+        "`{host}` cannot be advertised: write HOST or HOST:PORT, with an IPv6 host in brackets"
+    )]
+    Advertise { host: String },
+    #[error("cannot listen at {path} for weight transfers within this host: {error}")]
+    Local { path: PathBuf, error: io::Error },
+    #[error("cannot make a certificate for the data plane: {0}")]
+    Certificate(String),
+    #[error("cannot offer rdma: {0}")]
+    Rdma(LinkError),
+    #[error("cannot start a thread: {0}")]
+    Thread(io::Error),
 }
 
 // === impl LinkKind ===
@@ -132,15 +153,15 @@ impl Listener {
         let tls = identity.as_ref().filter(|_| has(LinkKind::Tls)).map(Identity::server_config);
         let tls = tls.transpose().map_err(|error| certificate(&error))?;
         let interface = Some(at.ip()).filter(|ip| !ip.is_unspecified());
-        let rdma = has(LinkKind::Rdma).then(|| Lendings::open(interface)).transpose();
-        let rdma = rdma.map_err(ServeError::Rdma)?.map(Arc::new);
+        let rdma = has(LinkKind::Rdma).then(|| external::rdma()?.listen(interface)).transpose();
+        let rdma = rdma.map_err(ServeError::Rdma)?.map(Arc::from);
         let door = Door { plain: has(LinkKind::Tcp), tls, rdma };
         if (door.plain || door.rdma.is_some()) && !at.ip().is_loopback() {
             tracing::warn!(
                 %at, "weights are served in the clear here, as was asked for: whoever is on the path can read them"
             );
         }
-        let addresses = addresses(&links, listen, at, identity.as_ref());
+        let addresses = addresses(&links, listen, at, identity.as_ref())?;
         Ok(Listener { tcp, udp, identity, at, addresses, door })
     }
 
@@ -157,9 +178,8 @@ impl Listener {
         self.at
     }
 
-    /// What receivers dial, best first: `host:port`, `tls://host:port#pin`, `quic://host:port#pin`,
-    /// `rdma://host:port`.
-    pub fn addresses(&self) -> Vec<String> {
+    /// What receivers dial, best first: one address for each link and advertised host.
+    pub fn addresses(&self) -> Vec<Address> {
         self.addresses.clone()
     }
 
@@ -196,28 +216,23 @@ fn addresses(
     listen: &Listen,
     at: SocketAddr,
     identity: Option<&Identity>,
-) -> Vec<String> {
-    let hosts = match listen.advertise.is_empty() {
-        true => vec![at.to_string()],
-        false => listen.advertise.iter().map(|host| with_port(host, at.port())).collect(),
+) -> Result<Vec<Address>, ServeError> {
+    let host = |host: &String| {
+        let bad = || ServeError::Advertise { host: host.clone() };
+        HostPort::with_port(host, at.port()).ok_or_else(bad)
     };
-    let pin = identity.map(|identity| identity.pin().to_string()).unwrap_or_default();
-    let address = |link: &LinkKind, host: &String| match link {
-        LinkKind::Tcp => host.clone(),
-        LinkKind::Tls | LinkKind::Quic => format!("{link}://{host}#{pin}"),
-        LinkKind::Rdma => format!("{link}://{host}"),
+    let hosts: Vec<HostPort> = match listen.advertise.is_empty() {
+        true => vec![at.into()],
+        false => listen.advertise.iter().map(host).collect::<Result<_, _>>()?,
     };
-    links.iter().flat_map(|link| hosts.iter().map(move |host| address(link, host))).collect()
-}
-
-fn with_port(host: &str, port: u16) -> String {
-    if let Ok(ip) = host.parse::<IpAddr>() {
-        return SocketAddr::new(ip, port).to_string();
-    }
-    match host.rsplit_once(':') {
-        Some((_, given)) if given.parse::<u16>().is_ok() => host.to_owned(),
-        _ => format!("{host}:{port}"),
-    }
+    let pin = identity.map_or(CertPin([0; 32]), Identity::pin);
+    let address = |link: &LinkKind, host: &HostPort| match link {
+        LinkKind::Tcp => Address::Tcp(host.clone()),
+        LinkKind::Tls => Address::Tls(host.clone(), pin),
+        LinkKind::Quic => Address::Quic(host.clone(), pin),
+        LinkKind::Rdma => Address::Rdma(host.clone()),
+    };
+    Ok(links.iter().flat_map(|link| hosts.iter().map(move |host| address(link, host))).collect())
 }
 
 // === impl Door ===
@@ -229,9 +244,9 @@ impl Door {
         match (tls::first_byte(&socket, until)?, &self.tls, &self.rdma) {
             (tls::HANDSHAKE, Some(config), _) => tls::accept(socket, Arc::clone(config), until),
             (tls::HANDSHAKE, None, _) => Err(refuse(socket, NO_TLS)),
-            (rdma::FIRST_BYTE, _, Some(lendings)) => rdma::accepted(socket, lendings),
-            (rdma::FIRST_BYTE, _, None) => Err(refuse(socket, NO_RDMA)),
-            _ if self.plain => Ok(Box::new(tcp::link(socket)?)),
+            (RDMA_FIRST_BYTE, _, Some(lender)) => lender.accept(socket),
+            (RDMA_FIRST_BYTE, _, None) => Err(refuse(socket, NO_RDMA)),
+            _ if self.plain => tcp::link(socket),
             (_, Some(_), _) => Err(refuse(socket, TLS_ONLY)),
             (_, None, _) => Err(refuse(socket, RDMA_ONLY)),
         }
@@ -296,7 +311,7 @@ mod tests {
         let listener = Listener::bind(&asked).expect("bound");
         let port = listener.addr().port();
         let pin = listener.identity.as_ref().expect("pinned").pin();
-        let got = listener.addresses();
+        let got: Vec<String> = listener.addresses().iter().map(Address::to_string).collect();
         assert_eq!(got.len(), 9);
         assert_eq!(got[0], format!("tls://gpu-1:{port}#{pin}"));
         assert_eq!(got[4], format!("quic://gpu-1.example:70#{pin}"));

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use anabranch_proto::address::Address;
 use anabranch_proto::grant::ServeKey;
 use anabranch_proto::manifest::{DEFAULT_CHUNK_BYTES, DType, Manifest};
 use anabranch_proto::version::Version;
@@ -17,8 +18,8 @@ use crate::memory::home::{Home, ShmArena};
 use crate::send::arena::{Arena, ArenaError, Begun, Sealer, SlotWriter};
 use crate::send::export::{Export, ExportError};
 use crate::send::holder::{Held, Holder};
-use crate::send::listen::{LinkKind, Listen, Listener};
-use crate::send::serve::{ServeError, ServeLimits, Server};
+use crate::send::listen::{LinkKind, Listen, Listener, ServeError};
+use crate::send::serve::{ServeLimits, Server};
 
 mod offer;
 mod part;
@@ -173,7 +174,8 @@ impl PublisherConfig {
 impl Publisher {
     pub fn start(config: PublisherConfig) -> Result<Publisher, PublishError> {
         let holder = Holder::new(&config.job);
-        let home = config.shm.as_ref().map(|at| Home::open(at, &config.job)).transpose()?.flatten();
+        let home = config.shm.as_ref().map(|at| Home::open(at, &config.job)).transpose();
+        let home = home.map_err(ArenaError::Home)?.flatten();
         let socket = home.as_ref().map(Home::socket);
         let arena = Arena::new(holder.clone(), config.chunk_bytes, home)?;
         let export = config.export.as_deref();
@@ -193,7 +195,7 @@ impl Publisher {
     }
 
     /// Where receivers find the versions, best first.
-    pub fn addresses(&self) -> Vec<String> {
+    pub fn addresses(&self) -> Vec<Address> {
         let exported = self.export.iter().map(|export| export.address());
         let local = self.server.local_address().into_iter();
         local.chain(self.server.addresses()).chain(exported).collect()

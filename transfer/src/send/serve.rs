@@ -4,17 +4,19 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use anabranch_proto::address::Address;
+
 use crate::link::quic::QuicListener;
 use crate::link::wire::Message;
 use crate::link::{Closer, Link, LinkError};
 use crate::send::holder::Holder;
-use crate::send::listen::{Door, Listen, Listener};
+use crate::send::listen::{Door, Listen, Listener, ServeError};
 
 mod arrive;
 mod feed;
@@ -44,27 +46,11 @@ pub struct ServeLimits {
 /// A listening holder.
 pub struct Server {
     addr: SocketAddr,
-    addresses: Vec<String>,
+    addresses: Vec<Address>,
     shared: Arc<Shared>,
     accept: Option<JoinHandle<()>>,
     local: Option<LocalDoor>,
     quic: Option<QuicListener>,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum ServeError {
-    #[error(
-        "cannot listen on {addr} for weight transfers: {error}; choose another address or port"
-    )]
-    Listen { addr: SocketAddr, error: std::io::Error },
-    #[error("cannot listen at {path} for weight transfers within this host: {error}")]
-    Local { path: PathBuf, error: std::io::Error },
-    #[error("cannot make a certificate for the data plane: {0}")]
-    Certificate(String),
-    #[error("cannot offer rdma: {0}")]
-    Rdma(LinkError),
-    #[error("cannot start a thread: {0}")]
-    Thread(std::io::Error),
 }
 
 struct Shared {
@@ -81,7 +67,7 @@ struct Streams {
     open: BTreeMap<u64, Closer>,
     threads: Vec<JoinHandle<()>>,
     /// Threads that feed each receiver, by its first address.
-    feeding: BTreeMap<String, usize>,
+    feeding: BTreeMap<Option<Address>, usize>,
 }
 
 // === impl Server ===
@@ -135,7 +121,7 @@ impl Server {
     }
 
     /// What receivers dial, best first.
-    pub fn addresses(&self) -> Vec<String> {
+    pub fn addresses(&self) -> Vec<Address> {
         self.addresses.clone()
     }
 

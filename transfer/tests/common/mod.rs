@@ -80,8 +80,9 @@ pub fn grant(version: Version, receiver: &str) -> Vec<u8> {
     Grant { job, version, receiver, role: Role::Fetch, ttl_ms: 60_000, nonce }.mint(&KEY).to_vec()
 }
 
-pub fn source(holder: &str, addr: &str, version: Version) -> SourceRef {
-    let (addrs, grant) = (vec![addr.into()], grant(version, "engine-1"));
+pub fn source(holder: &str, addr: impl ToString, version: Version) -> SourceRef {
+    let addr = addr.to_string().parse().expect("an address");
+    let (addrs, grant) = (vec![addr], grant(version, "engine-1"));
     let (stripes, fallback_for) = (Vec::new(), Vec::new());
     SourceRef { holder: holder.into(), addrs, grant, stripes, fallback_for, origin: String::new() }
 }
@@ -166,11 +167,11 @@ pub struct Proxy {
 
 impl Proxy {
     /// Threads end with the test's process.
-    pub fn start(to: &str, fault: Fault) -> Proxy {
+    pub fn start(to: impl ToString, fault: Fault) -> Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
         let addr = listener.local_addr().expect("addr");
         let passed = Arc::new(AtomicU64::new(0));
-        let (to, count) = (to.to_owned(), Arc::clone(&passed));
+        let (to, count) = (to.to_string(), Arc::clone(&passed));
         std::thread::spawn(move || {
             for inbound in listener.incoming() {
                 let Ok(inbound) = inbound else { return };

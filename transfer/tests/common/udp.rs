@@ -27,9 +27,9 @@ struct Path {
 
 impl UdpProxy {
     /// Threads end with the test's process.
-    pub fn start(to: &str, fault: UdpFault) -> UdpProxy {
+    pub fn start(to: impl ToString, fault: UdpFault) -> UdpProxy {
         let front = UdpSocket::bind("127.0.0.1:0").expect("port");
-        let (addr, to) = (front.local_addr().expect("addr"), to.to_owned());
+        let (addr, to) = (front.local_addr().expect("addr"), to.to_string());
         let passed = Arc::new(AtomicU64::new(0));
         let bytes = Arc::clone(&passed);
         let path = Arc::new(Path { fault, bytes, datagrams: AtomicU64::new(0) });

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use anabranch_proto::address::Address;
 use anabranch_proto::manifest::Manifest;
 use anabranch_proto::version::Root;
 
@@ -19,8 +20,6 @@ use crate::link::wire::{BlobId, Message};
 use crate::receive::staging::{Adopting, StageError, StagedSlot};
 use crate::send::holder::Held;
 
-/// The scheme of addresses at which memory is passed.
-const SCHEME: &str = "shm:";
 /// Read, then hashed while it is still in the cache. Mapping the memory instead would cost a page fault
 /// for every 4 KiB of every version.
 const STRIDE: usize = 128 << 10;
@@ -71,7 +70,7 @@ pub(super) fn try_adopt(
                 Err(error) => {
                     let (holder, addr) = (&source.holder, &source.addrs[0]);
                     tracing::warn!(
-                        %version, holder, addr, %error,
+                        %version, holder, %addr, %error,
                         "could not take over memory of this host: the version is copied"
                     );
                 }
@@ -91,10 +90,8 @@ fn sources_here(request: &FetchRequest) -> Vec<SourceRef> {
 }
 
 /// Where memory of this host can be had from it.
-pub(super) fn address_here(source: &SourceRef) -> Option<&String> {
-    let is_here =
-        |addr: &&String| addr.strip_prefix(SCHEME).is_some_and(|path| Path::new(path).exists());
-    source.addrs.iter().find(is_here)
+pub(super) fn address_here(source: &SourceRef) -> Option<&Address> {
+    source.addrs.iter().find(|addr| addr.socket().is_some_and(Path::exists))
 }
 
 fn report(request: &FetchRequest, from: &SourceRef, bytes: u64) -> FetchReport {

@@ -56,7 +56,7 @@ where
         match answered.recv_timeout(next.saturating_duration_since(now).min(TICK)) {
             Ok((source, Ok(answer))) => return Ok((source, answer)),
             Ok((source, Err(why))) => {
-                failed.push(Tried { holder: source.holder, addr: source.addrs.join(", "), why });
+                failed.push(Tried { addr: source.shown(), holder: source.holder, why });
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
         }
@@ -97,13 +97,15 @@ fn waves(sources: &[SourceRef]) -> Vec<Vec<SourceRef>> {
 
 #[cfg(test)]
 mod tests {
+    use anabranch_proto::address::Address;
+
     use super::*;
 
     #[test]
     fn parents_are_asked_together_and_others_one_by_one() {
         let source = |holder: &str, stripes: &[u32]| SourceRef {
             holder: holder.to_owned(),
-            addrs: vec![format!("{holder}:1")],
+            addrs: vec![format!("{}:1", holder.replace(' ', "-")).parse().expect("address")],
             grant: Vec::new(),
             stripes: stripes.to_vec(),
             fallback_for: Vec::new(),
@@ -116,7 +118,7 @@ mod tests {
             SourceRef { origin: "t".to_owned(), ..source("sender 1", &[3]) },
             SourceRef { origin: "t".to_owned(), ..source("sender 2", &[3]) },
             source("trainer", &[]),
-            SourceRef { addrs: vec!["shm:/proc/self/exe".to_owned()], ..source("here", &[]) },
+            SourceRef { addrs: vec![Address::Shm("/proc/self/exe".into())], ..source("here", &[]) },
         ];
         let names = |wave: Vec<SourceRef>| wave.into_iter().map(|s| s.holder).collect::<Vec<_>>();
         let asked: Vec<Vec<String>> = waves(&listed).into_iter().map(names).collect();

@@ -15,11 +15,12 @@ use super::pull::{self, Job, Sink};
 use super::{FetchError, FetchReport, FetchRequest, Shared, SourceRef, StreamError};
 use crate::delta::choice::{Rates, Way, choose};
 use crate::delta::memory::{DeltaMemory, blobs, room, trim};
+use crate::image::blob::{Backing, Blob, Stamp};
 use crate::image::chunks::{ChunkSet, Ledger};
 use crate::link::wire::{BlobId, Message};
 use crate::memory::map::SharedMap;
 use crate::receive::staging::{Base, Filling};
-use crate::send::holder::{Backing, Blob, Held, Stamp};
+use crate::send::holder::Held;
 
 mod apply;
 

@@ -3,30 +3,29 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
+use anabranch_proto::address::Address;
 use anabranch_proto::version::Root;
 
 use super::{Shared, SourceRef, StreamError};
 use crate::link::wire::{Message, PROTO};
 use crate::link::{self, Link, LinkError};
 
-/// Address of a source that dials this receiver; its name follows.
-const FEED: &str = "feed:";
 /// Idle streams per address; more than this are closed.
 const KEPT: usize = 16;
 
 /// Idle streams by the address they go to.
 #[derive(Default)]
 pub(super) struct Pool {
-    idle: Mutex<BTreeMap<String, Vec<Box<dyn Link>>>>,
+    idle: Mutex<BTreeMap<Address, Vec<Box<dyn Link>>>>,
     /// Addresses that did not answer when they were last tried: tried last.
-    silent: Mutex<BTreeSet<String>>,
+    silent: Mutex<BTreeSet<Address>>,
 }
 
 /// A stream bound to the version that its grant names.
 pub(super) struct Session {
     pub(super) link: Box<dyn Link>,
     /// The one of the source's addresses that it goes to.
-    pub(super) addr: String,
+    pub(super) addr: Address,
     pub(super) complete: bool,
     pub(super) delta_complete: bool,
     pub(super) delta_bytes: u64,
@@ -35,15 +34,15 @@ pub(super) struct Session {
 // === impl Pool ===
 
 impl Pool {
-    fn put(&self, addr: &str, link: Box<dyn Link>) {
+    fn put(&self, addr: &Address, link: Box<dyn Link>) {
         let mut idle = self.idle.lock().expect("held only to push and pop");
-        let links = idle.entry(addr.to_owned()).or_default();
+        let links = idle.entry(addr.clone()).or_default();
         if links.len() < KEPT {
             links.push(link);
         }
     }
 
-    fn take(&self, addr: &str) -> Option<Box<dyn Link>> {
+    fn take(&self, addr: &Address) -> Option<Box<dyn Link>> {
         let mut idle = self.idle.lock().expect("held only to push and pop");
         let links = idle.get_mut(addr)?;
         while let Some(mut link) = links.pop() {
@@ -56,19 +55,19 @@ impl Pool {
     }
 
     /// The given order, but those that were silent come last.
-    fn in_order<'a>(&self, addrs: &'a [String]) -> Vec<&'a String> {
+    fn in_order<'a>(&self, addrs: &'a [Address]) -> Vec<&'a Address> {
         let silent = self.silent.lock().expect("held only to look and note");
-        let mut ordered: Vec<&String> = addrs.iter().collect();
+        let mut ordered: Vec<&Address> = addrs.iter().collect();
         ordered.sort_by_key(|addr| silent.contains(*addr));
         ordered
     }
 
-    fn note(&self, addr: &str, answered: bool) {
+    fn note(&self, addr: &Address, answered: bool) {
         let mut silent = self.silent.lock().expect("held only to look and note");
         if answered {
             silent.remove(addr);
         } else {
-            silent.insert(addr.to_owned());
+            silent.insert(addr.clone());
         }
     }
 }
@@ -91,13 +90,12 @@ impl Session {
                 other => return other,
             }
         }
-        let nowhere = || LinkError::Address { addr: String::new(), why: "none is known".into() };
-        Err(first.unwrap_or_else(nowhere).into())
+        Err(first.unwrap_or(LinkError::NoAddress).into())
     }
 
     fn open_at(
         shared: &Shared,
-        addr: &str,
+        addr: &Address,
         grant: &[u8],
         base: Root,
     ) -> Result<Session, StreamError> {
@@ -108,15 +106,12 @@ impl Session {
                 other => return other,
             }
         }
-        let link = match addr.strip_prefix(FEED) {
-            None => link::dial(addr, shared.rules.connect)?,
-            Some(source) => {
-                let dialled = shared.holder.inbound().take(source, shared.rules.connect);
-                let within = shared.rules.connect;
-                dialled
-                    .ok_or_else(|| LinkError::NotDialled { holder: source.to_owned(), within })?
-            }
+        let within = shared.rules.connect;
+        let dialled = match addr {
+            Address::Feed(source) => shared.holder.inbound().take(source, within),
+            _ => None,
         };
+        let link = dialled.map_or_else(|| link::dial(addr, within), Ok)?;
         greet(shared, link, addr, grant, base)
     }
 
@@ -129,7 +124,7 @@ impl Session {
 fn greet(
     shared: &Shared,
     mut link: Box<dyn Link>,
-    addr: &str,
+    addr: &Address,
     grant: &[u8],
     base: Root,
 ) -> Result<Session, StreamError> {
@@ -137,7 +132,7 @@ fn greet(
     link.send(&Message::Hi { proto: PROTO, base, grant: grant.to_vec() })?;
     match link.receive()? {
         Message::Welcome { complete, delta_complete, delta_bytes } => {
-            Ok(Session { link, addr: addr.to_owned(), complete, delta_complete, delta_bytes })
+            Ok(Session { link, addr: addr.clone(), complete, delta_complete, delta_bytes })
         }
         other => Err(StreamError::from_reply(other)),
     }

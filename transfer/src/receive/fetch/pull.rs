@@ -472,7 +472,7 @@ impl Pull {
     fn tried(&self, state: &State) -> Vec<Tried> {
         let one = |(ix, s): (usize, &SourceRef)| Tried {
             holder: s.holder.clone(),
-            addr: s.addrs.join(", "),
+            addr: s.shown(),
             why: state.failures.get(&ix).cloned().unwrap_or_else(|| "it had no more".to_owned()),
         };
         self.request.sources.iter().enumerate().map(one).collect()

@@ -1,8 +1,8 @@
 //! A slot while a version is received into it, and the version in the other slot that helps.
 
 use super::*;
+use crate::image::blob::{Backing, Blob};
 use crate::image::layout::expected_header;
-use crate::send::holder::{Backing, Blob};
 
 /// A slot while a version is received into it.
 pub(crate) struct Filling {

@@ -13,11 +13,13 @@ use anabranch_proto::manifest::Manifest;
 use anabranch_proto::version::Version;
 use rustix::fs::{AtFlags, CWD};
 
-use super::{MODEL_FILE, Memory, SlotState, StageError, Staging};
+use super::{Memory, SlotState, StageError, Staging};
+use crate::image::blob::{Backing, Blob, Stamp};
 use crate::image::chunks::{ChunkSet, Ledger};
+use crate::image::exported::MODEL_FILE;
 use crate::image::layout::{LayoutError, expected_header};
 use crate::memory::map::descriptor_path;
-use crate::send::holder::{Backing, Blob, Holder, Stamp};
+use crate::send::holder::Holder;
 
 /// A complete version in a directory that an engine can load. Keep it while the engine loads or serves
 /// the version; its memory is reused some time after it is dropped.

@@ -5,6 +5,7 @@ use anabranch_proto::manifest::{DType, Kind};
 use anabranch_proto::version::Root;
 
 use super::*;
+use crate::image::exported::MODEL_FILE;
 use crate::image::layout::{Layout, TensorSpec};
 
 fn image(fill: u8) -> (Arc<Manifest>, Vec<u8>) {

@@ -8,10 +8,11 @@ use anabranch_proto::manifest::{ChunkHash, Kind, Manifest, chunk_range};
 use anabranch_proto::version::{Root, Version};
 
 use super::{Arena, SlotId, SlotState};
+use crate::image::blob::{Backing, Blob, Stamp};
 use crate::image::chunks::{ChunkSet, Ledger};
 use crate::image::layout::Layout;
 use crate::memory::map::SharedMap;
-use crate::send::holder::{Backing, Blob, Held, Stamp};
+use crate::send::holder::Held;
 
 /// The writer of one slot. Bytes are written from the front; what is complete is hashed behind it.
 pub(crate) struct SlotWriter {

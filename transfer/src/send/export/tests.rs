@@ -4,13 +4,15 @@ use std::time::Duration;
 
 use anabranch_proto::grant::{Grant, Role};
 use anabranch_proto::manifest::{Kind, Manifest};
+use anabranch_proto::version::Root;
 
 use super::*;
+use crate::image::blob::{Backing, Stamp};
 use crate::image::chunks::{ChunkSet, Ledger};
+use crate::image::exported::MODEL_FILE;
 use crate::link::Link;
 use crate::link::file::FileLink;
 use crate::link::wire::{FailCode, Message, PROTO};
-use crate::send::holder::{Backing, Stamp};
 
 const IMAGE_BYTES: u64 = 100_000;
 
@@ -33,17 +35,6 @@ fn held(number: u64, generation: &Arc<AtomicU64>) -> (Held, SharedMap) {
 
 fn entries(dir: &Path) -> usize {
     fs::read_dir(dir).expect("dir").count() - 1
-}
-
-#[test]
-fn names_are_read_back_and_those_of_others_are_left_alone() {
-    let version = Version { epoch: 2, number: 17, root: Root([0xab; 32]) };
-    let name = Name::of(version);
-    assert_eq!(name.to_string(), "v17-e2-abababababab");
-    assert_eq!(Name::parse(&name.to_string()), Some(name));
-    for other in ["v17", "v017-e2-abababababab", "v17-e2-ABABABABABAB", ".part-x", "v1-e1-ab"] {
-        assert_eq!(Name::parse(other), None, "{other}");
-    }
 }
 
 #[test]
@@ -74,7 +65,7 @@ fn a_file_that_is_cut_under_a_reader_is_a_refusal_that_names_it() {
     let grant = Grant { job, version, receiver, role: Role::Fetch, ttl_ms: 1000, nonce: 0 };
     let hi =
         Message::Hi { proto: PROTO, base: Root::default(), grant: grant.mint(&[0; 32]).into() };
-    let mut link = FileLink::open("file:", dir.path().to_str().expect("path")).expect("link");
+    let mut link = FileLink::open(dir.path()).expect("link");
     link.set_patience(Duration::from_secs(5)).expect("patience");
     link.send(&hi).expect("sent");
     let welcome = link.receive().expect("answer");

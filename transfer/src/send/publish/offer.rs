@@ -10,9 +10,10 @@ use super::PublisherConfig;
 use crate::delta::chain::{self, MAX_LINKS};
 use crate::delta::encode::{Encoder, Output};
 use crate::delta::memory::{DeltaMemory, DeltaWriter, blobs, room, trim};
+use crate::image::blob::Blob;
 use crate::memory::map::SharedMap;
 use crate::send::arena::Arena;
-use crate::send::holder::{Blob, Held};
+use crate::send::holder::Held;
 
 /// After so many bytes it is clear whether a version is worth a delta.
 const DELTA_TRIAL_BYTES: u64 = 8 << 20;

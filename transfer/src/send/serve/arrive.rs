@@ -54,9 +54,7 @@ impl Arrived {
     pub(super) fn refuse(self, door: &Door, open: usize) {
         let link: Option<Box<dyn Link>> = match self {
             Arrived::Link(link) => Some(link),
-            Arrived::Socket(socket) if door.is_plain() => {
-                tcp::link(socket).ok().map(|link| Box::new(link) as Box<dyn Link>)
-            }
+            Arrived::Socket(socket) if door.is_plain() => tcp::link(socket).ok(),
             Arrived::Socket(_) => None,
         };
         tracing::warn!(open, "refused a data stream: too many are open");

@@ -5,9 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::session::{self, StreamEnd};
-use super::{ServeError, Server, Shared};
+use super::{Server, Shared};
+use anabranch_proto::address::Address;
+
 use crate::link::wire::{Message, PROTO};
 use crate::link::{self, Link, LinkError};
+use crate::send::listen::ServeError;
 
 /// Failures in a row after which a stream is given up.
 const TRIES: u32 = 5;
@@ -17,7 +20,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug)]
 pub struct FeedOrder {
     /// The receiver's addresses, best first.
-    pub addrs: Vec<String>,
+    pub addrs: Vec<Address>,
     /// Of role `Feed`, made with the receiver's key, in the name of this source.
     pub grant: Vec<u8>,
     /// How many streams the receiver may ask on at once.
@@ -30,7 +33,7 @@ impl Server {
     /// server, when the receiver closes them, or when it cannot be reached.
     pub fn feed(&self, order: FeedOrder) -> Result<(), ServeError> {
         let order = Arc::new(order);
-        let receiver = order.addrs.first().cloned().unwrap_or_default();
+        let receiver = order.addrs.first().cloned();
         let mut streams = self.shared.lock();
         let up = streams.feeding.get(&receiver).copied().unwrap_or(0);
         for nth in up..order.streams.max(1) {
@@ -49,7 +52,7 @@ impl Server {
 fn feed_task(shared: &Shared, order: &FeedOrder) {
     feed_while_it_works(shared, order);
     let mut streams = shared.lock();
-    if let Some(up) = order.addrs.first().and_then(|addr| streams.feeding.get_mut(addr)) {
+    if let Some(up) = streams.feeding.get_mut(&order.addrs.first().cloned()) {
         *up -= 1;
     }
 }
@@ -99,9 +102,9 @@ fn feed_once(shared: &Shared, order: &FeedOrder) -> Result<(), StreamEnd> {
 }
 
 fn dial_any(order: &FeedOrder) -> Result<Box<dyn Link>, LinkError> {
-    let mut last = LinkError::Address { addr: String::new(), why: "the receiver has none".into() };
+    let mut last = LinkError::NoAddress;
     // Over rdma it is always the one who dialled that reads.
-    for addr in order.addrs.iter().filter(|addr| !addr.starts_with("rdma:")) {
+    for addr in order.addrs.iter().filter(|addr| !matches!(addr, Address::Rdma(_))) {
         match link::dial(addr, order.connect) {
             Ok(link) => return Ok(link),
             Err(error) => last = error,

@@ -8,8 +8,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use super::{Arrived, ServeError, Server, Shared, serve_stream};
+use super::{Arrived, Server, Shared, serve_stream};
+use anabranch_proto::address::Address;
+
 use crate::link::shm;
+use crate::send::listen::ServeError;
 
 /// Removed with its thread when dropped.
 pub(super) struct LocalDoor {
@@ -33,9 +36,9 @@ impl Server {
         Ok(())
     }
 
-    /// `shm:` and the socket's path.
-    pub(crate) fn local_address(&self) -> Option<String> {
-        self.local.as_ref().map(|door| format!("shm:{}", door.path.display()))
+    /// The socket that processes of this host connect to, if there is one.
+    pub(crate) fn local_address(&self) -> Option<Address> {
+        self.local.as_ref().map(|door| Address::Shm(door.path.clone()))
     }
 }
 

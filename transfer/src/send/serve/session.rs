@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 use anabranch_proto::version::{Root, Version};
 
 use super::Shared;
+use crate::image::blob::Blob;
 use crate::image::chunks::ChunkSet;
 use crate::link::wire::{BlobId, FailCode, MAX_WANTED, Message, PROTO};
 use crate::link::{Link, LinkError};
 use crate::memory::map::descriptor_path;
-use crate::send::holder::{Blob, Lease};
+use crate::send::holder::Lease;
 
 /// How a stream ended that was not refused.
 pub(super) enum Ended {

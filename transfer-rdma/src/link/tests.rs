@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anabranch_proto::manifest::{Kind, Manifest};
 
+use anabranch_transfer::chunks::{ChunkSet, Ledger};
+use anabranch_transfer::external::{Backing, Stamp};
+use anabranch_transfer::wire::BlobId;
+
 use super::*;
-use crate::image::chunks::{ChunkSet, Ledger};
-use crate::link::wire::BlobId;
-use crate::send::holder::{Backing, Stamp};
 
 const CHUNK_BYTES: u32 = 1 << 20;
 const CHUNKS: u32 = 4;
@@ -56,21 +57,16 @@ fn blob(map: &SharedMap, owner: &Arc<AtomicU64>) -> Blob {
     Blob { file, manifest, encoded, ledger, stamp: Stamp::of(owner) }
 }
 
-/// `None` without libfabric.
+/// `None` where libfabric is missing or too old.
 fn lendings() -> Option<Lendings> {
-    match Lendings::open(Some(Ipv4Addr::LOCALHOST.into())) {
-        Ok(lendings) => Some(lendings),
-        Err(error) => {
-            eprintln!("skipped: {error}");
-            None
-        }
-    }
+    let opened = Lendings::open(Some(Ipv4Addr::LOCALHOST.into()));
+    opened.inspect_err(|why| drop(writeln!(io::stderr(), "skipped: {why}"))).ok()
 }
 
 /// A stream that was welcomed.
 fn pair(lendings: &Lendings) -> Pair {
     let listener = TcpListener::bind("127.0.0.1:0").expect("listening");
-    let addr = listener.local_addr().expect("bound").to_string();
+    let addr = listener.local_addr().expect("bound").into();
     let mut receiver = ReadingLink::connect(&addr, PATIENCE).expect("connected");
     let mut socket = listener.accept().expect("accepted").0;
     socket.read_exact(&mut [0; HELLO.len()]).expect("hello");

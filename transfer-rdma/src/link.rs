@@ -1,5 +1,4 @@
-//! RDMA through libfabric: messages over TCP, bulk read by the receiver straight out of the source's memory
-//! into its own. Owns both ends of the link; what is registered at the source is `lending`'s.
+//! Both ends of a stream. What the source registers is `lending`'s.
 //!
 //! ```text
 //!   receiver                           source
@@ -14,40 +13,34 @@
 //! announces chunks without waiting for `Taken`; a receiver that leaves them unread is dropped after the
 //! same patience as one that takes no bytes over TCP.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, TcpStream};
+use std::net::TcpStream;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anabranch_proto::address::HostPort;
 use anabranch_proto::manifest::ChunkHash;
+use anabranch_transfer::external::{
+    Blob, Closer, Link, LinkError, RDMA_FIRST_BYTE, SharedMap, tcp_connect, tcp_link,
+};
+use anabranch_transfer::wire::{Message, WireError};
 
-use super::tcp::{self, TcpLink};
-use super::{Closer, Link, LinkError};
-use crate::link::wire::{Message, WireError};
-use crate::memory::map::SharedMap;
-use crate::send::holder::Blob;
+use crate::fabric::{self, Domain, Endpoint, FabricError, Peer, Pulse, Remote};
+use crate::lending::{Lending, Lendings, SourceAddress};
 
-mod fabric;
-mod lending;
-
-use fabric::{Domain, Endpoint, FabricError, Peer, Pulse, Registration, Remote};
-pub(crate) use lending::Lendings;
-use lending::{Lending, SourceAddress};
-
-/// What a receiver sends first, before any message: the listener takes other links on the same port.
+/// What a receiver sends first, before any message.
 const HELLO: &[u8; 4] = b"RDMA";
-pub(crate) const FIRST_BYTE: u8 = HELLO[0];
+const _: () = assert!(HELLO[0] == RDMA_FIRST_BYTE);
 
 /// Bounds how late a receiver looks at its deadline.
 const TICK: Duration = Duration::from_millis(100);
 
 /// The receiver's end.
 struct ReadingLink {
-    control: TcpLink,
+    control: Box<dyn Link>,
     /// The same stream, to learn that the source hung up.
     watched: TcpStream,
     patience: Duration,
@@ -60,7 +53,7 @@ struct ReadingLink {
 
 /// The source's end.
 struct LendingLink {
-    control: TcpLink,
+    control: Box<dyn Link>,
     lending: Arc<Lending>,
     introduced: bool,
     /// Chunks announced and not yet read.
@@ -70,12 +63,12 @@ struct LendingLink {
     bulk_patience: Duration,
 }
 
-/// Connects to the source at `host:port`.
-pub(super) fn connect(addr: &str, within: Duration) -> Result<Box<dyn Link>, LinkError> {
-    Ok(Box::new(ReadingLink::connect(addr, within)?))
+/// The receiver's end of a new stream to the source at `at`.
+pub(crate) fn connect(at: &HostPort, within: Duration) -> Result<Box<dyn Link>, LinkError> {
+    Ok(Box::new(ReadingLink::connect(at, within)?))
 }
 
-/// The source's end of a stream that was accepted and begins with [`FIRST_BYTE`].
+/// The source's end of a stream that was accepted and begins with [`RDMA_FIRST_BYTE`].
 pub(crate) fn accepted(mut stream: TcpStream, lendings: &Lendings) -> io::Result<Box<dyn Link>> {
     let mut hello = [0; HELLO.len()];
     stream.read_exact(&mut hello)?;
@@ -85,37 +78,19 @@ pub(crate) fn accepted(mut stream: TcpStream, lendings: &Lendings) -> io::Result
     Ok(Box::new(LendingLink::over(stream, lendings).map_err(io::Error::other)?))
 }
 
-/// One domain per interface and process: memory is registered with it once, for all streams.
-fn domain_at(interface: IpAddr) -> Result<Arc<Domain>, FabricError> {
-    // As many as the host has interfaces.
-    static OPEN: Mutex<BTreeMap<IpAddr, Weak<Domain>>> = Mutex::new(BTreeMap::new());
-    let mut open = OPEN.lock().expect("no holder of the lock panics");
-    if let Some(domain) = open.get(&interface).and_then(Weak::upgrade) {
-        return Ok(domain);
-    }
-    let domain = Domain::open(None, Some(interface), Registration::Negotiated)?;
-    let facts = domain.facts();
-    let version = format!("{}.{}", facts.version >> 16, facts.version & 0xffff);
-    tracing::info!(
-        %interface, provider = facts.provider(), device = facts.device(), libfabric = version, "rdma"
-    );
-    open.insert(interface, Arc::downgrade(&domain));
-    Ok(domain)
-}
-
 // === impl ReadingLink ===
 
 impl ReadingLink {
     /// Opens the device that leads to the source as well.
-    fn connect(addr: &str, within: Duration) -> Result<ReadingLink, LinkError> {
+    fn connect(at: &HostPort, within: Duration) -> Result<ReadingLink, LinkError> {
         fabric::load()?;
-        let stream = tcp::connect(addr, within)?;
+        let stream = tcp_connect(at, within)?;
         let interface = stream.local_addr().map_err(LinkError::Broken)?.ip();
-        let endpoint = Endpoint::open(&domain_at(interface)?)?;
+        let endpoint = Endpoint::open(&Domain::at(interface)?)?;
         stream.set_write_timeout(Some(within)).map_err(LinkError::Broken)?;
         (&stream).write_all(HELLO).map_err(|e| LinkError::of(e, within))?;
         let watched = stream.try_clone().map_err(LinkError::Broken)?;
-        let control = tcp::link(stream).map_err(LinkError::Broken)?;
+        let control = tcp_link(stream).map_err(LinkError::Broken)?;
         let (patience, source, next) = (within, None, None);
         Ok(ReadingLink { control, watched, patience, endpoint, source, next })
     }
@@ -249,7 +224,7 @@ impl LendingLink {
     fn over(stream: TcpStream, lendings: &Lendings) -> Result<LendingLink, LinkError> {
         let interface = stream.local_addr().map_err(LinkError::Broken)?.ip();
         let lending = lendings.at(interface)?;
-        let control = tcp::link(stream).map_err(LinkError::Broken)?;
+        let control = tcp_link(stream).map_err(LinkError::Broken)?;
         let (patience, bulk_patience) = (Duration::MAX, Duration::MAX);
         let (introduced, unread) = (false, 0);
         Ok(LendingLink { control, lending, introduced, unread, patience, bulk_patience })

@@ -1,5 +1,4 @@
 use super::*;
-use crate::memory::home::{Home, ShmArena};
 
 #[test]
 fn a_slot_that_does_not_fit_says_what_is_missing_and_leaves_nothing() {

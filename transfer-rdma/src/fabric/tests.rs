@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use super::domain::Registration;
 use super::*;
 
 const BYTES: usize = (3 << 20) + 1234;
@@ -31,11 +32,15 @@ struct Source {
 }
 
 fn domain(registration: Registration) -> Option<Arc<Domain>> {
-    if let Err(error) = load() {
-        eprintln!("skipped: {error}");
-        return None;
-    }
-    Some(Domain::open(None, Some([127, 0, 0, 1].into()), registration).expect("a provider"))
+    let opened =
+        load().and_then(|()| Domain::open(None, Some([127, 0, 0, 1].into()), registration));
+    opened.inspect_err(|why| skip(why)).ok()
+}
+
+/// Says why a test shows nothing here; the harness hides what tests print, but not this.
+fn skip(why: &FabricError) {
+    use std::io::Write;
+    writeln!(std::io::stderr(), "skipped, no rdma can run here: {why}").ok();
 }
 
 fn source(domain: &Arc<Domain>) -> Source {
@@ -189,7 +194,7 @@ fn a_read_that_was_given_up_writes_no_more() {
 
 #[test]
 fn a_missing_library_is_said_with_its_name() {
-    const NAME: &str = "link::rdma::fabric::tests::a_missing_library_is_said_with_its_name";
+    const NAME: &str = "fabric::tests::a_missing_library_is_said_with_its_name";
     if std::env::var_os("ANABRANCH_LIBFABRIC").is_some() {
         let error = load().expect_err("no such library").to_string();
         assert!(error.contains("/nowhere/libfabric.so"), "{error}");

@@ -5,56 +5,29 @@
 //! [`Endpoint::read`] returns only then. Memory that peers may read is mapped as long as its region.
 #![allow(unsafe_code)]
 
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{c_int, c_void};
 use std::fs::File;
-use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::ptr::{NonNull, null, null_mut};
-use std::sync::{Arc, Mutex, Weak};
+use std::ptr::{NonNull, null_mut};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use anabranch_transfer::external::{LendingMap, SharedMap};
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
-use crate::memory::map::SharedMap;
-use crate::memory::mappers::LendingMap;
-
+mod domain;
 mod raw;
 mod reads;
 
-pub(super) use raw::Facts;
-use raw::{Access, RawDomain, RawEndpoint, RawError, RawRegion};
+pub(crate) use domain::Domain;
+use raw::{Access, RawEndpoint, RawError, RawRegion};
 use reads::Reads;
 
 const MAX_ADDRESS_BYTES: usize = 256;
-/// Of random keys that are taken already.
-const KEY_TRIES: usize = 8;
-
-// libfabric's errnos: ENODATA and FI_ENOKEY.
-const NO_DATA: i32 = 61;
-const KEY_TAKEN: i32 = 266;
-
-/// How memory is registered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Registration {
-    /// As little as the provider needs.
-    Negotiated,
-    /// As most hardware needs it, wherever the code runs.
-    #[cfg(test)]
-    Basic,
-}
-
-/// A provider on one device. Its endpoints may be used from as many threads.
-#[derive(Debug)]
-pub(super) struct Domain {
-    raw: NonNull<RawDomain>,
-    facts: Facts,
-    /// Memory that reads fill, registered once for a mapping.
-    locals: Mutex<Vec<Local>>,
-}
 
 /// Reads memory of peers, or lends its own to them.
 #[derive(Debug)]
-pub(super) struct Endpoint {
+pub(crate) struct Endpoint {
     domain: Arc<Domain>,
     /// As in the domain, where the provider wants regions by endpoint.
     locals: Vec<Local>,
@@ -69,18 +42,18 @@ struct Opened {
 
 /// A peer that an endpoint knows.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Peer(u64);
+pub(crate) struct Peer(u64);
 
 /// Memory of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Remote {
-    pub(super) at: u64,
-    pub(super) key: u64,
+pub(crate) struct Remote {
+    pub(crate) at: u64,
+    pub(crate) key: u64,
 }
 
 /// Lends memory through an endpoint that another thread serves.
 #[derive(Debug)]
-pub(super) struct Lender {
+pub(crate) struct Lender {
     domain: Arc<Domain>,
     opened: Arc<Opened>,
 }
@@ -103,7 +76,7 @@ struct Local {
 
 /// A file mapped for peers to read.
 #[derive(Debug)]
-pub(super) struct ReadMap {
+pub(crate) struct ReadMap {
     // In this order: what it was noted for ends before its address can be another's.
     _noted: LendingMap,
     map: MmapRaw,
@@ -111,7 +84,7 @@ pub(super) struct ReadMap {
 
 /// A file that peers may read as long as this lives.
 #[derive(Debug)]
-pub(super) struct Lent {
+pub(crate) struct Lent {
     // In this order: the region is closed, then the memory unmapped.
     region: Region,
     _map: Arc<ReadMap>,
@@ -122,7 +95,7 @@ pub(super) struct Lent {
 
 /// What a read came to since the last look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pulse {
+pub(crate) enum Pulse {
     Moved,
     Still,
     /// The watched socket was closed.
@@ -132,14 +105,14 @@ pub(super) enum Pulse {
 /// What the fabric said.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{provider}: {text}")]
-pub(super) struct FabricError {
-    pub(super) provider: String,
-    pub(super) code: i32,
-    pub(super) text: String,
+pub(crate) struct FabricError {
+    pub(crate) provider: String,
+    pub(crate) code: i32,
+    pub(crate) text: String,
 }
 
 /// That the library is there.
-pub(super) fn load() -> Result<(), FabricError> {
+pub(crate) fn load() -> Result<(), FabricError> {
     let mut error = RawError::default();
     // SAFETY: only writes the error.
     match unsafe { raw::fabric_load(&mut error) } {
@@ -148,101 +121,10 @@ pub(super) fn load() -> Result<(), FabricError> {
     }
 }
 
-// === impl Domain ===
-
-impl Domain {
-    /// On the interface with the address `node`, if the provider names interfaces by it.
-    pub(super) fn open(
-        provider: Option<&str>,
-        node: Option<IpAddr>,
-        registration: Registration,
-    ) -> Result<Arc<Domain>, FabricError> {
-        let opened = Domain::open_at(provider, node, registration);
-        let opened = opened.or_else(|error| match node {
-            // Some (efa, shm) have interfaces, but do not name them by IP addresses.
-            Some(_) if error.code == NO_DATA => Domain::open_at(provider, None, registration),
-            _ => Err(error),
-        });
-        opened.map(Arc::new)
-    }
-
-    fn open_at(
-        provider: Option<&str>,
-        node: Option<IpAddr>,
-        registration: Registration,
-    ) -> Result<Domain, FabricError> {
-        let c_string = |s: String| CString::new(s).expect("neither has a NUL");
-        let asked = provider.map(|p| c_string(p.replace('\0', "")));
-        let node = node.map(|ip| c_string(ip.to_string()));
-        let pointer = |s: &Option<CString>| s.as_ref().map_or(null(), |s| s.as_ptr());
-        let basic = c_int::from(registration != Registration::Negotiated);
-        let (mut raw, mut facts, mut error) = (null_mut(), Facts::default(), RawError::default());
-        // SAFETY: NUL-terminated strings or NULL, and places to write to, all alive for the call.
-        unsafe {
-            let (provider, node) = (pointer(&asked), pointer(&node));
-            raw::fabric_domain_open(provider, node, basic, &mut raw, &mut facts, &mut error);
-        }
-        let raw = NonNull::new(raw).ok_or_else(|| error.of(provider.unwrap_or("any provider")))?;
-        Ok(Domain { raw, facts, locals: Mutex::default() })
-    }
-
-    pub(super) fn facts(&self) -> &Facts {
-        &self.facts
-    }
-
-    fn failed(&self, error: &RawError) -> FabricError {
-        error.of(&self.facts.provider())
-    }
-
-    /// The caller closes the region before the memory is unmapped, or knows that no peer has its key.
-    fn register(
-        &self,
-        endpoint: Option<&Arc<Opened>>,
-        at: *mut c_void,
-        len: usize,
-        access: Access,
-    ) -> Result<Region, FabricError> {
-        let endpoint = endpoint.filter(|_| self.facts.region_by_endpoint).cloned();
-        let mut error = RawError::default();
-        for _ in 0..KEY_TRIES {
-            let mut raw = null_mut();
-            let (domain, key) = (self.raw.as_ptr(), self.facts.random_key());
-            let bound = endpoint.as_ref().map_or(null_mut(), |e| e.raw.as_ptr());
-            // SAFETY: domain and endpoint are open, and registering needs neither alone; the memory is
-            // mapped (the caller's word, above).
-            unsafe {
-                raw::fabric_register(domain, bound, at, len, access, key, &mut raw, &mut error)
-            };
-            if let Some(raw) = NonNull::new(raw) {
-                return Ok(Region { raw, _endpoint: endpoint });
-            }
-            if error.code != KEY_TAKEN {
-                break;
-            }
-        }
-        Err(self.failed(&error))
-    }
-}
-
-impl Drop for Domain {
-    fn drop(&mut self) {
-        if let Ok(locals) = self.locals.get_mut() {
-            locals.clear();
-        }
-        // SAFETY: endpoints and lent memory hold an `Arc` of it, so none is open.
-        unsafe { raw::fabric_domain_close(self.raw.as_ptr()) }
-    }
-}
-
-// SAFETY: it was opened with FI_THREAD_SAFE, and the C side changes nothing in it.
-unsafe impl Send for Domain {}
-// SAFETY: as above.
-unsafe impl Sync for Domain {}
-
 // === impl Endpoint ===
 
 impl Endpoint {
-    pub(super) fn open(domain: &Arc<Domain>) -> Result<Endpoint, FabricError> {
+    pub(crate) fn open(domain: &Arc<Domain>) -> Result<Endpoint, FabricError> {
         let (mut raw, mut error) = (null_mut(), RawError::default());
         // SAFETY: the domain is open; the places to write to live for the call.
         unsafe { raw::fabric_endpoint_open(domain.raw.as_ptr(), &mut raw, &mut error) };
@@ -251,7 +133,7 @@ impl Endpoint {
         Ok(Endpoint { domain: Arc::clone(domain), locals: Vec::new(), opened })
     }
 
-    pub(super) fn domain(&self) -> &Arc<Domain> {
+    pub(crate) fn domain(&self) -> &Arc<Domain> {
         &self.domain
     }
 
@@ -265,7 +147,7 @@ impl Endpoint {
     }
 
     /// For peers; only those with the same address format can use it.
-    pub(super) fn address(&self) -> Result<Vec<u8>, FabricError> {
+    pub(crate) fn address(&self) -> Result<Vec<u8>, FabricError> {
         let mut address = vec![0u8; MAX_ADDRESS_BYTES];
         let (mut len, mut error) = (address.len(), RawError::default());
         let (endpoint, at) = (self.raw()?, address.as_mut_ptr().cast());
@@ -278,7 +160,7 @@ impl Endpoint {
         Ok(address)
     }
 
-    pub(super) fn insert(&mut self, address: &[u8]) -> Result<Peer, FabricError> {
+    pub(crate) fn insert(&mut self, address: &[u8]) -> Result<Peer, FabricError> {
         let (mut peer, mut error) = (0, RawError::default());
         let (endpoint, at, len) = (self.raw()?, address.as_ptr().cast(), address.len());
         // SAFETY: an open endpoint that is ours alone (`&mut`); the C side checks the length.
@@ -287,7 +169,7 @@ impl Endpoint {
     }
 
     /// For lending while another thread serves.
-    pub(super) fn lender(&self) -> Result<Lender, FabricError> {
+    pub(crate) fn lender(&self) -> Result<Lender, FabricError> {
         let opened = self.opened.clone().ok_or_else(|| self.closed())?;
         Ok(Lender { domain: Arc::clone(&self.domain), opened })
     }
@@ -298,7 +180,7 @@ impl Endpoint {
     /// it when it is closed.
     ///
     /// `into` lies in `map`, or in memory that no other read will use.
-    pub(super) fn read<E: From<FabricError>>(
+    pub(crate) fn read<E: From<FabricError>>(
         &mut self,
         (peer, from): (Peer, Remote),
         into: &mut [u8],
@@ -364,7 +246,7 @@ impl Endpoint {
     }
 
     /// Makes progress on what peers read here: without it, some providers answer no peer.
-    pub(super) fn serve(&mut self, patience: Duration) -> Result<(), FabricError> {
+    pub(crate) fn serve(&mut self, patience: Duration) -> Result<(), FabricError> {
         let (mut tags, mut error) = ([0; 1], RawError::default());
         let endpoint = self.raw()?;
         // SAFETY: an open endpoint that is ours alone (`&mut`), and room for one tag.
@@ -444,7 +326,7 @@ unsafe impl Sync for Region {}
 
 impl ReadMap {
     /// The first `len` bytes of the file. Every page is touched: none faults when a peer reads it.
-    pub(super) fn of(file: &File, len: u64) -> std::io::Result<ReadMap> {
+    pub(crate) fn of(file: &File, len: u64) -> std::io::Result<ReadMap> {
         if file.metadata()?.len() < len {
             return Err(std::io::ErrorKind::UnexpectedEof.into());
         }
@@ -460,7 +342,7 @@ impl ReadMap {
 
 impl Lender {
     /// Lends a mapped file to peers that are told where it is.
-    pub(super) fn lend(&self, map: &Arc<ReadMap>) -> Result<Lent, FabricError> {
+    pub(crate) fn lend(&self, map: &Arc<ReadMap>) -> Result<Lent, FabricError> {
         let (at, len) = (map.map.as_mut_ptr().cast(), map.map.len());
         let region = self.domain.register(Some(&self.opened), at, len, Access::ReadByPeers)?;
         let base = if self.domain.facts.address_by_virtual { at as u64 } else { 0 };
@@ -472,7 +354,7 @@ impl Lender {
 
 impl Lent {
     /// Where peers find the byte at `offset`.
-    pub(super) fn remote(&self, offset: u64) -> Remote {
+    pub(crate) fn remote(&self, offset: u64) -> Remote {
         // SAFETY: an open region.
         let key = unsafe { raw::fabric_region_key(self.region.raw.as_ptr()) };
         Remote { at: self.base + offset, key }

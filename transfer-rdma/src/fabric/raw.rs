@@ -35,12 +35,12 @@ pub(super) enum Access {
 /// What was negotiated with the provider.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(in crate::link::rdma) struct Facts {
+pub(crate) struct Facts {
     provider: [c_char; 64],
     device: [c_char; 64],
     /// Of the library: major << 16 | minor.
-    pub(in crate::link::rdma) version: u32,
-    pub(in crate::link::rdma) address_format: u32,
+    pub(crate) version: u32,
+    pub(crate) address_format: u32,
     pub(super) max_read_bytes: u64,
     max_reads: u32,
     key_bytes: u32,
@@ -134,11 +134,11 @@ impl Default for RawError {
 
 impl Facts {
     /// As libfabric names it.
-    pub(in crate::link::rdma) fn provider(&self) -> String {
+    pub(crate) fn provider(&self) -> String {
         text(&self.provider)
     }
 
-    pub(in crate::link::rdma) fn device(&self) -> String {
+    pub(crate) fn device(&self) -> String {
         text(&self.device)
     }
 

@@ -15,10 +15,9 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::fabric::{self, Endpoint, Lender, Lent, ReadMap, Remote};
-use crate::link::LinkError;
-use crate::memory::map::SharedMap;
-use crate::send::holder::{Blob, Stamp};
+use anabranch_transfer::external::{Blob, LinkError, SharedMap, Stamp};
+
+use crate::fabric::{self, Domain, Endpoint, Lender, Lent, ReadMap, Remote};
 
 /// New connections wake nobody in some providers: they wait for so long.
 const SERVE_TICK: Duration = Duration::from_millis(20);
@@ -34,7 +33,7 @@ pub(crate) struct Lendings {
 
 /// An endpoint that peers read from.
 #[derive(Debug)]
-pub(super) struct Lending {
+pub(crate) struct Lending {
     shared: Arc<Shared>,
     address: Vec<u8>,
     probe: Lent,
@@ -62,10 +61,10 @@ struct Mapped {
 
 /// How receivers reach an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct SourceAddress {
-    pub(super) format: u32,
-    pub(super) provider: String,
-    pub(super) bytes: Vec<u8>,
+pub(crate) struct SourceAddress {
+    pub(crate) format: u32,
+    pub(crate) provider: String,
+    pub(crate) bytes: Vec<u8>,
 }
 
 // === impl Lendings ===
@@ -81,7 +80,7 @@ impl Lendings {
         Ok(lendings)
     }
 
-    pub(super) fn at(&self, interface: IpAddr) -> Result<Arc<Lending>, LinkError> {
+    pub(crate) fn at(&self, interface: IpAddr) -> Result<Arc<Lending>, LinkError> {
         let mut open = self.open.lock().expect("no holder of the lock panics");
         if let Some(lending) = open.get(&interface) {
             return Ok(Arc::clone(lending));
@@ -96,7 +95,7 @@ impl Lendings {
 
 impl Lending {
     fn open(interface: IpAddr) -> Result<Lending, LinkError> {
-        let domain = super::domain_at(interface)?;
+        let domain = Domain::at(interface)?;
         let endpoint = Endpoint::open(&domain)?;
         let facts = domain.facts();
         let (format, provider) = (facts.address_format, facts.provider());
@@ -114,12 +113,12 @@ impl Lending {
     }
 
     /// Where a new peer reads the address once more, and the address.
-    pub(super) fn introduction(&self) -> (Remote, Vec<u8>) {
+    pub(crate) fn introduction(&self) -> (Remote, Vec<u8>) {
         (self.probe.remote(0), self.address.clone())
     }
 
     /// Where the byte at `offset` of the blob's file is for peers.
-    pub(super) fn lend(&self, blob: &Blob, offset: u64) -> Result<Remote, LinkError> {
+    pub(crate) fn lend(&self, blob: &Blob, offset: u64) -> Result<Remote, LinkError> {
         self.shared.lend(blob, offset)
     }
 }
@@ -210,7 +209,7 @@ impl SourceAddress {
         out
     }
 
-    pub(super) fn decode(encoded: &[u8]) -> Option<SourceAddress> {
+    pub(crate) fn decode(encoded: &[u8]) -> Option<SourceAddress> {
         let (format, rest) = encoded.split_first_chunk::<4>()?;
         let (len, rest) = rest.split_first()?;
         let (name, bytes) = rest.split_at_checked(usize::from(*len))?;

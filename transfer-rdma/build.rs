@@ -1,12 +1,7 @@
-//! With the feature `rdma`: compiles the C calls to libfabric, against the headers in `csrc`. Without: nothing.
+//! Compiles the calls to libfabric, against the headers in `csrc/include`. The library itself is loaded at run
+//! time.
 
 fn main() {
-    #[cfg(feature = "rdma")]
-    fabric();
-}
-
-#[cfg(feature = "rdma")]
-fn fabric() {
     println!("cargo::rerun-if-changed=csrc");
     cc::Build::new()
         .file("csrc/fabric.c")

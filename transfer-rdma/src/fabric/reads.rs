@@ -13,7 +13,7 @@ const PIECE_BYTES: usize = 256 << 10;
 const BATCH: usize = 16;
 
 /// The pieces of one read: some arrived, some are under way, the rest still to be started.
-pub(super) struct Reads<'a> {
+pub(crate) struct Reads<'a> {
     into: *mut u8,
     len: usize,
     piece: usize,
@@ -29,7 +29,7 @@ pub(super) struct Reads<'a> {
 // === impl Reads ===
 
 impl<'a> Reads<'a> {
-    pub(super) fn new(
+    pub(crate) fn new(
         into: &'a mut [u8],
         peer: Peer,
         from: Remote,
@@ -43,18 +43,18 @@ impl<'a> Reads<'a> {
         Reads { into, len, piece, peer, from, local, started: 0, arrived, front: 0 }
     }
 
-    pub(super) fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         self.front == self.arrived.len()
     }
 
-    pub(super) fn front(&self) -> &[u8] {
+    pub(crate) fn front(&self) -> &[u8] {
         let complete = self.len.min(self.front * self.piece);
         // SAFETY: inside the memory that `new` borrowed; the fabric is done with these pieces.
         unsafe { std::slice::from_raw_parts(self.into, complete) }
     }
 
     /// Starts what can start and takes in what came; true if there was any of either.
-    pub(super) fn advance(&mut self, endpoint: &mut Endpoint) -> Result<bool, FabricError> {
+    pub(crate) fn advance(&mut self, endpoint: &mut Endpoint) -> Result<bool, FabricError> {
         let raw = endpoint.raw()?;
         let mut error = RawError::default();
         let before = self.started;
