@@ -1,16 +1,16 @@
-//! The permission to move the bytes of one version, minted by the manager with the key that it shares
-//! with one holder, shown to that holder by the receiver. Owns form and MAC; counting the time to live
-//! from the first use is the holder's, since no clock crosses the wire.
+//! Grants: permissions to move the bytes of one version. The manager mints a grant with the key that it
+//! shares with one holder; the receiver shows it to that holder. This file owns its form and its MAC. The
+//! holder counts the time to live, from the first use, since no clock crosses the wire.
 
 use bytes::Bytes;
 use serde::Serialize;
 
 use crate::version::{Root, Version};
 
-/// Shared by the manager and one holder; it never reaches a receiver.
+/// Secret that the manager shares with one holder of versions; it never reaches a receiver.
 pub type ServeKey = [u8; 32];
 
-/// Grants are small: two ids and fixed fields.
+/// Most bytes of a grant on the wire: two ids and fixed fields.
 pub const MAX_GRANT_BYTES: usize = 1024;
 
 const FORMAT: u8 = 1;
@@ -18,41 +18,54 @@ const DOMAIN: &[u8] = b"anabranch data-plane grant 1";
 const FIXED_BYTES: usize = 1 + 1 + 4 + 8 + 32 + 8 + 8;
 const MAC_BYTES: usize = 32;
 
+/// Permission for one receiver to move the chunks of one version.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Grant {
+    /// Job that the version belongs to.
     pub job: String,
+    /// Version whose chunks may be moved.
     pub version: Version,
-    /// Who may use it: an engine id, a relay id.
+    /// Bearer of the grant: an engine id or a relay id.
     pub receiver: String,
+    /// Direction that the chunks may move in.
     pub role: Role,
-    /// From the first use at the holder.
+    /// Time to live in milliseconds, counted by the holder from the first use.
     pub ttl_ms: u64,
-    /// Two grants of equal content are told apart by it, so a new one starts a new `ttl_ms`.
+    /// Number that makes a new grant differ from an older one of equal content, so that it starts a new
+    /// `ttl_ms`.
     pub nonce: u64,
 }
 
-/// What its bearer may do at the holder that shares the key.
+/// Right of a grant's bearer at the holder that shares the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[repr(u8)]
 pub enum Role {
-    /// Read chunks of the version.
+    /// The bearer may read chunks of the version.
     Fetch = 1,
-    /// Send chunks of the version: the source dialled.
+    /// The bearer may send chunks of the version: it is a source that dialled its receiver.
     Feed = 2,
 }
 
+/// Reason to refuse a grant.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum GrantError {
+    /// The bytes, so many, have not the form of a grant.
     #[error("not a grant: {0} bytes")]
     Malformed(usize),
+    /// The MAC does not fit the key.
     #[error("the grant was made with another key: by another manager, or for another holder")]
     Forged,
+    /// The grant names another job.
     #[error("the grant is for job `{granted}`, this holder serves `{serves}`")]
     Job { granted: String, serves: String },
+    /// The grant names another version.
     #[error("the grant is for {granted}, asked was {asked}")]
     Version { granted: Version, asked: Version },
+    /// The grant gives the other role.
     #[error("the grant is for {0:?}")]
     Role(Role),
+    /// The time to live is over.
     #[error(
         "the grant of `{receiver}` expired: its {ttl_ms} ms ended {ago_ms} ms ago; ask the manager again"
     )]
@@ -62,6 +75,7 @@ pub enum GrantError {
 // === impl Grant ===
 
 impl Grant {
+    /// Bytes of the grant for the holder that shares `key`.
     pub fn mint(&self, key: &ServeKey) -> Bytes {
         let mut out = Vec::with_capacity(128);
         out.extend_from_slice(&[FORMAT, self.role as u8]);
@@ -77,8 +91,8 @@ impl Grant {
         seal(key, out).into()
     }
 
-    /// The grant in `bytes`, if it was minted with `key`. Whose job and which version it is for, and
-    /// whether it has expired, is for the caller to check.
+    /// Reads the grant in `bytes`, if it was minted with `key`. The caller checks job, version, role and
+    /// expiry.
     pub fn verify(key: &ServeKey, bytes: &[u8]) -> Result<Grant, GrantError> {
         let malformed = || GrantError::Malformed(bytes.len());
         let body_len = bytes.len().checked_sub(MAC_BYTES).ok_or_else(malformed)?;
@@ -91,7 +105,8 @@ impl Grant {
         Self::parse(body).ok_or_else(malformed)
     }
 
-    /// What a grant says, unchecked: for its bearer, which reads from where no holder checks it.
+    /// Reads a grant without checking its MAC: for its bearer, which has no key and takes bytes from a
+    /// place (shared memory, a directory) where no holder checks it.
     pub fn claims(bytes: &[u8]) -> Option<Grant> {
         Self::parse(bytes.get(..bytes.len().checked_sub(MAC_BYTES)?)?)
     }
@@ -121,7 +136,7 @@ fn text(rest: &mut &[u8]) -> Option<String> {
     String::from_utf8(text.to_vec()).ok()
 }
 
-/// What is said, then its MAC: the form in which a grant crosses the wire.
+/// Appends to `said` its MAC with `key`: the form in which a grant crosses the wire.
 pub fn seal(key: &ServeKey, mut said: Vec<u8>) -> Vec<u8> {
     let tag = mac(key, &said);
     said.extend_from_slice(tag.as_bytes());

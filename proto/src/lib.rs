@@ -6,6 +6,7 @@
 //! the remedy; writing one is an `Into`. A bound that two places check is checked by one function here.
 //!
 //! In reading order:
+#![warn(missing_docs)]
 
 // names
 pub mod ids;

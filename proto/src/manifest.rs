@@ -1,10 +1,11 @@
-//! What a version consists of: tensors at offsets of one image, and the hash of every chunk of it.
-//! Owns the form in bytes, its checks and its root; knows neither files nor sockets.
+//! Manifests: the list of what a version consists of, namely tensors at offsets of one image, and the hash
+//! of every chunk of that image. Owns the form in bytes, its checks and its root; knows neither files nor
+//! sockets.
 //!
 //! The image of a full version *is* a safetensors file, header included, so a verified image needs no
-//! further step before an engine reads it. A version is named by the root of its full manifest, however
-//! it travelled: a delta has a manifest of its own (for its blob), which names the base it applies to
-//! and the full version that it must give.
+//! further step before an engine reads it. The name of a version is the root of its full manifest, however
+//! the bytes travelled: a delta has a manifest of its own (for its blob), which names the base it applies
+//! to and the full version that it must give.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -13,58 +14,76 @@ use serde::Serialize;
 
 use crate::version::Root;
 
-/// Chunk size unless told otherwise: small enough that a chain of 64 relays fills in 2% of 14 GB.
+/// Default chunk size, in bytes: small enough that a chain of 64 relays fills in 2% of 14 GB.
 pub const DEFAULT_CHUNK_BYTES: u32 = 1 << 20;
+/// Smallest chunk size, in bytes.
 pub const MIN_CHUNK_BYTES: u32 = 4 << 10;
+/// Largest chunk size, in bytes.
 pub const MAX_CHUNK_BYTES: u32 = 16 << 20;
 
-/// A manifest at 1 MiB chunks of 4 TB is 128 MB; more than this is not a manifest.
+/// Most bytes of an encoded manifest. One of 4 TB in chunks of 1 MiB has 128 MB.
 pub const MAX_MANIFEST_BYTES: usize = 256 << 20;
 
 const MAGIC: [u8; 4] = *b"ABM1";
 const MAX_NAME_BYTES: usize = 1024;
 const MAX_DIMENSIONS: usize = 8;
 
+/// BLAKE3 hash of a chunk's bytes.
 pub type ChunkHash = [u8; 32];
 
-/// One image, cut into chunks of `chunk_bytes` (the last may be shorter).
+/// Description of one image, which is cut into chunks of `chunk_bytes` (the last may be shorter).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
+    /// Meaning of the image's bytes.
     pub kind: Kind,
+    /// Chunk size, from [`MIN_CHUNK_BYTES`] to [`MAX_CHUNK_BYTES`].
     pub chunk_bytes: u32,
+    /// Size of the image, in bytes.
     pub image_bytes: u64,
-    /// In the order of their offsets.
+    /// Tensors in the order of their offsets; they do not overlap.
     pub tensors: Vec<Tensor>,
+    /// Hash of every chunk, in the order of the image.
     pub chunk_hashes: Vec<ChunkHash>,
 }
 
+/// Meaning of an image's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Kind {
+    /// The image is a safetensors file with all weights.
     Full,
-    /// The image is a delta blob (no tensors); applied to `base` it gives the full version `result`.
+    /// The image is a delta blob (no tensors).
     Delta {
+        /// Full version that the blob is applied to.
         base: Root,
+        /// Full version that comes of it.
         result: Root,
     },
-    /// The tensors are an adapter for the full version `base`.
+    /// The tensors are an adapter.
     Adapter {
+        /// Full version that the adapter belongs to.
         base: Root,
     },
 }
 
+/// One tensor of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Tensor {
+    /// Name as in the checkpoint, unique in the manifest.
     pub name: String,
+    /// Element type.
     pub dtype: DType,
+    /// Sizes of the dimensions, outermost first; at most 8.
     pub shape: Vec<u64>,
-    /// From the start of the image.
+    /// First byte, from the start of the image.
     pub offset: u64,
+    /// Bytes: the product of `shape` and the element's size.
     pub len: u64,
 }
 
-/// Element types, with the codes that stand in a manifest.
+/// Element types of safetensors files, with the codes that stand for them in a manifest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[repr(u8)]
+#[allow(missing_docs, reason = "each name is the type's own")]
 pub enum DType {
     Bool = 1,
     U8 = 2,
@@ -84,8 +103,9 @@ pub enum DType {
     F64 = 16,
 }
 
-/// Why bytes are not a manifest, or a manifest makes no sense.
+/// Reason why bytes are not a manifest, or a manifest contradicts itself.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what each one means, and name the fields")]
 pub enum ManifestError {
     #[error("not a manifest, or one of another format (starts with {0:02x?})")]
     Magic(Vec<u8>),
@@ -120,20 +140,22 @@ pub enum ManifestError {
 // === impl Manifest ===
 
 impl Manifest {
+    /// Number of chunks.
     pub fn chunk_count(&self) -> u32 {
         self.chunk_hashes.len() as u32
     }
 
-    /// `[start, end)` of a chunk in the image.
+    /// Bytes of chunk `index`, from the start of the image.
     pub fn chunk_range(&self, index: u32) -> std::ops::Range<u64> {
         chunk_range(self.chunk_bytes, self.image_bytes, index)
     }
 
-    /// Names every byte of the version.
+    /// Root of the manifest: the name of every byte of the image.
     pub fn root(&self) -> Root {
         Root::of(&self.encode())
     }
 
+    /// Bytes of the manifest. Equal manifests have equal bytes.
     pub fn encode(&self) -> Vec<u8> {
         let mut out =
             Vec::with_capacity(64 + self.tensors.len() * 96 + self.chunk_hashes.len() * 32);
@@ -163,7 +185,8 @@ impl Manifest {
         out
     }
 
-    /// Accepts exactly what [`Manifest::encode`] gives for a manifest that passes [`Manifest::check`].
+    /// Reads a manifest. Accepts exactly what [`Manifest::encode`] gives for one that passes
+    /// [`Manifest::check`].
     pub fn decode(bytes: &[u8]) -> Result<Manifest, ManifestError> {
         let mut r = Reader { rest: bytes, total: bytes.len() };
         let magic = r.take(4, "the magic").map_err(|_| ManifestError::Magic(bytes.to_vec()))?;
@@ -196,7 +219,8 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// That tensors lie in order inside the image, without overlap, and chunks cover it.
+    /// Refuses tensors that overlap, are out of order or lie outside the image, and chunks that do not cover
+    /// it.
     pub fn check(&self) -> Result<(), ManifestError> {
         if !(MIN_CHUNK_BYTES..=MAX_CHUNK_BYTES).contains(&self.chunk_bytes) {
             return Err(ManifestError::ChunkBytes(self.chunk_bytes));
@@ -249,13 +273,13 @@ impl Manifest {
     }
 }
 
-/// `[start, end)` of chunk `index` in an image of `image_bytes`.
+/// Bytes of chunk `index` in an image of `image_bytes`, from the image's start; empty beyond its end.
 pub fn chunk_range(chunk_bytes: u32, image_bytes: u64, index: u32) -> std::ops::Range<u64> {
     let start = u64::from(index) * u64::from(chunk_bytes);
     start.min(image_bytes)..(start + u64::from(chunk_bytes)).min(image_bytes)
 }
 
-/// Bytes of a tensor; `None` where the product overflows.
+/// Size of a tensor in bytes; `None` if the product overflows.
 pub fn tensor_bytes(dtype: DType, shape: &[u64]) -> Option<u64> {
     shape.iter().try_fold(dtype.bytes() as u64, |bytes, &d| bytes.checked_mul(d))
 }
@@ -294,6 +318,7 @@ impl Tensor {
 // === impl DType ===
 
 impl DType {
+    /// All element types, in the order of their codes.
     pub const ALL: [DType; 16] = [
         DType::Bool,
         DType::U8,
@@ -313,7 +338,7 @@ impl DType {
         DType::F64,
     ];
 
-    /// Bytes of one element.
+    /// Size of one element, in bytes.
     pub const fn bytes(self) -> usize {
         match self {
             Self::Bool | Self::U8 | Self::I8 | Self::F8E4M3 | Self::F8E5M2 | Self::F8E8M0 => 1,
@@ -323,7 +348,7 @@ impl DType {
         }
     }
 
-    /// As safetensors headers spell it.
+    /// Name in a safetensors header, such as `BF16`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Bool => "BOOL",
@@ -345,10 +370,12 @@ impl DType {
         }
     }
 
+    /// Element type with this name in a safetensors header.
     pub fn from_name(name: &str) -> Option<DType> {
         Self::ALL.into_iter().find(|d| d.name() == name)
     }
 
+    /// Element type with this code in a manifest.
     pub fn from_code(code: u8) -> Option<DType> {
         Self::ALL.into_iter().find(|d| *d as u8 == code)
     }

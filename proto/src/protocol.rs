@@ -1,14 +1,15 @@
-//! Protocol versions: one documented constant per change of the wire, negotiated at attach.
+//! Protocol versions: one documented constant per change of the wire. Manager and agent agree on one when
+//! the agent attaches.
 
 use std::ops::RangeInclusive;
 
-/// First wire: Control and Data streams, ticks of token columns, weights pulled by version.
+/// Version 1: Control and Data streams, ticks of token columns, weights pulled by version.
 pub const V1: u32 = 1;
 
-/// What this build speaks.
+/// Versions that this build speaks.
 pub const SUPPORTED: RangeInclusive<u32> = V1..=V1;
 
-/// The newest version both sides speak.
+/// Newest version that both sides speak; `peer` is the range of the other one.
 pub fn negotiate(peer: RangeInclusive<u32>) -> Result<u32, NoCommonProtocol> {
     let newest = (*SUPPORTED.end()).min(*peer.end());
     if newest >= *SUPPORTED.start() && newest >= *peer.start() {
@@ -18,6 +19,7 @@ pub fn negotiate(peer: RangeInclusive<u32>) -> Result<u32, NoCommonProtocol> {
     }
 }
 
+/// Error of an agent and a manager that have no protocol version in common.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the agent speaks protocol {peer_min}..={peer_max}, this manager speaks {}..={}; \
