@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use anabranch_proto::Finish;
 use anabranch_proto::{
     Attempt, BatchSeq, EngineId, Incarnation, OrderId, SampleId, SessionId, Step, Version,
 };
@@ -267,15 +268,6 @@ pub struct BatchSample {
     pub discarded_tokens: u32,
     /// As the ledger counted when it ended.
     pub tokens: u32,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case", tag = "how", content = "detail")]
-pub enum Finish {
-    Stop(String),
-    Length,
-    Cancelled,
-    Abandoned(String),
 }
 
 #[derive(Clone, Debug, Default)]

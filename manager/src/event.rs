@@ -5,9 +5,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::{
-    BatchSeq, EngineId, Incarnation, OrderId, SampleId, SessionId, Step, Version,
+pub use anabranch_proto::{
+    Held, LoadStage, LogprobsMode, Model, OnExceed, OnRunning, Pack, ProbeResult, Replay, Sampling,
+    SeedKeying, SenderOf, Shard, Staleness, Verdict,
 };
+// Former names, for files that still use them.
+use anabranch_proto::{BatchSeq, EngineId, Incarnation, OrderId, SessionId, Step, Version};
+pub use anabranch_proto::{LogprobsMode as Convention, Model as ModelFacts};
 use bytes::Bytes;
 
 use crate::ledger::Fact;
@@ -168,8 +172,8 @@ pub enum Event {
 pub struct OpenJob {
     pub job: String,
     pub epoch: u32,
-    pub model: ModelFacts,
-    pub convention: Convention,
+    pub model: Model,
+    pub convention: LogprobsMode,
     pub staleness: Staleness,
     pub on_running: OnRunning,
     pub on_trainer_lost: Duration,
@@ -177,48 +181,6 @@ pub struct OpenJob {
     pub seed: u64,
     /// `None`: all engines at once; else how many keep serving while others load.
     pub rolling: Option<u32>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ModelFacts {
-    pub id: String,
-    pub tokenizer_digest: String,
-    /// 0: not known.
-    pub vocab: u32,
-    pub max_context: u32,
-    pub eos_ids: Vec<u32>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Convention {
-    Raw,
-    Tempered,
-    Processed,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Staleness {
-    /// `None`: unbounded. `Some(0)`: on-policy.
-    pub max_lag: Option<u64>,
-    pub on_exceed: OnExceed,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OnExceed {
-    Wait,
-    Restart,
-    Drop,
-}
-
-/// What a new version does to running samples.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OnRunning {
-    Finish,
-    Continue,
-    Abort,
 }
 
 #[derive(Clone, Debug)]
@@ -235,47 +197,11 @@ pub struct NewGroup {
     pub session: String,
 }
 
-#[derive(Clone, Debug, PartialEq)]
-pub struct Sampling {
-    pub max_tokens: u32,
-    pub min_tokens: u32,
-    pub temperature: f32,
-    pub top_p: f32,
-    pub top_k: u32,
-    pub min_p: f32,
-    pub stop_ids: Vec<u32>,
-    pub stop_strings: Vec<String>,
-    pub ignore_eos: bool,
-    pub presence_penalty: f32,
-    pub frequency_penalty: f32,
-    pub repetition_penalty: f32,
-    pub seed: Option<u64>,
-    /// Restart from the prompt where a resume would not be exact; else such a group is refused.
-    pub restart_ok: bool,
-    pub extra: BTreeMap<String, String>,
-}
-
 #[derive(Clone, Debug)]
 pub enum CancelWhat {
     Keys(Vec<String>),
     Step(Step),
     All,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pack {
-    /// Samples, >= 1.
-    pub min: u32,
-    /// >= 1.
-    pub multiple_of: u32,
-    pub whole_groups: bool,
-    pub max_wait: Option<Duration>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Shard {
-    pub index: u32,
-    pub count: u32,
 }
 
 #[derive(Clone, Debug)]
@@ -293,21 +219,12 @@ pub struct Announce {
     pub sender: Option<SenderOf>,
 }
 
-/// One of several senders of a version, as it says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SenderOf {
-    pub index: u32,
-    pub count: u32,
-    /// It has some of the chunks only.
-    pub part: bool,
-}
-
 #[derive(Clone, Debug)]
 pub struct EngineHello {
     pub id: EngineId,
     pub incarnation: Incarnation,
-    pub model: ModelFacts,
-    pub conventions: Vec<Convention>,
+    pub model: Model,
+    pub conventions: Vec<LogprobsMode>,
     pub seed_keying: SeedKeying,
     pub columns: Vec<String>,
     pub release_memory: bool,
@@ -329,21 +246,6 @@ pub struct EngineHello {
     pub proto: u32,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Held {
-    pub sample: SampleId,
-    pub attempt: anabranch_proto::Attempt,
-    pub upto: u32,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum SeedKeying {
-    AbsolutePosition,
-    Stream,
-    Unkeyed,
-}
-
 #[derive(Clone, Debug)]
 pub struct LoadReport {
     pub order: OrderId,
@@ -359,35 +261,6 @@ pub struct LoadReport {
     pub egress: u64,
     /// Of this version, to peers, until now.
     pub served: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LoadStage {
-    Ordered,
-    Fetching,
-    Staged,
-    Quiescing,
-    Loading,
-    Probing,
-    Active,
-    Failed,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub struct ProbeResult {
-    pub ids: Vec<u32>,
-    pub logprobs: Vec<f32>,
-    pub verdict: Verdict,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Verdict {
-    Agrees,
-    First,
-    Inconclusive,
-    Disagrees,
 }
 
 #[derive(Clone, Debug)]

@@ -134,23 +134,7 @@ fn prompt(key: u64) -> Bytes {
 }
 
 pub fn sampling() -> Arc<Sampling> {
-    Arc::new(Sampling {
-        max_tokens: MAX_TOKENS,
-        min_tokens: 0,
-        temperature: 1.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        stop_ids: vec![],
-        stop_strings: vec![],
-        ignore_eos: false,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        repetition_penalty: 1.0,
-        seed: None,
-        restart_ok: false,
-        extra: BTreeMap::new(),
-    })
+    Arc::new(Sampling::new(MAX_TOKENS))
 }
 
 pub fn mode_requested(session: SessionId, train: bool) -> Event {
@@ -200,10 +184,9 @@ pub fn attached(
         incarnation: Incarnation(incarnation),
         model: ModelFacts {
             id: "bench".into(),
-            tokenizer_digest: String::new(),
             vocab: VOCAB,
-            max_context: 0,
             eos_ids: vec![EOS],
+            ..ModelFacts::default()
         },
         conventions: vec![Convention::Tempered],
         seed_keying: SeedKeying::AbsolutePosition,

@@ -98,28 +98,11 @@ impl Bench {
     }
 
     fn submit(&mut self, key: &str, prompt: &[u32], max_tokens: u32) -> Vec<Action> {
-        let sampling = Sampling {
-            max_tokens,
-            min_tokens: 0,
-            temperature: 1.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            stop_ids: vec![],
-            stop_strings: vec![],
-            ignore_eos: false,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            repetition_penalty: 1.0,
-            seed: None,
-            restart_ok: false,
-            extra: BTreeMap::new(),
-        };
         let group = NewGroup {
             key: key.into(),
             prompt: tokens::encode_ids(prompt),
             n: 1,
-            sampling: Arc::new(sampling),
+            sampling: Arc::new(Sampling::new(max_tokens)),
             pin: None,
             priority: 0,
             deadline: None,

@@ -62,7 +62,7 @@ pub(crate) fn check(
         let (min, max) = (sampling.min_tokens, sampling.max_tokens);
         return Err(Reject::MinAboveMax { min, max });
     }
-    if let (false, Some(row)) = (sampling.restart_ok, replay::unreplayable(sampling).first()) {
+    if let (false, Some(row)) = (sampling.restart_ok(), replay::unreplayable(sampling).first()) {
         return Err(Reject::Unreplayable { what: row.what, why: row.why });
     }
     let tokens = u64::from(group.n) * (u64::from(prompt) + u64::from(sampling.max_tokens));

@@ -7,34 +7,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+pub use anabranch_proto::VersionState;
 use anabranch_proto::{EngineId, Root, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
 use crate::event::{LoadStage, PublisherId};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum VersionState {
-    Announced,
-    /// Sealed; becomes current when it makes no unfinished group too old.
-    Available,
-    Current,
-    Superseded,
-    /// No holder is left.
-    Retired,
-}
-
-impl VersionState {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Announced => "announced",
-            Self::Available => "available",
-            Self::Current => "current",
-            Self::Superseded => "superseded",
-            Self::Retired => "retired",
-        }
-    }
-}
 
 pub(crate) struct VersionRecord {
     pub version: Version,

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::EngineId;
 use anabranch_proto::pb::{self, admin_server::Admin, engines_request::Kind};
+use anabranch_proto::word::check_name;
+use anabranch_proto::{EngineId, Invalid};
 use anabranch_runtime::Role;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -17,7 +18,6 @@ use crate::wire::auth::bearer;
 use crate::wire::gate::Gate;
 use crate::wire::http::state_json;
 use crate::wire::inbox::Out;
-use crate::wire::ingress::check::{field, name};
 use crate::wire::ingress::failed;
 
 const ANSWER: Duration = Duration::from_secs(10);
@@ -48,7 +48,7 @@ impl Admin for AdminService {
     ) -> Result<Response<pb::EnginesReply>, Status> {
         self.gate.auth.check_call(request.metadata(), &[Role::Admin, Role::Trainer])?;
         let request = request.into_inner();
-        name("engine", &request.engine)?;
+        check_name("engine", &request.engine)?;
         let engine = EngineId::new(&request.engine);
         let given = Duration::from_millis(request.deadline_ms.into());
         let deadline = if given.is_zero() { DRAIN } else { given };
@@ -61,7 +61,9 @@ impl Admin for AdminService {
                 let event = |reply| Event::RemoveRequested { engine, reply };
                 self.gate.inbox.ask(ANSWER, event).await?
             }
-            Kind::Unspecified => return Err(field("kind", "must be drain or remove").into()),
+            Kind::Unspecified => {
+                return Err(Invalid::rule("kind", "must be drain or remove").into());
+            }
         };
         match answer {
             Answer::Said(text) => Ok(Response::new(pb::EnginesReply { text })),

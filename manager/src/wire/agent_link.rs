@@ -22,7 +22,6 @@ use crate::wire::auth::bearer;
 use crate::wire::effects::sessions::{Attached, OUTGOING};
 use crate::wire::gate::Gate;
 use crate::wire::inbox::{Attach, Closed, Input, Out};
-pub(crate) use hello::model;
 
 /// For the first message of a stream.
 const FIRST_WORD: Duration = Duration::from_secs(5);

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use anabranch_proto::limits::PART_BYTES;
-use anabranch_proto::{SampleId, pb};
+use anabranch_proto::{AttestedBy, SampleId, pb};
 
-use crate::action::{Batch, BatchSample, Finish, ShortGroup, StepReport};
+use crate::action::{Batch, BatchSample, ShortGroup, StepReport};
 use crate::ledger::{Ledger, Maker, PageView, SpanRecord};
 
 /// A batch names a sample that the ledger has forgotten.
@@ -77,7 +77,6 @@ fn size(view: &PageView, sample: &BatchSample) -> usize {
 }
 
 fn trajectory(sample: &BatchSample, view: PageView) -> pb::Trajectory {
-    let (finish, finish_detail) = finish(&sample.finish);
     let mut numerics: Vec<String> = Vec::new();
     let spans = view.spans.iter().map(|record| span(record, &mut numerics)).collect();
     let columns = view.columns.into_iter().map(|column| pb::Column {
@@ -94,8 +93,8 @@ fn trajectory(sample: &BatchSample, view: PageView) -> pb::Trajectory {
         logprobs: view.logprobs,
         spans,
         columns: columns.collect(),
-        finish: finish.into(),
-        finish_detail,
+        finish: sample.finish.code().into(),
+        finish_detail: sample.finish.detail().to_owned(),
         attempts: sample.attempts,
         meta: sample.meta.clone(),
         seed: sample.seed,
@@ -120,7 +119,7 @@ fn span(record: &SpanRecord, numerics: &mut Vec<String>) -> pb::Span {
         version: Some(record.version.into()),
         exact: record.exact,
         kv_recomputed: record.kv_recomputed,
-        attested_by: attested_by(record).into(),
+        attested_by: pb::AttestedBy::from(attested_by(record)).into(),
         numerics: index as u32,
     }
 }
@@ -130,21 +129,11 @@ fn engine(maker: &Arc<Maker>) -> pb::Engine {
     pb::Engine { id, incarnation, member: 0, members: 1 }
 }
 
-fn attested_by(record: &SpanRecord) -> pb::AttestedBy {
+fn attested_by(record: &SpanRecord) -> AttestedBy {
     match (record.version.is_base(), record.maker.by_trainer) {
-        (true, _) => pb::AttestedBy::Engine,
-        (false, true) => pb::AttestedBy::Trainer,
-        (false, false) => pb::AttestedBy::Transfer,
-    }
-}
-
-fn finish(finish: &Finish) -> (pb::trajectory::Finish, String) {
-    use pb::trajectory::Finish as Wire;
-    match finish {
-        Finish::Stop(matched) => (Wire::Stop, matched.clone()),
-        Finish::Length => (Wire::Length, String::new()),
-        Finish::Cancelled => (Wire::Cancelled, String::new()),
-        Finish::Abandoned(story) => (Wire::Abandoned, story.clone()),
+        (true, _) => AttestedBy::Engine,
+        (false, true) => AttestedBy::Trainer,
+        (false, false) => AttestedBy::Transfer,
     }
 }
 

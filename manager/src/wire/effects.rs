@@ -12,12 +12,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::{SessionId, pb};
+use anabranch_proto::{LogprobsMode, SessionId, pb};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use crate::action::{Action, Answer};
-use crate::event::{ConsumerId, Convention, Event, LinkId, OpenJob, PublisherId, ReplyTo};
+use crate::event::{ConsumerId, Event, LinkId, OpenJob, PublisherId, ReplyTo};
 use crate::ledger::Ledger;
 use crate::view::metrics::Metrics;
 use crate::view::notice_log;
@@ -25,7 +25,6 @@ use crate::view::notices::Notices;
 use crate::wire::gate::Life;
 use crate::wire::inbox::{Attach, NewConsumer, Out, ToPublisher};
 use consumers::{Consumers, ToConsumer};
-pub(crate) use orders::ms;
 use sessions::{Attached, Data, Link, Live, Overflow, Session};
 
 pub(crate) struct Effects {
@@ -40,8 +39,8 @@ pub(crate) struct Effects {
     publishers: BTreeMap<PublisherId, mpsc::Sender<ToPublisher>>,
     replies: BTreeMap<ReplyTo, oneshot::Sender<Answer>>,
     /// Jobs asked for and not yet answered; at most as many as `replies`.
-    opening: BTreeMap<ReplyTo, (String, Convention)>,
-    job: Option<(String, Convention)>,
+    opening: BTreeMap<ReplyTo, (String, LogprobsMode)>,
+    job: Option<(String, LogprobsMode)>,
     /// For the core, at the end of this turn; at most one a link and consumer.
     found: Vec<Event>,
 }

@@ -1,7 +1,6 @@
 //! The trainer's calls: check, hand to the core, give its answer back. One short task per stream. Decides
 //! nothing.
 
-pub(crate) mod check;
 mod consume;
 mod convert;
 mod publish;
@@ -10,17 +9,17 @@ mod versions;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anabranch_proto::millis::{duration, millis};
 use anabranch_proto::pb::{self, trainer_server::Trainer};
-use anabranch_proto::{EngineId, SessionId, Step};
+use anabranch_proto::word::check_name;
+use anabranch_proto::{EngineId, Invalid, SessionId, Step, Version};
 use anabranch_runtime::Role;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::action::{Answer, FailKind, SubmitResult, SubmitVerdict};
 use crate::event::Event;
-use crate::wire::effects::ms;
 use crate::wire::gate::Gate;
-use check::{field, name};
 
 /// The core answers at once; only a stuck one takes so long.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -114,11 +113,11 @@ impl Trainer for TrainerService {
             pb::set_mode_request::Mode::Train => true,
             pb::set_mode_request::Mode::Generate => false,
             pb::set_mode_request::Mode::Unspecified => {
-                return Err(field("mode", "must be train or generate").into());
+                return Err(Invalid::rule("mode", "must be train or generate").into());
             }
         };
         let given = request.deadline_ms;
-        let deadline = if given == 0 { MODE_DEADLINE } else { convert::millis(given) };
+        let deadline = if given == 0 { MODE_DEADLINE } else { duration(given) };
         let event = |reply| Event::ModeRequested { session, train, deadline, reply };
         match self.gate.inbox.ask(deadline + MODE_SLACK, event).await? {
             Answer::ModeSet(engines) => Ok(Response::new(mode_set(engines))),
@@ -132,10 +131,9 @@ impl Trainer for TrainerService {
     ) -> Result<Response<pb::EngineReported>, Status> {
         let request = self.admit(request).await?;
         let session = self.gate.session(request.session)?;
-        name("engine", &request.engine)?;
+        check_name("engine", &request.engine)?;
         let engine = EngineId::new(&request.engine);
-        let version = request.version.ok_or_else(|| field("version", "missing"))?;
-        let version = convert::version("version", version)?;
+        let version = Version::required("version", request.version)?;
         let event = |reply| Event::EngineReported { session, engine, version, reply };
         done(self.gate.inbox.ask(ANSWER, event).await?)?;
         Ok(Response::new(pb::EngineReported {}))
@@ -197,7 +195,7 @@ fn submitted(result: SubmitResult) -> pb::submitted::Result {
         SubmitVerdict::Duplicate => (Kind::Duplicate, String::new(), None),
         SubmitVerdict::Rejected { why, retry_after } => (Kind::Rejected, why, retry_after),
     };
-    let retry_after_ms = retry_after.map_or(0, ms);
+    let retry_after_ms = retry_after.map_or(0, millis);
     pb::submitted::Result { key: result.key, kind: kind.into(), why, retry_after_ms }
 }
 

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anabranch_manager::action::ModeKind;
 use anabranch_manager::event::{
-    Convention, EngineHello, Event, LinkId, LoadReport, LoadStage, ModeReport, ModelFacts,
-    OnRunning, SeedKeying,
+    EngineHello, Event, LinkId, LoadReport, LoadStage, LogprobsMode, ModeReport, Model, OnRunning,
+    SeedKeying,
 };
 use anabranch_proto::pb::end::Why;
 use anabranch_proto::{EngineId, Incarnation, OrderId, pb, tokens};
@@ -62,14 +62,15 @@ impl World {
         let hello = EngineHello {
             id: EngineId::new(&agent.name),
             incarnation: Incarnation(agent.incarnation),
-            model: ModelFacts {
+            model: Model {
                 id: "synthetic".into(),
                 tokenizer_digest: String::new(),
                 vocab: self.params.vocab,
                 max_context: 4096,
                 eos_ids: vec![self.params.eos_id],
+                ..Model::default()
             },
-            conventions: vec![Convention::Tempered],
+            conventions: vec![LogprobsMode::Tempered],
             seed_keying: SeedKeying::AbsolutePosition,
             columns: vec![],
             release_memory: true,

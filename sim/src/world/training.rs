@@ -1,11 +1,10 @@
 //! What the trainer does of itself: open, submit, take batches, commit, publish, switch modes.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anabranch_manager::action::{Answer, FailKind, SubmitVerdict};
 use anabranch_manager::event::{
-    Announce, ConsumerId, Convention, Event, ModelFacts, NewGroup, OpenJob, PublisherId, ReplyTo,
+    Announce, ConsumerId, Event, LogprobsMode, Model, NewGroup, OpenJob, PublisherId, ReplyTo,
     Sampling, Shard,
 };
 use anabranch_proto::{BatchSeq, EngineId, SessionId, Step, Version, tokens};
@@ -21,8 +20,8 @@ impl World {
         let open = OpenJob {
             job: "sim".into(),
             epoch: self.trainer.epoch,
-            model: ModelFacts::default(),
-            convention: Convention::Tempered,
+            model: Model::default(),
+            convention: LogprobsMode::Tempered,
             staleness: self.scenario.staleness,
             on_running: self.scenario.on_running,
             on_trainer_lost: Duration::from_secs(60),
@@ -263,23 +262,7 @@ impl World {
             key: key.to_owned(),
             prompt: tokens::encode_ids(&self.prompt(key)),
             n,
-            sampling: std::sync::Arc::new(Sampling {
-                max_tokens: self.scenario.max_tokens,
-                min_tokens: 0,
-                temperature: 1.0,
-                top_p: 1.0,
-                top_k: 0,
-                min_p: 0.0,
-                stop_ids: vec![],
-                stop_strings: vec![],
-                ignore_eos: false,
-                presence_penalty: 0.0,
-                frequency_penalty: 0.0,
-                repetition_penalty: 1.0,
-                seed: None,
-                restart_ok: false,
-                extra: BTreeMap::new(),
-            }),
+            sampling: std::sync::Arc::new(Sampling::new(self.scenario.max_tokens)),
             pin,
             priority: 0,
             deadline: None,

@@ -1,38 +1,41 @@
 //! Reads a Hello: everything about it that needs no state. What the job asks of an engine is the core's matter.
 
-use anabranch_proto::pb::{self, caps};
+use anabranch_proto::pb;
 use anabranch_proto::protocol::negotiate;
-use anabranch_proto::{Attempt, EngineId, Incarnation, Version};
+use anabranch_proto::word::{check_name, check_optional_word, check_words};
+use anabranch_proto::{
+    EngineId, Held, Incarnation, Invalid, LogprobsMode, Model, SeedKeying, Version,
+};
 
-use crate::event::{Convention, EngineHello, Held, ModelFacts, SeedKeying};
+use crate::event::EngineHello;
 use crate::fleet::RELAY;
 use crate::wire::gate::Life;
-use crate::wire::ingress::check::{Invalid, field, name, optional_word, words};
 
 pub(super) fn read(hello: pb::Hello, life: Life) -> Result<EngineHello, Invalid> {
     let proto = negotiate(hello.proto_min..=hello.proto_max)
-        .map_err(|error| field("hello.proto", error))?;
-    let engine = hello.engine.ok_or_else(|| field("hello.engine", "missing"))?;
-    name("hello.engine.id", &engine.id)?;
+        .map_err(|error| Invalid::rule("hello.proto", error))?;
+    let engine = hello.engine.ok_or_else(|| Invalid::missing("hello.engine", "name the engine"))?;
+    check_name("hello.engine.id", &engine.id)?;
     if engine.members > 1 || engine.member > 0 {
         let what = "multi-node engines are not supported; attach each node's own server";
-        return Err(field("hello.engine.members", what));
+        return Err(Invalid::rule("hello.engine.members", what));
     }
-    let caps = hello.caps.ok_or_else(|| field("hello.caps", "missing"))?;
+    let caps =
+        hello.caps.ok_or_else(|| Invalid::missing("hello.caps", "say what the engine can do"))?;
     if hello.engine_kind != RELAY {
         check_sizes(hello.kv_tokens, hello.max_running)?;
     }
-    let model = model(hello.model.unwrap_or_default())?;
-    words("hello.addresses", &hello.addresses)?;
-    optional_word("hello.host", &hello.host)?;
-    words("hello.caps.columns", &caps.columns)?;
+    let model = Model::try_from(hello.model.unwrap_or_default())?;
+    check_words("hello.addresses", &hello.addresses)?;
+    check_optional_word("hello.host", &hello.host)?;
+    check_words("hello.caps.columns", &caps.columns)?;
     let resume = life.read(hello.resume_session);
     Ok(EngineHello {
         id: EngineId::new(&engine.id),
         incarnation: Incarnation(engine.incarnation),
         model,
         conventions: conventions(&caps)?,
-        seed_keying: seed_keying(&caps)?,
+        seed_keying: SeedKeying::required("hello.caps.seed_keying", caps.seed_keying)?,
         columns: caps.columns,
         release_memory: caps.release_memory,
         weights_by_trainer: caps.weights_by_trainer,
@@ -43,7 +46,7 @@ pub(super) fn read(hello: pb::Hello, life: Life) -> Result<EngineHello, Invalid>
         addresses: hello.addresses,
         host: Some(hello.host).filter(|host| !host.is_empty()),
         held: hello.held.into_iter().map(held).collect::<Result<_, _>>()?,
-        loaded: loaded(hello.loaded)?,
+        loaded: Version::read("hello.loaded", hello.loaded.unwrap_or_default())?,
         resume,
         manager_epoch: if resume.is_some() { life.epoch } else { 0 },
         kind: hello.engine_kind,
@@ -53,69 +56,29 @@ pub(super) fn read(hello: pb::Hello, life: Life) -> Result<EngineHello, Invalid>
 
 fn check_sizes(kv_tokens: u64, max_running: u32) -> Result<(), Invalid> {
     if kv_tokens == 0 {
-        return Err(field(
+        return Err(Invalid::rule(
             "hello.kv_tokens",
             "must be at least 1: without KV cache nothing can run",
         ));
     }
     if max_running == 0 {
-        return Err(field("hello.max_running", "must be at least 1"));
+        return Err(Invalid::rule("hello.max_running", "must be at least 1"));
     }
     Ok(())
 }
 
-pub(crate) fn model(model: pb::Model) -> Result<ModelFacts, Invalid> {
-    let outside = |id: &&u32| model.vocab != 0 && **id >= model.vocab;
-    if let Some(id) = model.eos_ids.iter().find(outside) {
-        let what = format!("{id} is outside the vocabulary of {}", model.vocab);
-        return Err(field("model.eos_ids", what));
-    }
-    Ok(ModelFacts {
-        id: model.id,
-        tokenizer_digest: model.tokenizer_digest,
-        vocab: model.vocab,
-        max_context: model.max_context,
-        eos_ids: model.eos_ids,
-    })
-}
-
-fn conventions(caps: &pb::Caps) -> Result<Vec<Convention>, Invalid> {
-    let read = |convention: &i32| match pb::Convention::try_from(*convention) {
-        Ok(pb::Convention::Raw) => Ok(Convention::Raw),
-        Ok(pb::Convention::Tempered) => Ok(Convention::Tempered),
-        Ok(pb::Convention::Processed) => Ok(Convention::Processed),
-        Ok(pb::Convention::Unspecified) | Err(_) => {
-            let what = format!("{convention} is not a convention this manager knows");
-            Err(field("hello.caps.logprob_conventions", what))
-        }
-    };
+fn conventions(caps: &pb::Caps) -> Result<Vec<LogprobsMode>, Invalid> {
+    let field = "hello.caps.logprob_conventions";
     if caps.logprob_conventions.is_empty() {
         let what =
             "must name at least one: a trajectory without log-probabilities cannot be trained on";
-        return Err(field("hello.caps.logprob_conventions", what));
+        return Err(Invalid::rule(field, what));
     }
-    caps.logprob_conventions.iter().map(read).collect()
-}
-
-fn seed_keying(caps: &pb::Caps) -> Result<SeedKeying, Invalid> {
-    match caps::SeedKeying::try_from(caps.seed_keying) {
-        Ok(caps::SeedKeying::AbsolutePosition) => Ok(SeedKeying::AbsolutePosition),
-        Ok(caps::SeedKeying::Stream) => Ok(SeedKeying::Stream),
-        Ok(caps::SeedKeying::None) => Ok(SeedKeying::Unkeyed),
-        Ok(caps::SeedKeying::Unspecified) | Err(_) => {
-            Err(field("hello.caps.seed_keying", "must be absolute_position, stream or none"))
-        }
-    }
+    caps.logprob_conventions.iter().map(|code| LogprobsMode::required(field, *code)).collect()
 }
 
 fn held(held: pb::Held) -> Result<Held, Invalid> {
-    let sample = held.sample.ok_or_else(|| field("hello.held.sample", "missing"))?;
-    Ok(Held { sample: sample.into(), attempt: Attempt(held.attempt), upto: held.upto })
-}
-
-fn loaded(version: Option<pb::Version>) -> Result<Version, Invalid> {
-    let version = version.unwrap_or_default();
-    Version::try_from(version).map_err(|error| field("hello.loaded", error))
+    Held::try_from(held).map_err(|invalid| invalid.named("hello.held.sample"))
 }
 
 #[cfg(test)]
@@ -128,7 +91,7 @@ mod tests {
             proto_max: 1,
             engine: Some(pb::Engine { id: "e1".into(), incarnation: 3, member: 0, members: 1 }),
             caps: Some(pb::Caps {
-                seed_keying: caps::SeedKeying::AbsolutePosition.into(),
+                seed_keying: pb::caps::SeedKeying::AbsolutePosition.into(),
                 logprob_conventions: vec![pb::Convention::Tempered.into()],
                 ..pb::Caps::default()
             }),

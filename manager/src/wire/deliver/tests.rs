@@ -1,5 +1,5 @@
 use anabranch_proto::tokens::{encode_ids, encode_logprobs};
-use anabranch_proto::{Attempt, BatchSeq, EngineId, Incarnation, Step, Version};
+use anabranch_proto::{Attempt, BatchSeq, EngineId, Finish, Incarnation, Step, Version};
 
 use super::*;
 use crate::ledger::StopRules;

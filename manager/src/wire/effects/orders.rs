@@ -5,14 +5,15 @@ use std::time::Duration;
 
 use anabranch_proto::grant::{Grant, Role};
 use anabranch_proto::limits::FRAME_BYTES;
+use anabranch_proto::millis::millis;
 use anabranch_proto::tokens::WIDTH;
-use anabranch_proto::{OrderId, SessionId, pb};
+use anabranch_proto::{Held, OrderId, Sampling, SessionId, pb};
 use bytes::Bytes;
 
 use super::sessions::Live;
 use super::{Effects, Overflow};
 use crate::action::{DialOrder, LoadOrder, ModeKind, StartOrder};
-use crate::event::{self, Convention, Held, LinkId, OnRunning, ProbeResult, Sampling, Verdict};
+use crate::event::LinkId;
 use crate::ledger::Begun;
 
 /// Holders count it from a grant's first use; a fetch that takes longer asks again.
@@ -74,25 +75,17 @@ fn start(order: &StartOrder, kept: Bytes) -> pb::Start {
     }
 }
 
-/// What is left to make after `offset` kept tokens.
+/// Settings for the tokens after `offset` kept ones. Engines are told the repetition penalty even when it
+/// is off.
 fn remaining(sampling: &Sampling, offset: u32, seed: u64) -> pb::Sampling {
-    pb::Sampling {
+    let rest = Sampling {
         max_tokens: sampling.max_tokens.saturating_sub(offset),
         min_tokens: sampling.min_tokens.saturating_sub(offset),
-        temperature: Some(sampling.temperature),
-        top_p: Some(sampling.top_p),
-        top_k: sampling.top_k,
-        min_p: sampling.min_p,
-        stop_ids: sampling.stop_ids.clone(),
-        stop_strings: sampling.stop_strings.clone(),
-        ignore_eos: sampling.ignore_eos,
-        presence_penalty: sampling.presence_penalty,
-        frequency_penalty: sampling.frequency_penalty,
-        repetition_penalty: Some(sampling.repetition_penalty),
         seed: Some(seed),
-        replay: if sampling.restart_ok { pb::Replay::RestartOk } else { pb::Replay::Strict }.into(),
-        extra: sampling.extra.clone().into_iter().collect(),
-    }
+        ..sampling.clone()
+    };
+    let repetition_penalty = Some(rest.repetition_penalty);
+    pb::Sampling { repetition_penalty, ..rest.into() }
 }
 
 pub(super) fn welcome(
@@ -110,37 +103,32 @@ pub(super) fn welcome(
         proto,
         session: effects.life.mark(session),
         manager_epoch: effects.life.epoch,
-        lease_ms: ms(lease),
-        tick_ms: ms(effects.tick),
-        keep: keep.iter().map(held).collect(),
-        drop: drop.iter().map(held).collect(),
+        lease_ms: millis(lease),
+        tick_ms: millis(effects.tick),
+        keep: keep.iter().copied().map(Into::into).collect(),
+        drop: drop.iter().copied().map(Into::into).collect(),
         acked_tick: known.map_or(0, |session| session.tally.acked_tick.load(Ordering::Acquire)),
         serve_key: Bytes::copy_from_slice(&serve_key),
         job: job.unwrap_or_default(),
-        convention: convention.map_or(pb::Convention::Unspecified, wire_convention).into(),
+        convention: convention.map_or(pb::Convention::Unspecified, Into::into).into(),
     }
 }
 
 pub(super) fn refused(why: String, retry_after: Option<Duration>) -> pb::Refused {
-    let retry_after_ms = retry_after.map_or(0, ms);
+    let retry_after_ms = retry_after.map_or(0, millis);
     pb::Refused { why, retry: retry_after.is_some(), retry_after_ms }
 }
 
 pub(super) fn load(order: LoadOrder) -> pb::Load {
-    let on_running = match order.on_running {
-        OnRunning::Finish => pb::OnRunning::Finish,
-        OnRunning::Continue => pb::OnRunning::Continue,
-        OnRunning::Abort => pb::OnRunning::Abort,
-    };
     pb::Load {
         order: order.order.0,
         version: Some(order.version.into()),
         sources: sources(&order),
-        on_running: on_running.into(),
-        deadline_ms: ms(order.deadline),
+        on_running: pb::OnRunning::from(order.on_running).into(),
+        deadline_ms: millis(order.deadline),
         bytes: order.bytes,
         directory: order.directory.unwrap_or_default(),
-        reference: order.reference.map(probe),
+        reference: order.reference.map(Into::into),
         cancel: false,
         stripe_count: order.stripe_count,
         streams: order.streams,
@@ -202,33 +190,7 @@ pub(super) fn mode(order: OrderId, mode: ModeKind, deadline: Duration, why: Stri
         ModeKind::ResumeMemory => Kind::ResumeMemory,
         ModeKind::Leave => Kind::Leave,
     };
-    pb::Mode { order: order.0, kind: kind.into(), deadline_ms: ms(deadline), why }
-}
-
-fn probe(result: ProbeResult) -> pb::Probe {
-    let verdict = match result.verdict {
-        Verdict::Agrees => pb::probe::Verdict::Agrees,
-        Verdict::First => pb::probe::Verdict::First,
-        Verdict::Inconclusive => pb::probe::Verdict::Inconclusive,
-        Verdict::Disagrees => pb::probe::Verdict::Disagrees,
-    };
-    pb::Probe { ids: result.ids, logprobs: result.logprobs, verdict: verdict.into() }
-}
-
-fn held(held: &event::Held) -> pb::Held {
-    pb::Held { sample: Some(held.sample.into()), attempt: held.attempt.0, upto: held.upto }
-}
-
-fn wire_convention(convention: Convention) -> pb::Convention {
-    match convention {
-        Convention::Raw => pb::Convention::Raw,
-        Convention::Tempered => pb::Convention::Tempered,
-        Convention::Processed => pb::Convention::Processed,
-    }
-}
-
-pub(crate) fn ms(duration: Duration) -> u32 {
-    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+    pb::Mode { order: order.0, kind: kind.into(), deadline_ms: millis(deadline), why }
 }
 
 #[cfg(test)]

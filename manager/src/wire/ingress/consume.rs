@@ -4,14 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::BatchSeq;
 use anabranch_proto::pb::{self, from_consumer::Kind, to_consumer};
+use anabranch_proto::{BatchSeq, Invalid, Pack, Shard};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::check::field;
-use super::convert;
 use crate::event::{ConsumerId, Event};
 use crate::wire::deliver::{Parts, step_done};
 use crate::wire::effects::consumers::{OutgoingBatch, ToConsumer, WAITING_BATCHES};
@@ -60,11 +58,11 @@ async fn attach(
     let first = tokio::time::timeout(FIRST_WORD, from.message()).await;
     let first = first.map_err(|_| Status::deadline_exceeded("no Attach within 5 s"))??;
     let Some(pb::FromConsumer { kind: Some(Kind::Attach(attach)) }) = first else {
-        return Err(field("consume", "the first message must be Attach").into());
+        return Err(Invalid::rule("consume", "the first message must be Attach").into());
     };
     let session = gate.session(attach.session)?;
-    let pack = convert::pack(attach.pack)?;
-    let shard = convert::shard(attach.shard_index, attach.shard_count)?;
+    let pack = Pack::from(attach.pack.unwrap_or_default());
+    let shard = Shard::new(attach.shard_index, attach.shard_count)?;
     let new = NewConsumer { session, consumer, pack, shard, out };
     Ok(gate.inbox.send(Input::ConsumerOpened(Box::new(new))).await?)
 }
@@ -112,7 +110,9 @@ fn event(consumer: ConsumerId, kind: Option<Kind>) -> Result<Option<Event>, Stat
         Some(Kind::Commit(commit)) => {
             Some(Event::BatchCommitted { consumer, seq: BatchSeq(commit.seq) })
         }
-        Some(Kind::Attach(_)) => return Err(field("consume", "Attach twice on one stream").into()),
+        Some(Kind::Attach(_)) => {
+            return Err(Invalid::rule("consume", "Attach twice on one stream").into());
+        }
         None => None,
     })
 }

@@ -5,12 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_proto::pb::{self, publish_event, publish_part::Kind};
-use anabranch_proto::{Root, Version};
+use anabranch_proto::{Invalid, Root, Version};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::check::field;
 use super::{ANSWER, convert, done};
 use crate::action::VersionStatus;
 use crate::event::{Event, PublisherId};
@@ -78,7 +77,9 @@ impl Publish {
     async fn begin(&mut self) -> Result<Option<Version>, Status> {
         let begin = match self.from.message().await? {
             Some(pb::PublishPart { kind: Some(Kind::Begin(begin)) }) => begin,
-            Some(_) => return Err(field("publish", "the first message must be Begin").into()),
+            Some(_) => {
+                return Err(Invalid::rule("publish", "the first message must be Begin").into());
+            }
             None => return Ok(None),
         };
         let session = self.gate.session(begin.session)?;
@@ -92,10 +93,10 @@ impl Publish {
 
     async fn seal(&self, version: Version, part: pb::PublishPart) -> Result<(), Status> {
         let Some(Kind::Seal(seal)) = part.kind else {
-            return Err(field("publish", "after Begin comes Seal").into());
+            return Err(Invalid::rule("publish", "after Begin comes Seal").into());
         };
         let root: [u8; 32] = seal.root.as_ref().try_into().map_err(|_| {
-            field("seal.root", format!("has {} bytes, expected 32", seal.root.len()))
+            Invalid::rule("seal.root", format!("has {} bytes, expected 32", seal.root.len()))
         })?;
         let version = Version { root: Root(root), ..version };
         let publisher = self.publisher;
@@ -113,7 +114,7 @@ impl Publish {
 fn status_to_wire(status: VersionStatus) -> pb::VersionStatus {
     let engine = |on: crate::action::OnEngine| pb::version_status::OnEngine {
         engine: on.engine.to_string(),
-        stage: stage_name(on.stage).to_owned(),
+        stage: on.stage.name().to_owned(),
         bytes: on.bytes,
         since_ms: u64::try_from(on.since_sealed.as_millis()).unwrap_or(u64::MAX),
         error: on.error,
@@ -124,19 +125,5 @@ fn status_to_wire(status: VersionStatus) -> pb::VersionStatus {
         bytes: status.bytes,
         engines: status.engines.into_iter().map(engine).collect(),
         settled: status.settled,
-    }
-}
-
-pub(super) fn stage_name(stage: crate::event::LoadStage) -> &'static str {
-    use crate::event::LoadStage::*;
-    match stage {
-        Ordered => "ordered",
-        Fetching => "fetching",
-        Staged => "staged",
-        Quiescing => "quiescing",
-        Loading => "loading",
-        Probing => "probing",
-        Active => "active",
-        Failed => "failed",
     }
 }

@@ -9,7 +9,6 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::publish::stage_name;
 use crate::view::state::VersionView;
 use crate::wire::gate::Gate;
 use crate::wire::inbox::Out;
@@ -51,7 +50,7 @@ async fn run(gate: Arc<Gate>, out: Out<pb::VersionStatus>) {
 fn status(view: &VersionView) -> pb::VersionStatus {
     let engine = |(id, on): (&String, &crate::view::state::ProgressView)| OnEngine {
         engine: id.clone(),
-        stage: stage_name(on.stage).to_owned(),
+        stage: on.stage.name().to_owned(),
         bytes: on.bytes,
         since_ms: on.since_sealed_ms,
         error: on.error.clone(),

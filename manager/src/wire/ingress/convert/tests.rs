@@ -1,3 +1,5 @@
+use anabranch_proto::OnExceed;
+use anabranch_proto::limits::MAX_META_BYTES;
 use anabranch_proto::tokens::encode_ids;
 
 use super::*;
@@ -30,7 +32,7 @@ fn what_is_left_out_has_its_documented_default() {
         (sampling.temperature, sampling.top_p, sampling.repetition_penalty),
         (1.0, 1.0, 1.0)
     );
-    assert!(!sampling.restart_ok);
+    assert!(!sampling.restart_ok());
     assert_eq!((read[0].deadline, read[0].pin), (None, None));
 }
 
@@ -44,23 +46,14 @@ fn each_fault_of_a_group_is_named_with_group_field_and_rule() {
         (refused(|g| g.prompt = vec![1; 7].into()), "prompt: 7 bytes are not whole token ids"),
         (refused(|g| g.n = 0), "n: 0 is not between 1 and 4096"),
         (refused(|g| g.n = 5000), "n: 5000"),
-        (refused(|g| g.sampling = None), "sampling: missing"),
+        (refused(|g| g.sampling = None), "sampling: missing; max_tokens is required"),
         (refused(|g| g.meta = vec![0; MAX_META_BYTES + 1].into()), "meta: 1048577 bytes"),
         (
             refused(|g| g.pin = Some(pb::Version { root: vec![1].into(), ..Default::default() })),
             "pin:",
         ),
         (sampled(|s| s.max_tokens = 0), "sampling: max_tokens: must be at least 1"),
-        (sampled(|s| s.min_tokens = 17), "min_tokens: 17 is above max_tokens, 16"),
-        (sampled(|s| s.temperature = Some(f32::NAN)), "temperature: NaN"),
-        (sampled(|s| s.temperature = Some(-1.0)), "temperature: -1 is not between 0 and 100"),
-        (sampled(|s| s.top_p = Some(0.0)), "top_p: must be above 0"),
-        (sampled(|s| s.top_p = Some(1.5)), "top_p: 1.5"),
-        (sampled(|s| s.min_p = f32::INFINITY), "min_p: inf"),
-        (sampled(|s| s.presence_penalty = 3.0), "presence_penalty: 3"),
-        (sampled(|s| s.repetition_penalty = Some(0.0)), "repetition_penalty: 0"),
-        (sampled(|s| s.stop_strings = vec![String::new()]), "stop_strings: one has 0 bytes"),
-        (sampled(|s| s.replay = 9), "replay: 9 is unknown"),
+        (sampled(|s| s.replay = 9), "sampling: replay: 9 is unknown"),
     ] {
         assert!(error.contains(says), "{says}: {error}");
     }
@@ -70,7 +63,7 @@ fn each_fault_of_a_group_is_named_with_group_field_and_rule() {
 fn a_job_without_policies_is_on_policy_tempered_and_continues() {
     let job = open(pb::OpenRequest { job: "j".into(), ..Default::default() }).expect("valid");
     assert_eq!(job.staleness, Staleness { max_lag: Some(0), on_exceed: OnExceed::Wait });
-    assert_eq!((job.convention, job.on_running), (Convention::Tempered, OnRunning::Continue));
+    assert_eq!((job.convention, job.on_running), (LogprobsMode::Tempered, OnRunning::Continue));
     assert_eq!((job.on_trainer_lost, job.resume, job.rolling), (TRAINER_LOST, None, None));
     let error = open(pb::OpenRequest { job: "a b".into(), ..Default::default() });
     assert!(error.expect_err("a space").to_string().contains("job"));
@@ -135,11 +128,4 @@ fn a_sender_is_one_of_as_many_as_it_says() {
         let error = read(begin).expect_err(says);
         assert!(error.contains(says), "{says}: {error}");
     }
-}
-
-#[test]
-fn shards_are_counted_from_zero() {
-    assert_eq!(shard(0, 0), Ok(Shard { index: 0, count: 1 }));
-    assert_eq!(shard(3, 4), Ok(Shard { index: 3, count: 4 }));
-    assert!(shard(4, 4).is_err());
 }
