@@ -8,6 +8,8 @@
 //! on their way, with the manager's plan and the receiver's queue.
 
 mod check;
+mod digest;
+mod digests;
 mod faults;
 mod fleet;
 mod rng;
@@ -16,5 +18,6 @@ mod trainer;
 pub mod transfer;
 mod world;
 
+pub use digests::{BadDigests, Digests};
 pub use scenario::Scenario;
 pub use world::{Failure, Outcome, run};

@@ -20,6 +20,7 @@ use anabranch_proto::{Attempt, OrderId, SampleId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 use bytes::Bytes;
 
+use crate::digest::Digest;
 use crate::fleet::SimEngine;
 use crate::rng::Rng;
 use crate::scenario::Scenario;
@@ -44,7 +45,7 @@ pub struct Outcome {
     pub abandoned: u64,
     pub versions: u64,
     pub faults: BTreeMap<String, u64>,
-    /// Of everything the manager decided and everything delivered: equal seeds, equal digests.
+    /// Of every action of the manager's core, its time, and everything delivered: equal decisions, equal digests.
     pub digest: String,
 }
 
@@ -164,7 +165,7 @@ pub(crate) struct World {
     /// The manager's process is stopped: since, until.
     pub paused: Option<(Now, Now)>,
     pub outcome: Outcome,
-    digest: blake3::Hasher,
+    digest: Digest,
     story: VecDeque<String>,
     broken: Option<String>,
 }
@@ -210,7 +211,7 @@ impl World {
             lose_finishes_at: None,
             garble: None,
             paused: None,
-            digest: blake3::Hasher::new(),
+            digest: Digest::new(),
             story: VecDeque::new(),
             broken: None,
         }
@@ -307,6 +308,7 @@ impl World {
         self.outcome.events += 1;
         self.core.handle(self.now, event);
         while let Some(action) = self.core.poll_action() {
+            self.digest.action(self.now, &action);
             self.act(action);
         }
         if let Err(what) = self.core.check() {
@@ -345,7 +347,6 @@ impl World {
     }
 
     pub(crate) fn note(&mut self, line: String) {
-        self.digest.update(line.as_bytes());
         if self.story.len() >= 400 {
             self.story.pop_front();
         }
@@ -397,7 +398,7 @@ impl World {
         self.outcome.migrations = counters.migrations;
         self.outcome.regenerated_tokens = counters.regenerated_tokens;
         self.outcome.abandoned = counters.abandoned;
-        self.outcome.digest = self.digest.finalize().to_hex()[..16].to_owned();
+        self.outcome.digest = self.digest.finish();
         Ok(self.outcome)
     }
 

@@ -1,9 +1,10 @@
 //! `anabranch sim`: the deciding cores through seeded schedules of failures, in virtual time.
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anabranch_runtime::Exit;
-use anabranch_sim::{Failure as Broken, Outcome as Ended, Scenario};
+use anabranch_sim::{Digests, Failure as Broken, Outcome as Ended, Scenario};
 use serde_json::json;
 
 use crate::failure::{Failure, OrExit, Outcome};
@@ -26,6 +27,12 @@ pub struct Args {
     /// One JSON object, for scripts
     #[arg(long)]
     json: bool,
+    /// Write a digest of everything the manager decided in each seed's world: one line `seed digest` each
+    #[arg(long, value_name = "FILE")]
+    digests: Option<PathBuf>,
+    /// Compare with the digests in that file instead: says which seeds differ, and exits with 1 if any does
+    #[arg(long, requires = "digests")]
+    compare: bool,
 }
 
 /// Sums over all worlds that ended well.
@@ -46,11 +53,25 @@ pub async fn run(args: Args) -> Outcome {
     let only_one = args.seed.is_some() && args.seeds.is_none();
     let (first, count) =
         (args.seed.unwrap_or(1), if only_one { 1 } else { args.seeds.unwrap_or(200) });
+    let base = match (&args.digests, args.compare) {
+        (Some(file), true) => Some(read_digests(file)?),
+        _ => None,
+    };
     let (calm, as_json) = (args.calm, args.json);
     let threads = args.threads.unwrap_or_else(cores).max(1);
     let worlds = tokio::task::spawn_blocking(move || all(first, count, calm, threads, as_json));
     let ended = worlds.await.or_exit(Exit::Internal)?;
-    report(&ended, as_json, only_one)
+    let digests = digests_of(first, &ended);
+    if let (Some(file), None) = (&args.digests, &base) {
+        std::fs::write(file, digests.to_string())
+            .map_err(|error| format!("{}: {error}", file.display()))
+            .or_exit(Exit::CannotCreate)?;
+    }
+    let exit = report(&ended, as_json, only_one)?;
+    match base {
+        Some(base) => compared(&digests, &base),
+        None => Ok(exit),
+    }
 }
 
 fn cores() -> usize {
@@ -124,6 +145,34 @@ fn report(ended: &[Result<Ended, Box<Broken>>], as_json: bool, only_one: bool) -
         None => Ok(Exit::Ok),
         Some(first) => Err(tell(first, broken.len())),
     }
+}
+
+/// By seed; `first` is that of the first world.
+fn digests_of(first: u64, ended: &[Result<Ended, Box<Broken>>]) -> Digests {
+    let mut digests = Digests::default();
+    for (seed, ended) in (first..).zip(ended) {
+        digests.insert(seed, ended.as_ref().ok().map(|ended| ended.digest.as_str()));
+    }
+    digests
+}
+
+fn read_digests(file: &Path) -> Result<Digests, Failure> {
+    let text = std::fs::read_to_string(file)
+        .map_err(|error| format!("{}: {error}", file.display()))
+        .or_exit(Exit::Io)?;
+    text.parse().map_err(|bad| format!("{}: {bad}", file.display())).or_exit(Exit::Data)
+}
+
+fn compared(digests: &Digests, base: &Digests) -> Outcome {
+    let differing = digests.differing(base);
+    if differing.is_empty() {
+        eprintln!("all {} digests are equal", digests.len());
+        return Ok(Exit::Ok);
+    }
+    let (count, of) = (differing.len(), digests.len());
+    let seeds: Vec<String> = differing.iter().map(u64::to_string).collect();
+    let text = format!("{count} of {of} digests differ, those of seeds {}", seeds.join(" "));
+    Err(Failure::new(Exit::Failed, text))
 }
 
 fn tell(broken: &Broken, count: usize) -> Failure {

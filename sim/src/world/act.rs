@@ -106,6 +106,7 @@ impl World {
             if let Err(what) = check::trajectory(self.params, &asked, sample, &view) {
                 return self.fail(what);
             }
+            self.digest.delivered(&view);
             self.trainer.checked_tokens += u64::from(sample.tokens);
         }
         self.after(LATENCY, Happening::Take { consumer, batch, samples });
