@@ -282,7 +282,7 @@ pub struct StepReport {
     pub dropped: Vec<ShortGroup>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ShortGroup {
     pub key: Arc<str>,
     pub delivered: u32,

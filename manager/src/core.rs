@@ -1,95 +1,54 @@
-//! The deciding core: owns jobs, groups, engines, versions and batches; sees facts, never tokens.
+//! The deciding core: holds the three owners (work, engines, weights), the deadlines and the outbox. Sees facts,
+//! never tokens. Its coordinators are the files beside this one: each asks one owner and tells another.
 //!
 //! Methods are of three kinds. *Inputs*: [`Core::handle`]. *Outputs*: [`Core::poll_action`] until `None` after
-//! each input, then [`Core::next_timeout`]: call `handle(now, TimePassed)` when it comes. *Views*:
-//! [`Core::state`]. It does no I/O, reads no clock, iterates only ordered maps, so a seed reproduces.
+//! each input, then [`Core::next_timeout`]: call `handle(now, TimePassed)` when that time comes. *Views*:
+//! [`Core::state`]. The core does no I/O, reads no clock, and iterates only ordered maps, so a seed reproduces.
+//!
+//! Durable state changes only by the owners' `apply(&Change)`; [`Core::take_changes`] gives the changes of a turn.
+//! Links, leases, timers, loads in progress, the plan, credit and the outbox are volatile.
 
 pub mod config;
-mod job;
-pub mod timer;
 
+mod admitting;
+mod attaching;
 mod check;
-mod deliver;
-mod engines;
-mod feeding;
-mod leases;
-mod loads;
-mod modes;
+mod delivering;
+mod facts;
+mod fold;
+mod job;
+mod leasing;
+mod losing;
+mod opening;
+mod parting;
 mod placing;
-mod publishing;
-mod samples;
-mod trainer;
-mod weights;
+mod rolling;
+mod switching;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::Arc;
-
-use anabranch_proto::{EngineId, GroupId, OrderId, SampleId, SessionId, Step, Version};
-use anabranch_runtime::clock::{Now, TimerTable};
+use anabranch_proto::{SampleId, SessionId};
+use anabranch_runtime::clock::Now;
 
 use self::config::CoreConfig;
-use self::job::Job;
-use self::timer::Timer;
-use crate::action::{Action, Answer, FailKind, Notice};
-use crate::event::{Event, LinkId, Pack, ReplyTo};
-use crate::fleet::{Engine, Record};
-use crate::rollout::egress::Egress;
-use crate::rollout::group::Group;
-use crate::rollout::microbatch::Pool;
-use crate::rollout::queue::Queue;
-use crate::view::state::Counters;
-use crate::weights::versions::Versions;
+use crate::action::Action;
+use crate::event::Event;
+use crate::fleet::{EngineState, Fleet};
+use crate::outbox::Outbox;
+use crate::rollout::{Moment, Rollout};
+use crate::timer::Timer;
+use crate::weights::{Stand, Standing, Weights};
+
+pub use fold::{Changes, Folded};
+pub(crate) use job::Job;
 
 pub struct Core {
     pub(crate) config: CoreConfig,
     pub(crate) job: Option<Job>,
-    // Work
-    pub(crate) groups: BTreeMap<GroupId, Group>,
-    /// Idempotency: keys of this (job, epoch). Grows by one short string a group, for the epoch's life.
-    pub(crate) keys: BTreeMap<Arc<str>, GroupId>,
-    pub(crate) steps: BTreeMap<Step, StepState>,
-    /// Committed whole: eight bytes a step, for the epoch's life.
-    pub(crate) past_steps: BTreeSet<Step>,
-    pub(crate) queue: Queue,
-    pub(crate) admitted_tokens: u64,
-    /// Some group was ever pinned: else nobody looks for pins.
-    pub(crate) pins_in_use: bool,
-    pub(crate) pack: Option<Pack>,
-    pub(crate) egress: Egress,
-    // Engines
-    pub(crate) engines: BTreeMap<SessionId, Engine>,
-    pub(crate) by_id: BTreeMap<EngineId, SessionId>,
-    pub(crate) by_link: BTreeMap<LinkId, SessionId>,
-    pub(crate) records: BTreeMap<EngineId, Record>,
-    pub(crate) mode_switch: Option<modes::Switch>,
-    pub(crate) training: bool,
-    // Weights
-    pub(crate) current: Version,
-    pub(crate) versions: Versions,
-    // Plumbing
-    pub(crate) timers: TimerTable<Timer>,
-    pub(crate) counters: Counters,
-    actions: VecDeque<Action>,
-    next_id: u64,
-    /// Something changed that may let a sample be placed.
-    placeable: bool,
+    pub(crate) rollout: Rollout,
+    pub(crate) fleet: Fleet,
+    pub(crate) weights: Weights,
+    pub(crate) out: Outbox,
+    mode_switch: Option<switching::Switch>,
     started: Now,
-}
-
-/// A training step, as far as work and batches go.
-#[derive(Default)]
-pub(crate) struct StepState {
-    pub is_final: bool,
-    pub groups: BTreeSet<GroupId>,
-    pub open_groups: u32,
-    pub pool: Pool,
-    pub delivered: u64,
-    pub tokens: u64,
-    pub discarded_tokens: u64,
-    pub max_lag: u64,
-    pub short: Vec<crate::action::ShortGroup>,
-    pub dropped: Vec<crate::action::ShortGroup>,
-    pub over: bool,
 }
 
 impl Core {
@@ -97,28 +56,11 @@ impl Core {
         Self {
             config,
             job: None,
-            groups: BTreeMap::new(),
-            keys: BTreeMap::new(),
-            steps: BTreeMap::new(),
-            past_steps: BTreeSet::new(),
-            queue: Queue::default(),
-            admitted_tokens: 0,
-            pins_in_use: false,
-            pack: None,
-            egress: Egress::default(),
-            engines: BTreeMap::new(),
-            by_id: BTreeMap::new(),
-            by_link: BTreeMap::new(),
-            records: BTreeMap::new(),
+            rollout: Rollout::default(),
+            fleet: Fleet::default(),
+            weights: Weights::default(),
+            out: Outbox::default(),
             mode_switch: None,
-            training: false,
-            current: Version::base(0),
-            versions: Versions::default(),
-            timers: TimerTable::new(),
-            counters: Counters::default(),
-            actions: VecDeque::new(),
-            next_id: 0,
-            placeable: false,
             started: now,
         }
     }
@@ -136,11 +78,20 @@ impl Core {
     }
 
     pub fn poll_action(&mut self) -> Option<Action> {
-        self.actions.pop_front()
+        self.out.poll()
     }
 
     pub fn next_timeout(&self) -> Option<Now> {
-        self.timers.next()
+        self.out.timers.next()
+    }
+
+    /// Engines, samples, groups and queue places that the core has looked at, since it started.
+    pub fn visited(&self) -> u64 {
+        self.out.visited()
+    }
+
+    pub(crate) fn uptime(&self, now: Now) -> std::time::Duration {
+        now.since(self.started)
     }
 
     fn dispatch(&mut self, now: Now, event: Event) {
@@ -161,7 +112,7 @@ impl Core {
             }
             Event::ConsumerLost { consumer } => self.lose_consumer(now, consumer),
             Event::CreditGranted { consumer, bytes, samples } => {
-                self.egress.credit(consumer, bytes, samples);
+                self.rollout.credit(consumer, bytes, samples);
             }
             Event::BatchAcked { consumer, seq } => self.ack(now, consumer, seq),
             Event::BatchCommitted { consumer, seq } => self.commit(now, consumer, seq),
@@ -177,7 +128,7 @@ impl Core {
             Event::VersionSealed { publisher, version, reply } => {
                 self.seal(now, publisher, version, reply);
             }
-            Event::PublisherLost { publisher } => self.lose_publisher(now, publisher),
+            Event::PublisherLost { publisher } => self.weights.lose_publisher(publisher),
             Event::TimePassed { .. } => {}
             engine_event => self.dispatch_engine(now, engine_event),
         }
@@ -189,9 +140,9 @@ impl Core {
             Event::LinkLost { link, why } => self.lose_link(now, link, why),
             Event::EngineHeard { session } => self.engine_heard(now, session),
             Event::EngineBeat { session, kv_used, .. } => self.engine_beat(now, session, kv_used),
-            Event::EngineDied { session, why } => self.engine_died(now, session, why),
+            Event::EngineDied { session, why } => self.part_with(now, session, &why, true),
             Event::PreemptionNoticed { session, within, why } => {
-                self.preempted(now, session, within, why);
+                self.preempted(now, session, within, &why);
             }
             Event::LoadReported { session, report } => self.load_reported(now, session, *report),
             Event::ModeReported { session, order, report } => {
@@ -199,28 +150,32 @@ impl Core {
             }
             Event::FactsFound { session, facts } => self.facts_found(now, session, facts),
             Event::DrainRequested { engine, deadline, reply } => {
-                self.drain_requested(now, engine, deadline, reply);
+                self.drain_requested(now, &engine, deadline, reply);
             }
-            Event::RemoveRequested { engine, reply } => self.remove_requested(now, engine, reply),
+            Event::RemoveRequested { engine, reply } => self.remove_requested(now, &engine, reply),
             _ => debug_assert!(false, "dispatch has taken every other event"),
         }
     }
 
     fn fire_timers(&mut self, now: Now) {
-        while let Some(timer) = self.timers.pop_due(now) {
+        while let Some(timer) = self.out.timers.pop_due(now) {
             match timer {
-                Timer::Lease(session) => self.lease_over(now, session),
+                Timer::Lease(session) => self.suspect(now, session, "lease over"),
                 Timer::Reattach(session) => self.grace_over(now, session),
                 Timer::Progress(session) => self.look_for_silence(now, session),
-                Timer::Drain(session) => self.drain_over(now, session),
-                Timer::Quarantine(session) => self.quarantine_over(now, session),
+                Timer::Drain(session) => {
+                    self.part_with(now, session, "drain deadline over", false);
+                }
+                Timer::Quarantine(session) => self.quarantine_over(session),
                 Timer::Load(session) => self.load_overdue(now, session),
-                Timer::Rested(_) => self.placeable = true,
-                // Settling after the timer orders it again.
-                Timer::LoadRetry(_) => {}
-                Timer::Leader(group) => self.release_siblings(group),
+                Timer::Rested(session) => {
+                    self.fleet.rested(session);
+                    self.out.wake_placement();
+                }
+                Timer::LoadRetry(session) => self.weights.retry(session),
+                Timer::Leader(group) => self.rollout.release_siblings(group, &mut self.out),
                 Timer::Group(group) => self.group_overdue(now, group),
-                Timer::Flush(step) => self.flush(now, step),
+                Timer::Flush(step) => self.rollout.flush(self.at(now), step, &mut self.out),
                 Timer::ModeSwitch => self.mode_switch_over(now),
                 Timer::TrainerLost => self.trainer_lost(now),
             }
@@ -231,47 +186,53 @@ impl Core {
     fn settle(&mut self, now: Now) {
         self.advance_current(now);
         self.order_loads(now);
-        if std::mem::take(&mut self.placeable) {
+        if self.out.take_placeable() {
             self.place(now);
         }
-        self.send_batches();
+        self.rollout.send_batches(&mut self.out);
     }
 
-    fn act(&mut self, action: Action) {
-        self.actions.push_back(action);
+    fn at(&self, now: Now) -> Moment {
+        Moment { now, current: self.weights.current() }
     }
 
-    fn tell(&mut self, notice: Notice) {
-        self.actions.push_back(Action::Emit(notice));
+    /// Moves an engine along its graph, and tells the other owners where it stands.
+    fn set_engine(&mut self, session: SessionId, to: EngineState) {
+        self.fleet.set_state(session, to);
+        self.follow(session);
     }
 
-    fn reply(&mut self, to: ReplyTo, answer: Answer) {
-        self.actions.push_back(Action::Reply { to, answer });
+    /// Tells weights and rollout where an engine stands, after its state or link has changed.
+    fn follow(&mut self, session: SessionId) {
+        let Some(engine) = self.fleet.engine(session) else { return };
+        let (stand, leaving) = match *engine.state() {
+            EngineState::Joining => (Some(Stand::Joining), false),
+            EngineState::Syncing { .. } => (Some(Stand::Syncing), false),
+            EngineState::Serving { at } => (Some(Stand::Serving(at)), false),
+            EngineState::Updating { from, .. } => (Some(Stand::Updating(from)), false),
+            EngineState::Draining { .. } => (None, true),
+            _ => (None, false),
+        };
+        let linked = engine.link.is_some();
+        let preemptible = leaving || self.fleet.is_preemptible(engine);
+        self.rollout.engine_at(session, engine.version().map(|at| at.number));
+        self.weights.stand(session, Standing { linked, stand, preemptible });
     }
 
-    fn fail(&mut self, to: ReplyTo, kind: FailKind, why: impl Into<String>) {
-        self.reply(to, Answer::Failed { why: why.into(), kind });
+    /// Takes a running sample off its engine: fenced off there, and not queued yet.
+    fn take_off(&mut self, id: SampleId, why: &'static str) {
+        let running = self.rollout.sample(id).and_then(|sample| sample.running_on());
+        let Some((session, attempt)) = running else { return };
+        self.detach(id, session);
+        self.out.act(Action::Stop { session, sample: id, attempt, why });
     }
 
-    fn fresh_id(&mut self) -> u64 {
-        self.next_id += 1;
-        self.next_id
-    }
-
-    fn fresh_order(&mut self) -> OrderId {
-        OrderId(self.fresh_id())
-    }
-
-    pub(crate) fn sample(&self, id: SampleId) -> Option<&crate::rollout::sample::Sample> {
-        self.groups.get(&id.group)?.samples.get(id.index as usize)
-    }
-
-    fn sample_mut(&mut self, id: SampleId) -> Option<&mut crate::rollout::sample::Sample> {
-        self.groups.get_mut(&id.group)?.samples.get_mut(id.index as usize)
-    }
-
-    pub(crate) fn uptime(&self, now: Now) -> std::time::Duration {
-        now.since(self.started)
+    /// Takes a sample out of an engine's books, and back to waiting.
+    fn detach(&mut self, id: SampleId, session: SessionId) {
+        if let Some(digest) = self.fleet.remove(session, id) {
+            self.out.act(Action::ForgetPrompt { session, digest });
+        }
+        self.rollout.left(id, &mut self.out);
     }
 }
 

@@ -167,6 +167,8 @@ impl Driver {
             while let Some(action) = self.core.poll_action() {
                 self.effects.apply(action);
             }
+            // Durable changes of the turn: nobody keeps them until there is a journal.
+            self.core.take_changes();
             let found = self.effects.take_found();
             if found.is_empty() {
                 return;

@@ -5,13 +5,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anabranch_proto::{BatchSeq, EngineId, Incarnation, OrderId, SessionId, Step, Version};
 pub use anabranch_proto::{
     Held, LoadStage, LogprobsMode, Model, OnExceed, OnRunning, Pack, ProbeResult, Replay, Sampling,
     SeedKeying, SenderOf, Shard, Staleness, Verdict,
 };
-// Former names, for files that still use them.
-use anabranch_proto::{BatchSeq, EngineId, Incarnation, OrderId, SessionId, Step, Version};
-pub use anabranch_proto::{LogprobsMode as Convention, Model as ModelFacts};
 use bytes::Bytes;
 
 use crate::ledger::Fact;
@@ -173,7 +171,7 @@ pub struct OpenJob {
     pub job: String,
     pub epoch: u32,
     pub model: Model,
-    pub convention: LogprobsMode,
+    pub logprobs_mode: LogprobsMode,
     pub staleness: Staleness,
     pub on_running: OnRunning,
     pub on_trainer_lost: Duration,
@@ -224,7 +222,7 @@ pub struct EngineHello {
     pub id: EngineId,
     pub incarnation: Incarnation,
     pub model: Model,
-    pub conventions: Vec<LogprobsMode>,
+    pub logprobs_modes: Vec<LogprobsMode>,
     pub seed_keying: SeedKeying,
     pub columns: Vec<String>,
     pub release_memory: bool,

@@ -1,228 +1,393 @@
-//! The engines: what each can do, what it runs, and where it stands.
+//! Fleet: the engines of every lineage, what each runs, and whether it lives.
 //!
-//! ```text
-//!              order          loaded, probed            quiescing
-//! Joining ────────────▶ Syncing{to} ──────▶ Serving{at} ◀────────▶ Updating{from,to}
-//!    ▲                     ▲                   │  │        active / failed
-//!    │ attach              │ resume, report    │  └─ release ─▶ Releasing ─▶ Released ─┐
-//!    │                     └───────────────────┼──────────────────────────────────────┘
-//!    │        link lost, lease over            ▼
-//!  (any live state) ───────▶ Suspect{since} ──reattach──▶ the state `Hello.loaded` proves
-//!                               │ grace over        drain ─▶ Draining{deadline} ─▶ Gone{why}
-//!                               ▼                            too many deaths ─▶ Quarantined{until}
-//!                             Gone{why}
-//! ```
+//! Owns sessions, their states, links, leases and deaths, and the index of free seats. Does not know groups,
+//! queues, or how versions come. Durable state is in [`books`]; links, loads, reserves and seats are volatile.
 
-pub(crate) mod placement;
+mod books;
+mod engine;
+mod seats;
+mod state;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::{Attempt, EngineId, OrderId, SampleId, SessionId, Version};
+use anabranch_proto::{EngineId, SampleId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
-use crate::event::{EngineHello, LinkId, LoadStage, ProbeResult};
+use crate::event::{EngineHello, LinkId};
 use crate::ledger::Maker;
-use crate::weights::plan;
-use crate::weights::rates::Rates;
+use crate::need::{Allowed, Need};
+use engine::Deaths;
+use seats::{Seat, Seats};
 
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case", tag = "state")]
-pub enum EngineState {
-    /// Attached; no version to load yet, or no job.
-    Joining,
-    Syncing {
-        to: Version,
-    },
-    Serving {
-        at: Version,
-    },
-    /// It takes no start to the engine until the load has ended.
-    Updating {
-        from: Version,
-        to: Version,
-    },
-    /// Link lost or lease over: no new work, samples wait for `reattach_grace`.
-    Suspect {
-        why: String,
-    },
-    /// Mode switch: its samples are being aborted.
-    Releasing,
-    /// Its GPU belongs to the trainer now; comes back through Syncing.
-    Released,
-    Draining {
-        why: String,
-    },
-    /// Died too often.
-    Quarantined,
-    Gone {
-        why: String,
-    },
-}
+pub(crate) use books::{Books, Change};
+pub(crate) use engine::{Engine, RELAY, Running};
+pub use state::EngineState;
 
-/// The kind of an agent that has no engine.
-pub(crate) const RELAY: &str = "relay";
+/// Sessions of engines that are over and still shown.
+const KEPT_SESSIONS: usize = 64;
 
-pub(crate) struct Engine {
-    pub id: EngineId,
-    pub session: SessionId,
-    pub link: Option<LinkId>,
-    pub hello: EngineHello,
-    pub maker: Arc<Maker>,
-    pub state: EngineState,
-    pub running: BTreeMap<SampleId, Running>,
-    /// Tokens of context its running samples hold now, plus a reserve for what comes.
-    pub committed_tokens: u64,
-    pub load: Option<Load>,
-    pub failed_loads: u32,
-    /// Why the last load failed or could not be ordered; empty once one succeeded.
-    pub load_error: String,
-    /// Versions it can serve to peers.
-    pub holds: BTreeSet<Version>,
-    pub probe: Option<(Version, ProbeResult)>,
-    pub serve_key: [u8; 32],
-    /// Prompts the session has had, with the samples there that need them.
-    pub prompts: BTreeMap<u64, u32>,
-    pub joined: Now,
-    pub heard: Now,
-    /// Tokens it gave us.
-    pub tokens: u64,
-    pub kv_used: f32,
-    /// Waits for the answer to a mode order.
-    pub mode_order: Option<OrderId>,
-    /// Its memory was asked for and not given back yet: after a lost link it is told again.
-    pub parked: bool,
-    /// What the trainer said it loaded there.
-    pub attested: Option<Version>,
-    /// Kept free for a sample that may be poison.
-    pub reserved: Option<SampleId>,
-    /// Ends with "busy" or garbage: no new work before this.
-    pub not_before: Now,
-    pub broken: u32,
-}
-
-#[derive(Clone, Debug)]
-pub(crate) struct Running {
-    pub attempt: Attempt,
-    pub weight: u64,
-    pub digest: u64,
-}
-
-/// A load order and how far it is.
-#[derive(Clone, Debug)]
-pub(crate) struct Load {
-    pub order: OrderId,
-    pub version: Version,
-    pub stage: LoadStage,
-    pub bytes: u64,
-    pub total: u64,
-    pub ordered: Now,
-    pub error: String,
-    pub fetched_from: BTreeMap<String, u64>,
-    pub feed: plan::Feed,
-    /// The most in any quarter of a second, bytes/s.
-    pub ingress: u64,
-    /// Of this version, to peers.
-    pub served: u64,
-}
-
-/// What outlives an engine's sessions: how often it died lately, how fast its host is.
 #[derive(Default)]
-pub(crate) struct Record {
-    pub deaths: VecDeque<Now>,
-    pub incarnation: u64,
-    /// Of this incarnation.
-    pub rates: Rates,
-    /// Its machine was taken away once, with notice: that may happen again.
-    pub noticed: bool,
+pub(crate) struct Fleet {
+    books: Books,
+    log: Vec<Change>,
+    illegal_moves: u64,
+    // Volatile
+    engines: BTreeMap<SessionId, Engine>,
+    by_link: BTreeMap<LinkId, SessionId>,
+    deaths: BTreeMap<EngineId, Deaths>,
+    seats: Seats,
+    reserved: BTreeMap<SampleId, SessionId>,
+    colocated: BTreeSet<SessionId>,
+    gone: BTreeSet<SessionId>,
+    /// Sessions by the version of their weights, with or without a link.
+    by_version: BTreeMap<Version, u32>,
 }
 
-impl Engine {
-    /// It only holds versions for others, and generates nothing.
-    pub fn is_relay(&self) -> bool {
-        self.hello.kind == RELAY
+impl Fleet {
+    fn commit(&mut self, change: Change) {
+        self.illegal_moves += u64::from(!self.books.apply(&change));
+        self.log.push(change);
     }
 
-    /// It may be given samples: serving, and its link is alive (I4).
-    pub fn serving(&self) -> Option<Version> {
-        match self.state {
-            EngineState::Serving { at } if self.link.is_some() && !self.is_relay() => Some(at),
-            _ => None,
+    /// Changes since the last call, in order.
+    pub fn take_changes(&mut self) -> Vec<Change> {
+        std::mem::take(&mut self.log)
+    }
+
+    pub fn books(&self) -> &Books {
+        &self.books
+    }
+
+    /// Moves that a session's graph does not have: a defect of the manager.
+    pub fn illegal_moves(&self) -> u64 {
+        self.illegal_moves
+    }
+
+    // Sessions
+
+    /// A new session, in `Joining`.
+    pub fn attach(
+        &mut self,
+        now: Now,
+        session: SessionId,
+        link: LinkId,
+        hello: EngineHello,
+        serve_key: [u8; 32],
+    ) {
+        let (engine, incarnation) = (hello.id.clone(), hello.incarnation);
+        let loaded = hello.loaded;
+        self.commit(Change::Attached { session, engine: engine.clone(), incarnation, loaded });
+        let maker = Maker {
+            engine: engine.clone(),
+            incarnation,
+            by_trainer: hello.weights_by_trainer,
+            numerics: hello.kind.clone(),
+        };
+        let engine = Engine {
+            id: engine,
+            session,
+            link: Some(link),
+            maker: Arc::new(maker),
+            running: BTreeMap::new(),
+            committed_tokens: 0,
+            serve_key,
+            prompts: BTreeMap::new(),
+            joined: now,
+            heard: now,
+            tokens: 0,
+            kv_used: 0.0,
+            mode_order: None,
+            reserved: None,
+            not_before: now,
+            broken: 0,
+            state: EngineState::Joining,
+            seat: None,
+            resting: false,
+            hello,
+        };
+        if engine.is_colocated() {
+            self.colocated.insert(session);
+        }
+        self.engines.insert(session, engine);
+        self.by_link.insert(link, session);
+    }
+
+    /// The same agent is back over a new link.
+    pub fn relink(&mut self, now: Now, session: SessionId, link: LinkId, hello: EngineHello) {
+        let loaded = hello.loaded;
+        let old = self.update(session, |engine| {
+            engine.hello = hello;
+            engine.heard = now;
+            engine.link.replace(link)
+        });
+        if let Some(old) = old.flatten() {
+            self.by_link.remove(&old);
+        }
+        self.by_link.insert(link, session);
+        self.set_loaded(session, loaded);
+        match self.engines.get(&session).is_some_and(Engine::is_colocated) {
+            true => self.colocated.insert(session),
+            false => self.colocated.remove(&session),
+        };
+    }
+
+    /// Cuts a link. Gives the session that had it.
+    pub fn unlink(&mut self, link: LinkId) -> Option<SessionId> {
+        let session = self.by_link.remove(&link)?;
+        self.update(session, |engine| engine.link = None);
+        Some(session)
+    }
+
+    /// Moves a session along its graph: the one place that assigns an engine's state.
+    pub fn set_state(&mut self, session: SessionId, to: EngineState) {
+        let Some(engine) = self.engines.get(&session) else { return };
+        if engine.state == to {
+            return;
+        }
+        let before = engine.version();
+        self.commit(Change::Moved { session, to: to.clone() });
+        self.update(session, |engine| engine.state = to);
+        let (after, is_gone) = match self.engines.get(&session) {
+            Some(engine) => (engine.version(), engine.is_gone()),
+            None => (None, false),
+        };
+        if before != after {
+            self.count_version(before, false);
+            self.count_version(after, true);
+        }
+        match is_gone {
+            true => self.gone.insert(session),
+            false => self.gone.remove(&session),
+        };
+    }
+
+    fn count_version(&mut self, version: Option<Version>, more: bool) {
+        let Some(version) = version else { return };
+        let count = self.by_version.entry(version).or_default();
+        *count = if more { *count + 1 } else { count.saturating_sub(1) };
+        if *count == 0 {
+            self.by_version.remove(&version);
         }
     }
 
-    pub fn is_gone(&self) -> bool {
-        matches!(self.state, EngineState::Gone { .. })
-    }
-
-    pub fn is_colocated(&self) -> bool {
-        self.hello.labels.get("colocated").is_some_and(|value| value == "true")
-    }
-
-    /// Its owner says that it may be taken away.
-    pub fn is_labelled_preemptible(&self) -> bool {
-        let set = |label| self.hello.labels.get(label).is_some_and(|value| value == "true");
-        set("preemptible") || set("spot")
-    }
-
-    /// Whose weights it has, as far as anybody proved.
-    pub fn version(&self) -> Option<Version> {
-        match self.state {
-            EngineState::Serving { at } => Some(at),
-            EngineState::Updating { from, .. } => Some(from),
-            _ => None,
+    /// The session's link is closed for good.
+    pub fn drop_link(&mut self, session: SessionId) {
+        if let Some(Some(link)) = self.update(session, |engine| engine.link.take()) {
+            self.by_link.remove(&link);
         }
     }
 
-    pub fn add(&mut self, sample: SampleId, running: Running) {
-        self.committed_tokens += running.weight;
-        *self.prompts.entry(running.digest).or_insert(0) += 1;
-        self.running.insert(sample, running);
-    }
-
-    /// Takes a sample off; true when the session's copy of its prompt is not needed any more.
-    pub fn remove(&mut self, sample: SampleId) -> Option<PromptUse> {
-        let running = self.running.remove(&sample)?;
-        self.committed_tokens -= running.weight;
-        let uses = self.prompts.get_mut(&running.digest)?;
-        *uses -= 1;
-        Some(if *uses == 0 {
-            self.prompts.remove(&running.digest);
-            PromptUse::Last(running.digest)
-        } else {
-            PromptUse::Shared
-        })
-    }
-
-    pub fn has_room(&self, weight: u64) -> bool {
-        let hello = &self.hello;
-        let seats = hello.max_running == 0 || (self.running.len() as u32) < hello.max_running;
-        let memory = hello.kv_tokens == 0
-            || self.running.is_empty()
-            || self.committed_tokens + weight <= hello.kv_tokens;
-        seats && memory
-    }
-
-    /// For "least outstanding tokens", engines of different size compared by GPU.
-    pub fn pressure(&self) -> u64 {
-        self.committed_tokens / u64::from(self.hello.gpus.max(1))
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum PromptUse {
-    Shared,
-    Last(u64),
-}
-
-impl Record {
-    /// Notes a death; true if there were `limit` within `window`.
-    pub fn died(&mut self, now: Now, limit: u32, window: Duration) -> bool {
-        self.deaths.push_back(now);
-        while self.deaths.front().is_some_and(|at| now.since(*at) > window) {
-            self.deaths.pop_front();
+    /// Keeps the last sessions for `/state`; gives the older ones that are forgotten now.
+    pub fn forget_old_sessions(&mut self) -> Vec<SessionId> {
+        let mut forgotten = Vec::new();
+        while self.gone.len() > KEPT_SESSIONS
+            && let Some(session) = self.gone.pop_first()
+        {
+            self.engines.remove(&session);
+            self.colocated.remove(&session);
+            self.commit(Change::Forgotten { session });
+            forgotten.push(session);
         }
-        self.deaths.len() as u32 >= limit.max(1)
+        forgotten
+    }
+
+    pub fn set_loaded(&mut self, session: SessionId, version: Version) {
+        if self.books.session(session).is_some_and(|book| book.loaded() != version) {
+            self.commit(Change::Loaded { session, version });
+        }
+    }
+
+    pub fn set_attested(&mut self, session: SessionId, version: Option<Version>) {
+        if self.books.session(session).is_some_and(|book| book.attested() != version) {
+            self.commit(Change::Attested { session, version });
+        }
+    }
+
+    pub fn set_parked(&mut self, session: SessionId, parked: bool) {
+        if self.books.session(session).is_some_and(|book| book.parked() != parked) {
+            self.commit(Change::Parked { session, parked });
+        }
+    }
+
+    pub fn set_training(&mut self, training: bool) {
+        if self.books.training() != training {
+            self.commit(Change::Training { training });
+        }
+    }
+
+    pub fn is_parked(&self, session: SessionId) -> bool {
+        self.books.session(session).is_some_and(|book| book.parked())
+    }
+
+    // Health
+
+    /// The engine's machine will be taken away: that may happen again.
+    pub fn note_preemption(&mut self, session: SessionId) {
+        let Some(engine) = self.engines.get(&session).map(|engine| engine.id.clone()) else {
+            return;
+        };
+        if !self.books.is_noticed(&engine) {
+            self.commit(Change::Noticed { engine });
+        }
+    }
+
+    pub fn is_preemptible(&self, engine: &Engine) -> bool {
+        self.books.is_noticed(&engine.id) || engine.is_labelled_preemptible()
+    }
+
+    /// Notes a death; true if the engine died too often within `window`.
+    pub fn note_death(
+        &mut self,
+        now: Now,
+        engine: &EngineId,
+        limit: u32,
+        window: Duration,
+    ) -> bool {
+        self.deaths.entry(engine.clone()).or_default().note(now, limit, window)
+    }
+
+    /// The session's engine gets nothing new before `until`.
+    pub fn rest(&mut self, session: SessionId, until: Now) {
+        self.update(session, |engine| {
+            engine.not_before = until;
+            engine.resting = true;
+        });
+    }
+
+    pub fn rested(&mut self, session: SessionId) {
+        self.update(session, |engine| engine.resting = false);
+    }
+
+    // Samples
+
+    pub fn add(&mut self, session: SessionId, sample: SampleId, running: Running) {
+        self.update(session, |engine| engine.add(sample, running));
+    }
+
+    /// Takes a sample off an engine, and lifts the reserve for the sample. Gives the digest of a prompt that
+    /// the session does not need any more.
+    pub fn remove(&mut self, session: SessionId, sample: SampleId) -> Option<u64> {
+        let unused = self.update(session, |engine| engine.remove(sample)).flatten();
+        if self.engines.get(&session).is_some_and(|engine| engine.reserved == Some(sample)) {
+            self.unreserve(session);
+        }
+        unused
+    }
+
+    /// True where some engine may be given samples.
+    pub fn any_serving(&self) -> bool {
+        !self.seats.is_empty()
+    }
+
+    /// The engine a sample goes to, `None`: no engine can take the sample now; and the engines looked at.
+    pub fn choose(&self, need: &Need, allowed: Allowed) -> (Option<SessionId>, usize) {
+        if need.alone {
+            return (self.kept_free(need, allowed), 1);
+        }
+        let warm = need.warm.and_then(|session| self.engines.get(&session));
+        let warm = warm.and_then(|engine| Some((engine.session, engine.seat?)));
+        self.seats.choose(need, allowed, warm)
+    }
+
+    /// The engine that is kept free for this sample, once it is idle.
+    fn kept_free(&self, need: &Need, allowed: Allowed) -> Option<SessionId> {
+        let engine = self.engines.get(self.reserved.get(&need.sample)?)?;
+        let ready = engine.running.is_empty() && !engine.resting && engine.has_room(need.weight());
+        (ready && self.suits(engine, need, allowed)).then_some(engine.session)
+    }
+
+    fn suits(&self, engine: &Engine, need: &Need, allowed: Allowed) -> bool {
+        let context = engine.hello.model.max_context;
+        engine.serving().is_some_and(|at| need.suits(allowed, at, context))
+    }
+
+    /// Keeps the emptiest engine that suits free for a sample that may be poison. True where one was found.
+    pub fn reserve_for(&mut self, need: &Need, allowed: Allowed) -> bool {
+        if let Some(&session) = self.reserved.get(&need.sample) {
+            let suits = |engine: &Engine| self.suits(engine, need, allowed);
+            if self.engines.get(&session).is_some_and(suits) {
+                return false;
+            }
+            self.unreserve(session);
+        }
+        let Some(session) = self.seats.emptiest(need, allowed) else { return false };
+        self.reserved.insert(need.sample, session);
+        self.update(session, |engine| engine.reserved = Some(need.sample));
+        true
+    }
+
+    pub fn unreserve(&mut self, session: SessionId) {
+        if let Some(Some(sample)) = self.update(session, |engine| engine.reserved.take()) {
+            self.reserved.remove(&sample);
+        }
+    }
+
+    /// Samples that engines are kept free for.
+    pub fn reserves(&self) -> Vec<(SampleId, SessionId)> {
+        self.reserved.iter().map(|(sample, session)| (*sample, *session)).collect()
+    }
+
+    /// Changes an engine and keeps the index of seats in step.
+    pub fn update<R>(
+        &mut self,
+        session: SessionId,
+        change: impl FnOnce(&mut Engine) -> R,
+    ) -> Option<R> {
+        let engine = self.engines.get_mut(&session)?;
+        let result = change(engine);
+        let seat = Seat::of(engine);
+        self.seats.replace(session, engine.seat, seat);
+        engine.seat = seat;
+        Some(result)
+    }
+
+    /// Notes that an engine said something.
+    pub fn heard(&mut self, now: Now, session: SessionId) {
+        if let Some(engine) = self.engines.get_mut(&session) {
+            engine.heard = now;
+        }
+    }
+
+    /// Notes tokens that an engine made and the ledger kept.
+    pub fn note_tokens(&mut self, session: SessionId, tokens: u64) {
+        if let Some(engine) = self.engines.get_mut(&session) {
+            engine.tokens += tokens;
+        }
+    }
+
+    // Views
+
+    pub fn engine(&self, session: SessionId) -> Option<&Engine> {
+        self.engines.get(&session)
+    }
+
+    /// Every session that is shown, in the order of attachment.
+    pub fn engines(&self) -> impl DoubleEndedIterator<Item = &Engine> {
+        self.engines.values()
+    }
+
+    pub fn sessions(&self) -> Vec<SessionId> {
+        self.engines.keys().copied().collect()
+    }
+
+    /// The session of an attached engine that is not gone.
+    pub fn live(&self, id: &EngineId) -> Option<SessionId> {
+        let session = self.books.by_id(id)?;
+        self.engines.get(&session).filter(|engine| !engine.is_gone()).map(|_| session)
+    }
+
+    pub fn colocated(&self) -> impl Iterator<Item = &Engine> {
+        self.colocated.iter().filter_map(|session| self.engines.get(session))
+    }
+
+    /// Versions that engines serve now, with or without a link.
+    pub fn versions(&self) -> impl Iterator<Item = Version> {
+        self.by_version.keys().copied()
+    }
+
+    pub fn all_gone(&self) -> bool {
+        self.gone.len() == self.engines.len()
     }
 }

@@ -26,7 +26,7 @@ pub struct Maker {
     pub incarnation: Incarnation,
     /// Versions are attested by the trainer, not verified by us.
     pub by_trainer: bool,
-    /// Engine kind and version, dtype, quantisation, convention: the span's numerics class.
+    /// Engine kind and version, dtype, quantisation, logprobs_mode: the span's numerics class.
     pub numerics: String,
 }
 

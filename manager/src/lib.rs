@@ -15,6 +15,9 @@
 // words that go in and out of the deciding core
 pub mod action;
 pub mod event;
+mod need;
+mod outbox;
+mod timer;
 
 // tokens
 pub mod ledger;

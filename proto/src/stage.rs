@@ -37,6 +37,7 @@ pub enum LoadStage {
 ///
 /// ```text
 /// Announced ──seal──▶ Available ──(nobody is made too old)──▶ Current ──next──▶ Superseded ──no holder──▶ Retired
+///                         └─────────────── a newer one is current ─────────────────▲
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -52,6 +53,19 @@ pub enum VersionState {
     Superseded,
     /// No holder of its bytes is left.
     Retired,
+}
+
+impl VersionState {
+    /// True for the edges of the graph above.
+    pub const fn may_become(self, to: Self) -> bool {
+        matches!(
+            (self, to),
+            (Self::Announced, Self::Available)
+                | (Self::Available, Self::Current | Self::Superseded)
+                | (Self::Current, Self::Superseded)
+                | (Self::Superseded, Self::Retired)
+        )
+    }
 }
 
 words!(LoadStage, "stage", {

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use anabranch_engine::synthetic::SyntheticParams;
 use anabranch_manager::action::{Answer, Batch, LoadOrder, ModeKind, StartOrder};
-use anabranch_manager::core::Core;
 use anabranch_manager::core::config::CoreConfig;
+use anabranch_manager::core::{Core, Folded};
 use anabranch_manager::event::{ConsumerId, Event, Held, LinkId, ReplyTo};
 use anabranch_manager::ledger::Ledger;
 use anabranch_proto::pb;
@@ -29,6 +29,8 @@ use crate::trainer::{Phase, Trainer};
 /// One way through the network.
 const LATENCY: Duration = Duration::from_millis(2);
 pub(crate) const TICK: Duration = Duration::from_millis(20);
+/// Events between two comparisons of the folded durable state with the live one.
+const FOLD_EVERY: u64 = 16;
 /// A world that is not done by then hangs.
 const PATIENCE: Duration = Duration::from_secs(900);
 
@@ -146,6 +148,8 @@ pub(crate) struct World {
     pub now: Now,
     pub rng: Rng,
     pub core: Core,
+    /// Durable state of the core, folded from its changes alone.
+    folded: Folded,
     pub ledger: Ledger,
     pub engines: Vec<SimEngine>,
     pub trainer: Trainer,
@@ -197,6 +201,7 @@ impl World {
             scenario,
             now,
             core: Core::new(config, now),
+            folded: Folded::default(),
             ledger: Ledger::new(4),
             trainer: Trainer::new(),
             queue: BTreeMap::new(),
@@ -311,7 +316,13 @@ impl World {
             self.digest.action(self.now, &action);
             self.act(action);
         }
+        self.folded.apply(&self.core.take_changes());
         if let Err(what) = self.core.check() {
+            self.fail(what);
+        }
+        if self.outcome.events.is_multiple_of(FOLD_EVERY)
+            && let Err(what) = self.core.check_fold(&self.folded)
+        {
             self.fail(what);
         }
     }
@@ -379,7 +390,7 @@ impl World {
     fn finish(mut self) -> Result<Outcome, Box<Failure>> {
         if self.broken.is_none() {
             let accounts = self.trainer.account(&self.admitted_n());
-            let at_rest = self.core.check_at_rest();
+            let at_rest = self.core.check_at_rest().and(self.core.check_fold(&self.folded));
             let pages = self.ledger.stats().pages;
             let pages =
                 if pages == 0 { Ok(()) } else { Err(format!("I7: {pages} pages are left")) };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_manager::event::{
-    Announce, Convention, EngineHello, ModelFacts, NewGroup, OnExceed, OnRunning, OpenJob, Pack,
+    Announce, EngineHello, LogprobsMode, Model, NewGroup, OnExceed, OnRunning, OpenJob, Pack,
     SeedKeying, Shard, Staleness,
 };
 pub use anabranch_manager::event::{
@@ -85,8 +85,8 @@ pub fn job_opened(seed: u64) -> Event {
     let open = OpenJob {
         job: "bench".into(),
         epoch: 0,
-        model: ModelFacts::default(),
-        convention: Convention::Tempered,
+        model: Model::default(),
+        logprobs_mode: LogprobsMode::Tempered,
         staleness: Staleness { max_lag: Some(0), on_exceed: OnExceed::Wait },
         on_running: OnRunning::Continue,
         on_trainer_lost: Duration::from_secs(600),
@@ -182,13 +182,8 @@ pub fn attached(
     let hello = EngineHello {
         id: id.clone(),
         incarnation: Incarnation(incarnation),
-        model: ModelFacts {
-            id: "bench".into(),
-            vocab: VOCAB,
-            eos_ids: vec![EOS],
-            ..ModelFacts::default()
-        },
-        conventions: vec![Convention::Tempered],
+        model: Model { id: "bench".into(), vocab: VOCAB, eos_ids: vec![EOS], ..Model::default() },
+        logprobs_modes: vec![LogprobsMode::Tempered],
         seed_keying: SeedKeying::AbsolutePosition,
         columns: vec![],
         release_memory: true,

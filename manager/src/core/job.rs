@@ -5,13 +5,13 @@ use std::collections::BTreeSet;
 use anabranch_proto::SessionId;
 use anabranch_runtime::clock::Now;
 
-use crate::event::{Convention, ModelFacts, OnRunning, OpenJob, Staleness};
+use crate::event::{LogprobsMode, Model, OnRunning, OpenJob, Staleness};
 
 pub(crate) struct Job {
     pub name: String,
     pub epoch: u32,
-    pub model: ModelFacts,
-    pub convention: Convention,
+    pub model: Model,
+    pub logprobs_mode: LogprobsMode,
     pub staleness: Staleness,
     pub on_running: OnRunning,
     pub on_trainer_lost: std::time::Duration,
@@ -29,9 +29,9 @@ pub(crate) struct Job {
 pub(crate) enum Unfit {
     #[error(
         "the job's log-probabilities are {job:?}, this engine gives {engine:?}; restart the engine with the \
-         flag that changes it, or open the job with another convention"
+         flag that changes it, or open the job with another logprobs mode"
     )]
-    Convention { job: Convention, engine: Vec<Convention> },
+    LogprobsMode { job: LogprobsMode, engine: Vec<LogprobsMode> },
     #[error("the job's model has {what} {job}, this engine has {engine}: another model?")]
     Model { what: &'static str, job: String, engine: String },
 }
@@ -42,7 +42,7 @@ impl Job {
             name: open.job,
             epoch: open.epoch,
             model: open.model,
-            convention: open.convention,
+            logprobs_mode: open.logprobs_mode,
             staleness: open.staleness,
             on_running: open.on_running,
             on_trainer_lost: open.on_trainer_lost,
@@ -55,9 +55,12 @@ impl Job {
     }
 
     /// Checks an engine against the job; what the job does not know yet it takes from its first engine.
-    pub fn adopt(&mut self, engine: &ModelFacts, conventions: &[Convention]) -> Result<(), Unfit> {
-        if !conventions.contains(&self.convention) {
-            return Err(Unfit::Convention { job: self.convention, engine: conventions.to_vec() });
+    pub fn adopt(&mut self, engine: &Model, logprobs_modes: &[LogprobsMode]) -> Result<(), Unfit> {
+        if !logprobs_modes.contains(&self.logprobs_mode) {
+            return Err(Unfit::LogprobsMode {
+                job: self.logprobs_mode,
+                engine: logprobs_modes.to_vec(),
+            });
         }
         let differ = |what, job: String, engine: String| Err(Unfit::Model { what, job, engine });
         let model = &mut self.model;

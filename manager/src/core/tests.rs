@@ -36,8 +36,8 @@ impl Bench {
         let open = OpenJob {
             job: "job".into(),
             epoch: 0,
-            model: ModelFacts::default(),
-            convention: Convention::Tempered,
+            model: Model::default(),
+            logprobs_mode: LogprobsMode::Tempered,
             staleness: Staleness { max_lag: Some(0), on_exceed: OnExceed::Wait },
             on_running: OnRunning::Continue,
             on_trainer_lost: Duration::from_secs(600),
@@ -69,13 +69,8 @@ impl Bench {
         let mut hello = EngineHello {
             id: EngineId::new(id),
             incarnation: Incarnation(self.next),
-            model: ModelFacts {
-                vocab: 100,
-                max_context: 100,
-                eos_ids: vec![2],
-                ..Default::default()
-            },
-            conventions: vec![Convention::Tempered],
+            model: Model { vocab: 100, max_context: 100, eos_ids: vec![2], ..Default::default() },
+            logprobs_modes: vec![LogprobsMode::Tempered],
             seed_keying: SeedKeying::AbsolutePosition,
             columns: vec![],
             release_memory: false,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anabranch_proto::tokens;
 
-use crate::event::{ModelFacts, NewGroup};
+use crate::event::{Model, NewGroup};
 use crate::rollout::replay;
 
 #[derive(Debug, PartialEq, thiserror::Error)]
@@ -45,7 +45,7 @@ impl Reject {
 /// Checks one group; gives the number of tokens it is admitted with.
 pub(crate) fn check(
     group: &NewGroup,
-    model: &ModelFacts,
+    model: &Model,
     admitted: u64,
     limit: u64,
 ) -> Result<u64, Reject> {
@@ -76,7 +76,7 @@ pub(crate) fn check(
 }
 
 /// What can be checked once the model is known (again at the first placement, where it was not).
-pub(crate) fn check_model(group: &NewGroup, prompt: u32, model: &ModelFacts) -> Result<(), Reject> {
+pub(crate) fn check_model(group: &NewGroup, prompt: u32, model: &Model) -> Result<(), Reject> {
     check_prompt(&group.prompt, prompt, group.sampling.max_tokens, model)
 }
 
@@ -84,7 +84,7 @@ pub(crate) fn check_prompt(
     column: &[u8],
     prompt: u32,
     max_tokens: u32,
-    model: &ModelFacts,
+    model: &Model,
 ) -> Result<(), Reject> {
     let vocab = model.vocab;
     if vocab != 0

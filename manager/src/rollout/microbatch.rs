@@ -14,6 +14,8 @@ pub(crate) struct Pool {
     ready: VecDeque<SampleId>,
     /// Whole-group packing: samples of groups that are not over.
     partial: BTreeMap<GroupId, Vec<SampleId>>,
+    /// True where a sample became ready since `take_news`.
+    news: bool,
 }
 
 /// Why a batch may be cut now.
@@ -34,12 +36,20 @@ impl Pool {
             self.partial.entry(sample.group).or_default().push(sample);
         } else {
             self.ready.push_back(sample);
+            self.news = true;
         }
     }
 
     /// All samples of a group have ended.
     pub fn complete(&mut self, group: GroupId) {
-        self.ready.extend(self.partial.remove(&group).unwrap_or_default());
+        let Some(samples) = self.partial.remove(&group) else { return };
+        self.ready.extend(samples);
+        self.news = true;
+    }
+
+    /// True where something became ready since the last call.
+    pub fn take_news(&mut self) -> bool {
+        std::mem::take(&mut self.news)
     }
 
     /// The group is dropped: what was ready of it and in no batch.

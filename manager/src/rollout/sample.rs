@@ -1,11 +1,14 @@
-//! One sample's way.
+//! Sample: one of the `n` answers to a prompt, and its way from the queue to the trainer.
 //!
 //! ```text
-//!            place                     stop condition
-//! Waiting ──────────▶ Running ─────────────────────────▶ Finished ──batch──▶ Delivered
-//!    ▲                   │                                  │
-//!    └── engine lost, ───┘                                  └── group dropped ─▶ Abandoned
-//!        aborted, silent      poison, refused, cancelled ──────────────────────▶ Abandoned
+//!            place                       stop condition
+//! Waiting ──────────▶ Running            ┌────────────▶ Finished ──batch──▶ Delivered
+//!    │ ▲                 │               │                 │
+//!    │ └─────────────────┘               │                 └── group dropped ─▶ Abandoned
+//!    │   engine lost, aborted, silent,   │
+//!    │   or finished: off its engine     │
+//!    ├───────────────────────────────────┘
+//!    └── poison, refused, cancelled ───────────────────────────────────────────▶ Abandoned
 //! ```
 
 use anabranch_proto::{Attempt, BatchSeq, SessionId};
@@ -15,15 +18,11 @@ use crate::action::Finish;
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum SampleState {
-    /// Siblings wait outside the queue until their leader has a token.
-    Waiting {
-        queued: bool,
-    },
+    /// In the queue, or behind its group's leader until that has a token.
+    Waiting,
     Running {
         session: SessionId,
         attempt: Attempt,
-        last_progress: Now,
-        had_token: bool,
     },
     Finished {
         how: Finish,
@@ -36,42 +35,103 @@ pub(crate) enum SampleState {
     },
 }
 
+/// Durable part of a sample, and beside it what is known of it for now.
 #[derive(Clone, Debug)]
 pub(crate) struct Sample {
-    pub state: SampleState,
+    /// Assigned by `Books::apply` only.
+    pub(super) state: SampleState,
+    pub(super) attempts: u32,
+    pub(super) seed: u64,
+    /// Tokens thrown away by restarts from the prompt.
+    pub(super) discarded: u32,
+    pub live: SampleLive,
+}
+
+/// Volatile part of a sample: a mirror of the ledger, and suspicions.
+#[derive(Clone, Debug)]
+pub(crate) struct SampleLive {
     /// Tokens in the ledger, as last heard.
     pub kept: u32,
-    /// Lowest version number among them.
+    /// Lowest version number among the kept tokens; `u64::MAX` without tokens.
     pub oldest: u64,
-    pub attempts: u32,
-    pub seed: u64,
-    /// Thrown away by restarts from the prompt.
-    pub discarded: u32,
-    /// The ledger has a page for it.
+    /// True once the running attempt has made a token.
+    pub had_token: bool,
+    /// When the running attempt started or last made a token.
+    pub progress: Now,
+    /// True once the ledger was told to open a page.
     pub has_page: bool,
-    /// Engine deaths while it ran, since it last made progress.
+    /// Engine deaths while the sample ran, since its last token.
     pub deaths: u32,
-    /// Streams of it that broke, since it last made progress.
+    /// Broken streams of the sample, since its last token.
     pub losses: u32,
 }
 
-impl Sample {
-    pub fn new(seed: u64) -> Self {
+impl Default for SampleLive {
+    fn default() -> Self {
         Self {
-            state: SampleState::Waiting { queued: false },
             kept: 0,
             oldest: u64::MAX,
-            attempts: 0,
-            seed,
-            discarded: 0,
+            had_token: false,
+            progress: Now::ZERO,
             has_page: false,
             deaths: 0,
             losses: 0,
         }
     }
+}
+
+impl SampleState {
+    pub const NAMES: [&str; 5] = ["waiting", "running", "finished", "delivered", "abandoned"];
+
+    pub fn index(&self) -> usize {
+        match self {
+            Self::Waiting => 0,
+            Self::Running { .. } => 1,
+            Self::Finished { .. } => 2,
+            Self::Delivered { .. } => 3,
+            Self::Abandoned { .. } => 4,
+        }
+    }
+
+    pub fn name(&self) -> &'static str {
+        Self::NAMES[self.index()]
+    }
 
     pub fn is_open(&self) -> bool {
-        matches!(self.state, SampleState::Waiting { .. } | SampleState::Running { .. })
+        matches!(self, Self::Waiting | Self::Running { .. })
+    }
+
+    /// The graph above.
+    pub fn may_become(&self, to: &Self) -> bool {
+        matches!(
+            (self, to),
+            (Self::Waiting, Self::Running { .. } | Self::Finished { .. } | Self::Abandoned { .. })
+                | (Self::Running { .. }, Self::Waiting)
+                | (Self::Finished { .. }, Self::Delivered { .. } | Self::Abandoned { .. })
+        )
+    }
+}
+
+impl Sample {
+    pub fn new(seed: u64) -> Self {
+        let live = SampleLive::default();
+        Self { state: SampleState::Waiting, attempts: 0, seed, discarded: 0, live }
+    }
+
+    pub fn state(&self) -> &SampleState {
+        &self.state
+    }
+
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    pub fn is_open(&self) -> bool {
+        self.state.is_open()
     }
 
     pub fn running_on(&self) -> Option<(SessionId, Attempt)> {
@@ -81,15 +141,45 @@ impl Sample {
         }
     }
 
-    /// It made progress, so it is not what breaks engines.
-    pub fn grew(&mut self, now: Now, kept: u32, oldest: u64) {
-        self.kept = kept;
-        self.oldest = oldest;
-        self.deaths = 0;
-        self.losses = 0;
-        if let SampleState::Running { last_progress, had_token, .. } = &mut self.state {
-            *last_progress = now;
-            *had_token = true;
+    /// True where the durable parts are equal.
+    pub fn same_books(&self, other: &Self) -> bool {
+        (&self.state, self.attempts, self.seed, self.discarded)
+            == (&other.state, other.attempts, other.seed, other.discarded)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn every_state() -> Vec<SampleState> {
+        vec![
+            SampleState::Waiting,
+            SampleState::Running { session: SessionId(1), attempt: Attempt(1) },
+            SampleState::Finished { how: Finish::Length },
+            SampleState::Delivered { seq: BatchSeq(1) },
+            SampleState::Abandoned { why: String::new() },
+        ]
+    }
+
+    #[test]
+    fn the_graph_has_these_edges_and_no_others() {
+        let mut edges = Vec::new();
+        for from in every_state() {
+            for to in every_state().iter().filter(|to| from.may_become(to)) {
+                edges.push(format!("{}-{}", from.name(), to.name()));
+            }
         }
+        assert_eq!(
+            edges,
+            [
+                "waiting-running",
+                "waiting-finished",
+                "waiting-abandoned",
+                "running-waiting",
+                "finished-delivered",
+                "finished-abandoned",
+            ]
+        );
     }
 }

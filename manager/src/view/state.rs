@@ -10,9 +10,8 @@ use serde::Serialize;
 use crate::core::Core;
 use crate::event::{LoadStage, Staleness};
 use crate::fleet::{Engine, EngineState};
-use crate::rollout::queue::Class;
-use crate::rollout::sample::SampleState;
-use crate::weights::versions::VersionState;
+use crate::rollout::{Rank, StepBook};
+use crate::weights::{Progress, VersionRecord, VersionState};
 
 /// Totals since the manager started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -60,7 +59,7 @@ pub struct JobView {
     pub name: String,
     pub epoch: u32,
     pub staleness: Staleness,
-    pub convention: crate::event::Convention,
+    pub logprobs_mode: crate::event::LogprobsMode,
     pub on_running: crate::event::OnRunning,
     pub trainers: usize,
     pub paused: bool,
@@ -177,34 +176,35 @@ pub struct EgressView {
 }
 
 impl Core {
-    /// A picture of everything; costs a walk over all groups, so not for every event.
+    /// A picture of everything; costs a walk over all engines, so not for every event.
     pub fn state(&self, now: Now) -> StateView {
+        let books = self.rollout.books();
         StateView {
             uptime_ms: self.uptime(now).as_millis() as u64,
             job: self.job_view(now),
-            current: self.current,
-            pending: self.versions.pending(),
-            training: self.training,
-            engines: self.engines.values().map(|engine| self.engine_view(engine, now)).collect(),
-            versions: self.versions.iter().map(version_view).collect(),
+            current: self.weights.current(),
+            pending: self.weights.books().pending(),
+            training: self.fleet.books().training(),
+            engines: self.fleet.engines().map(|engine| self.engine_view(engine, now)).collect(),
+            versions: self.weights.books().iter().map(version_view).collect(),
             steps: self.step_views(),
-            samples: self.samples_view(),
+            samples: samples_view(books.counts()),
             queue: self.queue_view(),
             egress: EgressView {
-                offered: self.egress.last().0,
-                acked: self.egress.acked().0,
-                committed: self.egress.floor().0,
-                retained_batches: self.egress.retained(),
-                consumers: self.egress.has_consumers(),
+                offered: books.last().0,
+                acked: books.acked().0,
+                committed: books.floor().0,
+                retained_batches: books.retained(),
+                consumers: self.rollout.egress().has_consumers(),
             },
-            admitted_tokens: self.admitted_tokens,
+            admitted_tokens: books.admitted_tokens(),
             admission_limit: self.config.admission_tokens,
-            counters: self.counters,
+            counters: self.counters(),
         }
     }
 
     pub fn counters(&self) -> Counters {
-        self.counters
+        self.out.counters
     }
 
     fn job_view(&self, now: Now) -> Option<JobView> {
@@ -212,7 +212,7 @@ impl Core {
             name: job.name.clone(),
             epoch: job.epoch,
             staleness: job.staleness,
-            convention: job.convention,
+            logprobs_mode: job.logprobs_mode,
             on_running: job.on_running,
             trainers: job.sessions.len(),
             paused: job.paused,
@@ -221,12 +221,12 @@ impl Core {
     }
 
     fn engine_view(&self, engine: &Engine, now: Now) -> EngineView {
-        let rates = self.records.get(&engine.id).map(|record| record.rates).unwrap_or_default();
+        let (ingress, egress) = self.weights.rates(&engine.id);
         EngineView {
             id: engine.id.to_string(),
             incarnation: engine.hello.incarnation.0,
             session: engine.session.0,
-            state: engine.state.clone(),
+            state: engine.state().clone(),
             version: engine.version(),
             connected: engine.link.is_some(),
             kind: engine.hello.kind.clone(),
@@ -239,80 +239,70 @@ impl Core {
             tokens: engine.tokens,
             joined_ms: now.since(engine.joined).as_millis() as u64,
             heard_ms: now.since(engine.heard).as_millis() as u64,
-            load: engine.load.as_ref().map(|load| LoadView {
+            load: self.weights.load_of(engine.session).map(|load| LoadView {
                 version: load.version,
                 stage: load.stage,
                 bytes: load.bytes,
                 total: load.total,
                 ms: now.since(load.ordered).as_millis() as u64,
-                parents: self.parent_names(&load.feed.parents),
+                parents: self.weights.parent_names(&load.feed.parents),
                 fetched_from: load.fetched_from.clone(),
                 error: load.error.clone(),
             }),
-            load_error: engine.load_error.clone(),
-            holds: engine.holds.iter().copied().collect(),
-            preemptible: self.is_preemptible(engine),
-            ingress: rates.ingress(),
-            egress: rates.egress(),
+            load_error: self.weights.load_error(engine.session).to_owned(),
+            holds: self.weights.holds(engine.session),
+            preemptible: self.fleet.is_preemptible(engine),
+            ingress,
+            egress,
             reserved: engine.reserved.is_some(),
         }
     }
 
     fn step_views(&self) -> Vec<StepView> {
-        let view = |(step, state): (&anabranch_proto::Step, &crate::core::StepState)| StepView {
+        let view = |(step, book): (anabranch_proto::Step, &StepBook)| StepView {
             step: step.0,
-            is_final: state.is_final,
-            over: state.over,
-            groups: state.groups.len(),
-            open_groups: state.open_groups,
-            pooled: state.pool.len(),
-            delivered: state.delivered,
-            tokens: state.tokens,
-            discarded_tokens: state.discarded_tokens,
-            max_lag: state.max_lag,
-            short: state.short.len(),
-            dropped: state.dropped.len(),
+            is_final: book.is_final,
+            over: book.over,
+            groups: book.groups.len(),
+            open_groups: book.open_groups,
+            pooled: self.rollout.pooled(step),
+            delivered: book.delivered,
+            tokens: book.tokens,
+            discarded_tokens: book.discarded_tokens,
+            max_lag: book.max_lag,
+            short: book.short.len(),
+            dropped: book.dropped.len(),
         };
-        self.steps.iter().map(view).collect()
-    }
-
-    fn samples_view(&self) -> SamplesView {
-        let mut view = SamplesView::default();
-        for sample in self.groups.values().flat_map(|group| &group.samples) {
-            match sample.state {
-                SampleState::Waiting { .. } => view.waiting += 1,
-                SampleState::Running { .. } => view.running += 1,
-                SampleState::Finished { .. } => view.finished += 1,
-                SampleState::Delivered { .. } => view.delivered += 1,
-                SampleState::Abandoned { .. } => view.abandoned += 1,
-            }
-        }
-        view
+        self.rollout.books().steps().map(view).collect()
     }
 
     fn queue_view(&self) -> QueueView {
-        let serving = self.engines.values().any(|engine| engine.serving().is_some());
+        let queue = self.rollout.queue();
         let blocked = match &self.job {
-            _ if self.queue.is_empty() => None,
+            _ if queue.is_empty() => None,
             Some(job) if job.paused => Some("the trainer is lost"),
-            _ if self.engines.values().all(Engine::is_gone) => Some("no engine is attached"),
-            _ if !serving => Some("no engine serves yet"),
-            _ if self.versions.pending().is_some() => {
+            _ if self.fleet.all_gone() => Some("no engine is attached"),
+            _ if !self.fleet.any_serving() => Some("no engine serves yet"),
+            _ if self.weights.books().pending().is_some() => {
                 Some("a new version waits for older groups to end; new groups wait for it")
             }
             _ => Some("no engine has room, or none has the version, context or features they need"),
         };
         QueueView {
-            resumed: self.queue.count(Class::Resumed),
-            fresh: self.queue.count(Class::Fresh),
-            held: self.queue.count(Class::Held),
+            resumed: queue.count(Rank::Resumed),
+            fresh: queue.count(Rank::Fresh),
+            held: queue.count(Rank::Held),
             blocked,
         }
     }
 }
 
-fn version_view(record: &crate::weights::versions::VersionRecord) -> VersionView {
-    let progress = |p: &crate::weights::versions::Progress| ProgressView {
+fn samples_view([waiting, running, finished, delivered, abandoned]: [u64; 5]) -> SamplesView {
+    SamplesView { waiting, running, finished, delivered, abandoned }
+}
+
+fn version_view(record: &VersionRecord) -> VersionView {
+    let progress = |p: &Progress| ProgressView {
         stage: p.stage,
         bytes: p.bytes,
         since_sealed_ms: p.since_sealed.as_millis() as u64,
@@ -321,12 +311,13 @@ fn version_view(record: &crate::weights::versions::VersionRecord) -> VersionView
         fetched_from: p.fetched_from.clone(),
         served: p.served,
     };
+    let engines = &record.live().engines;
     VersionView {
-        version: record.version,
-        state: record.state,
-        bytes: record.bytes,
-        settled: record.settled,
+        version: record.version(),
+        state: record.state(),
+        bytes: record.bytes(),
+        settled: record.settled(),
         at_trainer: record.is_served(),
-        engines: record.engines.iter().map(|(id, p)| (id.to_string(), progress(p))).collect(),
+        engines: engines.iter().map(|(id, p)| (id.to_string(), progress(p))).collect(),
     }
 }

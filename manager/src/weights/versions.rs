@@ -1,63 +1,101 @@
-//! Weight versions: which exist, who has them, and which one is current.
+//! Versions: which exist, who holds them, and which one is current. Durable; only [`Books::apply`] writes here,
+//! but for each version's volatile part.
 //!
 //! ```text
 //! Announced ──seal──▶ Available ──(nobody is made too old)──▶ Current ──next──▶ Superseded ──no holder──▶ Retired
+//!                         └─────────────── a newer one is current ─────────────────▲
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 pub use anabranch_proto::VersionState;
 use anabranch_proto::{EngineId, Root, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
+use super::change::Change;
 use crate::event::{LoadStage, PublisherId};
 
 pub(crate) struct VersionRecord {
-    pub version: Version,
-    pub state: VersionState,
-    /// How many processes publish it together: one, or as many as the first of them said.
-    pub of: u32,
-    /// Those that came, by their number. The trainer, where nothing tells them apart.
+    version: Version,
+    state: VersionState,
+    of: u32,
+    bytes: u64,
+    directory: Option<String>,
+    settled: bool,
+    pub(super) live: VersionLive,
+}
+
+/// Volatile part of a version: who serves it now, and how engines get on with it.
+#[derive(Default)]
+pub(crate) struct VersionLive {
+    /// Senders that came, by their number.
     pub senders: BTreeMap<u32, Sender>,
-    pub directory: Option<String>,
-    pub bytes: u64,
     pub sealed: Option<Now>,
-    pub settled: bool,
-    /// How each engine got on with it, since the seal.
+    /// Progress of each engine, since the seal.
     pub engines: BTreeMap<EngineId, Progress>,
 }
 
 /// One process that publishes a version, with all of its chunks or a part of them.
 pub(crate) struct Sender {
-    /// While it serves the version.
+    /// The stream over which the sender serves the version; `None` once that is lost.
     pub publisher: Option<PublisherId>,
-    /// Where it can be fetched now.
+    /// Addresses from which the version can be fetched now.
     pub addresses: Vec<String>,
-    /// It cannot be dialled; told to, it dials receivers.
+    /// True where the sender cannot be dialled; told to, it dials receivers.
     pub dials: bool,
     pub part: bool,
     pub session: SessionId,
     pub serve_key: [u8; 32],
-    /// Once it has sealed.
+    /// Set once the sender has sealed.
     pub root: Option<Root>,
 }
 
 impl VersionRecord {
-    /// Who has no engine to get it from may get it all the same.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    pub fn state(&self) -> VersionState {
+        self.state
+    }
+
+    /// Processes that publish the version together.
+    pub fn of(&self) -> u32 {
+        self.of
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// A directory that every engine host can read, and that has the version.
+    pub fn directory(&self) -> Option<&String> {
+        self.directory.as_ref()
+    }
+
+    pub fn settled(&self) -> bool {
+        self.settled
+    }
+
+    pub fn live(&self) -> &VersionLive {
+        &self.live
+    }
+
+    /// True where the version can be had without a peer.
     pub fn is_offered(&self) -> bool {
         self.directory.is_some() || self.at_trainer()
     }
 
-    /// What its senders serve now is all of it.
+    /// True where the senders serve all of the version now.
     pub fn at_trainer(&self) -> bool {
-        let mut serve = self.senders.values().filter(|sender| sender.serves());
+        let mut serve = self.live.senders.values().filter(|sender| sender.serves());
         serve.clone().any(|sender| !sender.part) || serve.by_ref().count() == self.of as usize
     }
 
-    /// One of them gives only to those that it can dial.
+    /// True where a sender gives only to receivers that it can dial.
     pub fn dials(&self) -> bool {
-        self.senders.values().any(|sender| sender.dials)
+        self.live.senders.values().any(|sender| sender.dials)
     }
 
     pub fn is_served(&self) -> bool {
@@ -65,19 +103,23 @@ impl VersionRecord {
     }
 
     pub fn publishers(&self) -> impl Iterator<Item = PublisherId> {
-        self.senders.values().filter_map(|sender| sender.publisher)
+        self.live.senders.values().filter_map(|sender| sender.publisher)
     }
 
-    pub fn sender_of(&mut self, publisher: PublisherId) -> Option<(u32, &mut Sender)> {
-        let mut senders = self.senders.iter_mut();
-        let (index, sender) = senders.find(|(_, s)| s.publisher == Some(publisher))?;
-        Some((*index, sender))
+    pub fn sender_of(&self, publisher: PublisherId) -> Option<u32> {
+        let mut senders = self.live.senders.iter();
+        senders.find(|(_, sender)| sender.publisher == Some(publisher)).map(|(index, _)| *index)
     }
 
-    /// All of them came, and sealed.
+    /// True once every sender came, and sealed.
     pub fn is_sealed(&self) -> bool {
-        let sealed = self.senders.values().filter(|sender| sender.root.is_some());
+        let sealed = self.live.senders.values().filter(|sender| sender.root.is_some());
         sealed.count() == self.of as usize
+    }
+
+    fn same_books(&self, other: &Self) -> bool {
+        (self.version, self.state, self.of, self.bytes, &self.directory, self.settled)
+            == (other.version, other.state, other.of, other.bytes, &other.directory, other.settled)
     }
 }
 
@@ -87,16 +129,17 @@ impl Sender {
     }
 }
 
+/// How an engine gets on with a version.
 #[derive(Clone, Debug)]
 pub(crate) struct Progress {
     pub stage: LoadStage,
     pub bytes: u64,
     pub since_sealed: Duration,
     pub error: String,
-    /// Planned, by stripe.
+    /// Planned parents, by stripe.
     pub parents: Vec<String>,
     pub fetched_from: BTreeMap<String, u64>,
-    /// Bytes to peers.
+    /// Bytes given to peers.
     pub served: u64,
 }
 
@@ -112,23 +155,15 @@ impl Progress {
             served: 0,
         }
     }
-
-    /// Without what the order alone knows.
-    pub fn of(load: &crate::fleet::Load) -> Self {
-        Self {
-            bytes: load.bytes,
-            error: load.error.clone(),
-            fetched_from: load.fetched_from.clone(),
-            served: load.served,
-            ..Self::at(load.stage)
-        }
-    }
 }
 
+/// Versions by number within the job's epoch, the current one, and who holds which.
 #[derive(Default)]
-pub(crate) struct Versions {
-    /// By number, within the job's epoch.
-    records: BTreeMap<u64, VersionRecord>,
+pub(crate) struct Books {
+    versions: BTreeMap<u64, VersionRecord>,
+    current: Version,
+    holders: BTreeMap<Version, BTreeSet<SessionId>>,
+    illegal_moves: u64,
 }
 
 /// A version cannot be announced.
@@ -143,12 +178,82 @@ pub(crate) enum NotNewer {
     Zero,
 }
 
-/// Versions older than this many are forgotten once superseded; pinned groups keep theirs.
+/// Versions kept; the oldest superseded ones beyond are forgotten. Pinned groups keep theirs.
 const KEPT: usize = 16;
 
-impl Versions {
+impl Books {
+    /// Folds one change. A move that a version's graph does not have is counted as illegal and made.
+    pub fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Begun { epoch } => {
+                self.versions.clear();
+                self.current = Version::base(*epoch);
+            }
+            Change::Announced { version, of, bytes } => self.announced(*version, *of, *bytes),
+            Change::Described { number, of, directory } => {
+                if let Some(record) = self.versions.get_mut(number) {
+                    record.of = *of;
+                    record.directory.clone_from(directory);
+                }
+            }
+            Change::Sealed { number, root } => {
+                if let Some(record) = self.versions.get_mut(number) {
+                    record.version.root = *root;
+                }
+                self.moved(*number, VersionState::Available);
+            }
+            Change::Moved { number, to } => self.moved(*number, *to),
+            Change::Current { version } => {
+                self.current = *version;
+                self.moved(version.number, VersionState::Current);
+            }
+            Change::Settled { number } => {
+                if let Some(record) = self.versions.get_mut(number) {
+                    record.settled = true;
+                }
+            }
+            Change::Removed { number } => {
+                self.versions.remove(number);
+            }
+            Change::Holds { session, version } => {
+                self.holders.entry(*version).or_default().insert(*session);
+            }
+            Change::LetGo { session, version } => {
+                if let Some(holders) = self.holders.get_mut(version) {
+                    holders.remove(session);
+                    if holders.is_empty() {
+                        self.holders.remove(version);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The one place that assigns a version's state.
+    fn moved(&mut self, number: u64, to: VersionState) {
+        let Some(record) = self.versions.get_mut(&number) else { return };
+        self.illegal_moves += u64::from(!record.state.may_become(to));
+        record.state = to;
+    }
+
+    fn announced(&mut self, version: Version, of: u32, bytes: u64) {
+        let state = VersionState::Announced;
+        let live = VersionLive::default();
+        let record =
+            VersionRecord { version, state, of, bytes, directory: None, settled: false, live };
+        self.versions.insert(version.number, record);
+        while self.versions.len() > KEPT {
+            let old = |r: &VersionRecord| {
+                matches!(r.state, VersionState::Superseded | VersionState::Retired)
+            };
+            let oldest = self.versions.iter().find(|(_, record)| old(record));
+            let Some((&number, _)) = oldest else { break };
+            self.versions.remove(&number);
+        }
+    }
+
     pub fn check(&self, version: Version) -> Result<(), NotNewer> {
-        let newest = self.records.keys().next_back().copied().unwrap_or(0);
+        let newest = self.versions.keys().next_back().copied().unwrap_or(0);
         match version.number {
             0 => Err(NotNewer::Zero),
             number if number <= newest => {
@@ -158,57 +263,73 @@ impl Versions {
         }
     }
 
-    pub fn insert(&mut self, record: VersionRecord) {
-        self.records.insert(record.version.number, record);
-        while self.records.len() > KEPT {
-            let oldest = self
-                .records
-                .iter()
-                .find(|(_, r)| matches!(r.state, VersionState::Superseded | VersionState::Retired));
-            let Some((&number, _)) = oldest else { break };
-            self.records.remove(&number);
-        }
+    pub fn current(&self) -> Version {
+        self.current
     }
 
     pub fn get(&self, number: u64) -> Option<&VersionRecord> {
-        self.records.get(&number)
+        self.versions.get(&number)
     }
 
     /// By number and root: another epoch's version of the same number is another version.
     pub fn find(&self, version: Version) -> Option<&VersionRecord> {
-        self.records.get(&version.number).filter(|record| record.version == version)
+        self.versions.get(&version.number).filter(|record| record.version == version)
     }
 
-    pub fn get_mut(&mut self, number: u64) -> Option<&mut VersionRecord> {
-        self.records.get_mut(&number)
+    pub(super) fn live_mut(&mut self, number: u64) -> Option<&mut VersionLive> {
+        Some(&mut self.versions.get_mut(&number)?.live)
     }
 
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = &VersionRecord> {
-        self.records.values()
+        self.versions.values()
     }
 
-    pub fn iter_mut(&mut self) -> impl DoubleEndedIterator<Item = &mut VersionRecord> {
-        self.records.values_mut()
-    }
-
-    /// If this publisher announced it.
-    pub fn of_publisher(
-        &mut self,
-        publisher: PublisherId,
-        number: u64,
-    ) -> Option<&mut VersionRecord> {
-        let record = self.records.get_mut(&number)?;
-        record.sender_of(publisher).is_some().then_some(record)
-    }
-
-    /// The newest sealed version that is waiting to become current.
+    /// The newest sealed version that waits to become current.
     pub fn pending(&self) -> Option<Version> {
-        let waits = |r: &&VersionRecord| r.state == VersionState::Available;
-        self.records.values().rev().find(waits).map(|record| record.version)
+        let waits = |record: &&VersionRecord| record.state == VersionState::Available;
+        self.versions.values().rev().find(waits).map(|record| record.version)
     }
 
-    /// An announced version whose trainer went away is no version.
-    pub fn remove(&mut self, number: u64) {
-        self.records.remove(&number);
+    /// Sessions whose engines can serve a version to peers.
+    pub fn holders(&self, version: Version) -> impl Iterator<Item = SessionId> {
+        self.holders.get(&version).into_iter().flatten().copied()
+    }
+
+    /// At most `most` holders, beginning behind `after`.
+    pub fn some_holders(
+        &self,
+        version: Version,
+        after: Option<SessionId>,
+        most: usize,
+    ) -> Vec<SessionId> {
+        let Some(holders) = self.holders.get(&version) else { return Vec::new() };
+        let after = after.unwrap_or(SessionId(0));
+        holders.range(after..).chain(holders.range(..after)).take(most).copied().collect()
+    }
+
+    pub fn is_held(&self, version: Version) -> bool {
+        self.holders.contains_key(&version)
+    }
+
+    pub fn illegal_moves(&self) -> u64 {
+        self.illegal_moves
+    }
+
+    /// `Err` names the first part in which two books differ.
+    pub fn same_books(&self, other: &Self) -> Result<(), &'static str> {
+        let same = |((a, one), (b, two)): ((&u64, &VersionRecord), (&u64, &VersionRecord))| {
+            a == b && one.same_books(two)
+        };
+        let versions = self.versions.len() == other.versions.len()
+            && self.versions.iter().zip(&other.versions).all(same);
+        let parts = [
+            ("versions", versions),
+            ("current", self.current == other.current),
+            ("holders", self.holders == other.holders),
+        ];
+        match parts.iter().find(|(_, same)| !same) {
+            Some((part, _)) => Err(part),
+            None => Ok(()),
+        }
     }
 }

@@ -197,8 +197,8 @@ impl Effects {
     /// Somebody waits for what the core says to `event`.
     pub fn expect_reply(&mut self, to: ReplyTo, event: &Event, answer: oneshot::Sender<Answer>) {
         if let Event::JobOpened { open, .. } = event {
-            let OpenJob { job, convention, .. } = &**open;
-            self.opening.insert(to, (job.clone(), *convention));
+            let OpenJob { job, logprobs_mode, .. } = &**open;
+            self.opening.insert(to, (job.clone(), *logprobs_mode));
         }
         self.replies.insert(to, answer);
     }

@@ -70,7 +70,7 @@ impl World {
                 eos_ids: vec![self.params.eos_id],
                 ..Model::default()
             },
-            conventions: vec![LogprobsMode::Tempered],
+            logprobs_modes: vec![LogprobsMode::Tempered],
             seed_keying: SeedKeying::AbsolutePosition,
             columns: vec![],
             release_memory: true,

@@ -21,7 +21,7 @@ impl World {
             job: "sim".into(),
             epoch: self.trainer.epoch,
             model: Model::default(),
-            convention: LogprobsMode::Tempered,
+            logprobs_mode: LogprobsMode::Tempered,
             staleness: self.scenario.staleness,
             on_running: self.scenario.on_running,
             on_trainer_lost: Duration::from_secs(60),

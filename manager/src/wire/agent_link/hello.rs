@@ -34,7 +34,7 @@ pub(super) fn read(hello: pb::Hello, life: Life) -> Result<EngineHello, Invalid>
         id: EngineId::new(&engine.id),
         incarnation: Incarnation(engine.incarnation),
         model,
-        conventions: conventions(&caps)?,
+        logprobs_modes: logprobs_modes(&caps)?,
         seed_keying: SeedKeying::required("hello.caps.seed_keying", caps.seed_keying)?,
         columns: caps.columns,
         release_memory: caps.release_memory,
@@ -67,7 +67,7 @@ fn check_sizes(kv_tokens: u64, max_running: u32) -> Result<(), Invalid> {
     Ok(())
 }
 
-fn conventions(caps: &pb::Caps) -> Result<Vec<LogprobsMode>, Invalid> {
+fn logprobs_modes(caps: &pb::Caps) -> Result<Vec<LogprobsMode>, Invalid> {
     let field = "hello.caps.logprob_conventions";
     if caps.logprob_conventions.is_empty() {
         let what =

@@ -96,7 +96,7 @@ pub(super) fn welcome(
     serve_key: [u8; 32],
 ) -> pb::Welcome {
     let known = effects.sessions.get(&session);
-    let (job, convention) = effects.job.clone().unzip();
+    let (job, logprobs_mode) = effects.job.clone().unzip();
     let oldest = *anabranch_proto::protocol::SUPPORTED.start();
     let proto = effects.links.get(&link).map_or(oldest, |link| link.proto);
     pb::Welcome {
@@ -110,7 +110,7 @@ pub(super) fn welcome(
         acked_tick: known.map_or(0, |session| session.tally.acked_tick.load(Ordering::Acquire)),
         serve_key: Bytes::copy_from_slice(&serve_key),
         job: job.unwrap_or_default(),
-        convention: convention.map_or(pb::Convention::Unspecified, Into::into).into(),
+        convention: logprobs_mode.map_or(pb::Convention::Unspecified, Into::into).into(),
     }
 }
 

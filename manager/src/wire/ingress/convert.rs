@@ -19,13 +19,13 @@ const TRAINER_LOST: Duration = Duration::from_secs(600);
 pub(super) fn open(request: pb::OpenRequest) -> Result<OpenJob, Invalid> {
     check_name("job", &request.job)?;
     let roll = Roll::from(request.roll.unwrap_or_default());
-    let convention = LogprobsMode::from_wire("convention", request.convention)?;
+    let logprobs_mode = LogprobsMode::from_wire("convention", request.convention)?;
     let on_running = OnRunning::from_wire("on_running", request.on_running)?;
     Ok(OpenJob {
         job: request.job,
         epoch: request.epoch,
         model: Model::try_from(request.model.unwrap_or_default())?,
-        convention: convention.unwrap_or_default(),
+        logprobs_mode: logprobs_mode.unwrap_or_default(),
         staleness: Staleness::try_from(request.staleness.unwrap_or_default())?,
         on_running: on_running.unwrap_or_default(),
         on_trainer_lost: optional(request.on_trainer_lost_ms).unwrap_or(TRAINER_LOST),

@@ -63,7 +63,7 @@ fn each_fault_of_a_group_is_named_with_group_field_and_rule() {
 fn a_job_without_policies_is_on_policy_tempered_and_continues() {
     let job = open(pb::OpenRequest { job: "j".into(), ..Default::default() }).expect("valid");
     assert_eq!(job.staleness, Staleness { max_lag: Some(0), on_exceed: OnExceed::Wait });
-    assert_eq!((job.convention, job.on_running), (LogprobsMode::Tempered, OnRunning::Continue));
+    assert_eq!((job.logprobs_mode, job.on_running), (LogprobsMode::Tempered, OnRunning::Continue));
     assert_eq!((job.on_trainer_lost, job.resume, job.rolling), (TRAINER_LOST, None, None));
     let error = open(pb::OpenRequest { job: "a b".into(), ..Default::default() });
     assert!(error.expect_err("a space").to_string().contains("job"));

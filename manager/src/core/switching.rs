@@ -1,4 +1,4 @@
-//! The mode switch: the trainer takes its GPUs back, or lends them again. A barrier with a deadline.
+//! Switching modes: the trainer takes its GPUs back, or lends them again. A barrier with a deadline.
 //!
 //! To train: stop placement there, abort, wait for every terminal chunk, move the samples, release the memory,
 //! answer per engine. Back: resume the memory, then through Syncing, because the weights are gone.
@@ -10,16 +10,17 @@ use anabranch_proto::{OrderId, SessionId};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::timer::Timer;
 use crate::action::{Answer, EngineModeSet, ModeKind, Notice};
 use crate::event::{ModeReport, ReplyTo};
 use crate::fleet::EngineState;
+use crate::timer::Timer;
 
-pub(crate) struct Switch {
+/// A mode switch that waits for engines.
+pub(super) struct Switch {
     reply: ReplyTo,
     train: bool,
     since: Now,
-    /// Engines that have not answered, with the samples they ran when it began.
+    /// Engines that have not answered, with the samples they ran when the switch began.
     waiting: BTreeMap<SessionId, u32>,
     done: Vec<EngineModeSet>,
 }
@@ -34,55 +35,50 @@ impl Core {
         reply: ReplyTo,
     ) {
         if let Err((kind, why)) = self.job_of(session) {
-            return self.fail(reply, kind, why);
+            return self.out.fail(reply, kind, why);
         }
         self.trainer_heard(now);
         self.mode_switch_over(now);
-        self.training = train;
-        let mut waiting = BTreeMap::new();
-        let colocated: Vec<SessionId> = self
-            .engines
-            .values()
-            .filter(|engine| engine.is_colocated() && engine.link.is_some())
-            .map(|engine| engine.session)
+        self.fleet.set_training(train);
+        let colocated: Vec<(SessionId, u32)> = self
+            .fleet
+            .colocated()
+            .filter(|engine| engine.link.is_some())
+            .map(|engine| (engine.session, engine.running.len() as u32))
             .collect();
-        for engine in colocated {
+        let mut waiting = BTreeMap::new();
+        for (engine, running) in colocated {
             if self.order_switch(engine, train, deadline) {
-                waiting.insert(engine, self.engines[&engine].running.len() as u32);
+                waiting.insert(engine, running);
             }
         }
-        self.timers.set(Timer::ModeSwitch, now + deadline);
+        self.out.timers.set(Timer::ModeSwitch, now + deadline);
         self.mode_switch = Some(Switch { reply, train, since: now, waiting, done: Vec::new() });
         self.finish_switch(now, false);
     }
 
-    /// False where the engine is in that mode already.
+    /// False where the engine is in that mode already, or is told when it is heard again.
     fn order_switch(&mut self, session: SessionId, train: bool, deadline: Duration) -> bool {
-        let Some(engine) = self.engines.get_mut(&session) else { return false };
-        match (&engine.state, train) {
-            // It is told when it is heard again.
-            (EngineState::Suspect { .. }, false) => return false,
-            (EngineState::Released | EngineState::Releasing, true) => return false,
-            (
-                EngineState::Gone { .. } | EngineState::Quarantined | EngineState::Draining { .. },
-                _,
-            ) => {
-                return false;
-            }
+        let Some(engine) = self.fleet.engine(session) else { return false };
+        match (engine.state(), train) {
+            (EngineState::Gone { .. } | EngineState::Quarantined, _) => false,
+            (EngineState::Draining { .. }, _) => false,
+            (EngineState::Released | EngineState::Releasing, true) => false,
             (_, true) => {
-                engine.state = EngineState::Releasing;
-                engine.parked = true;
-                engine.attested = None;
-                engine.load = None;
-                self.timers.clear(Timer::Load(session));
+                self.set_engine(session, EngineState::Releasing);
+                self.fleet.set_parked(session, true);
+                self.fleet.set_attested(session, None);
+                self.weights.drop_load(session);
+                self.out.timers.clear(Timer::Load(session));
                 self.order_mode(session, ModeKind::ReleaseMemory, deadline, "the trainer trains");
+                true
             }
             (EngineState::Released | EngineState::Releasing, false) => {
                 self.order_mode(session, ModeKind::ResumeMemory, deadline, "the trainer generates");
+                true
             }
-            (_, false) => return false,
+            (_, false) => false,
         }
-        true
     }
 
     pub(super) fn mode_reported(
@@ -93,18 +89,18 @@ impl Core {
         report: ModeReport,
     ) {
         self.engine_heard(now, session);
-        let Some(engine) = self.engines.get_mut(&session) else { return };
+        let Some(engine) = self.fleet.engine(session) else { return };
         if engine.mode_order != Some(order) {
             return;
         }
-        engine.mode_order = None;
-        match engine.state {
+        let (id, state) = (engine.id.clone(), engine.state().clone());
+        self.fleet.update(session, |engine| engine.mode_order = None);
+        match state {
             EngineState::Draining { .. } => return self.part_with(now, session, "drained", false),
             EngineState::Releasing => self.released(now, session, &report),
-            EngineState::Released if report.ok => self.returned(now, session),
+            EngineState::Released if report.ok => self.returned(session),
             _ => {}
         }
-        let id = self.engines[&session].id.clone();
         let Some(switch) = self.mode_switch.as_mut() else { return };
         let Some(moved) = switch.waiting.remove(&session) else { return };
         switch.done.push(EngineModeSet {
@@ -120,29 +116,28 @@ impl Core {
     fn released(&mut self, now: Now, session: SessionId, report: &ModeReport) {
         // Every terminal chunk has come; what is left here by our books never started there.
         self.move_all(now, session, "mode switch", false);
-        let Some(engine) = self.engines.get_mut(&session) else { return };
-        engine.state = EngineState::Released;
-        engine.holds.clear();
+        self.set_engine(session, EngineState::Released);
+        self.weights.drop_holds(session, false);
         if report.memory_released {
-            engine.probe = None;
+            self.weights.drop_probe(session);
         }
-        let engine = engine.id.clone();
-        self.tell(Notice::EngineReleased { engine });
+        if let Some(engine) = self.fleet.engine(session).map(|engine| engine.id.clone()) {
+            self.out.tell(Notice::EngineReleased { engine });
+        }
     }
 
-    fn returned(&mut self, _now: Now, session: SessionId) {
-        let to = self.current;
-        if let Some(engine) = self.engines.get_mut(&session) {
-            engine.parked = false;
-            engine.state = EngineState::Syncing { to };
-        }
+    fn returned(&mut self, session: SessionId) {
+        self.fleet.set_parked(session, false);
+        self.set_engine(session, EngineState::Syncing { to: self.weights.current() });
     }
 
     /// An engine left while the switch waited for it.
     pub(super) fn mode_switch_lost(&mut self, now: Now, session: SessionId) {
+        let Some(engine) = self.fleet.engine(session).map(|engine| engine.id.clone()) else {
+            return;
+        };
         let Some(switch) = self.mode_switch.as_mut() else { return };
         let Some(moved) = switch.waiting.remove(&session) else { return };
-        let engine = self.engines[&session].id.clone();
         let error = "it left meanwhile".to_owned();
         switch.done.push(EngineModeSet {
             engine,
@@ -161,11 +156,11 @@ impl Core {
     fn finish_switch(&mut self, now: Now, deadline_over: bool) {
         let ready = |switch: &mut Switch| deadline_over || switch.waiting.is_empty();
         let Some(mut switch) = self.mode_switch.take_if(ready) else { return };
-        self.timers.clear(Timer::ModeSwitch);
+        self.out.timers.clear(Timer::ModeSwitch);
         for (session, moved) in std::mem::take(&mut switch.waiting) {
             // Fenced off: whatever it still makes is stale. Its GPU is not free, and that is said.
             self.move_all(now, session, "mode switch", false);
-            let Some(engine) = self.engines.get(&session) else { continue };
+            let Some(engine) = self.fleet.engine(session) else { continue };
             let error = "did not answer within the deadline; its GPU is still in use".to_owned();
             let engine = engine.id.clone();
             switch.done.push(EngineModeSet {
@@ -179,7 +174,7 @@ impl Core {
         let (train, engines) = (switch.train, switch.done.len() as u32);
         let moved = switch.done.iter().map(|engine| engine.moved).sum();
         let ms = now.since(switch.since).as_millis() as u64;
-        self.tell(Notice::ModeSwitched { train, engines, moved, ms });
-        self.reply(switch.reply, Answer::ModeSet(switch.done));
+        self.out.tell(Notice::ModeSwitched { train, engines, moved, ms });
+        self.out.reply(switch.reply, Answer::ModeSet(switch.done));
     }
 }

@@ -1,0 +1,144 @@
+//! Facts of the ledger: samples grow, finish, or lose their attempt.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anabranch_proto::{Attempt, SampleId, SessionId};
+use anabranch_runtime::clock::Now;
+
+use super::Core;
+use super::losing::Moved;
+use crate::action::{Action, Finish, Notice};
+use crate::ledger::{Ended, Fact, Finished};
+use crate::rollout::Grown;
+use crate::timer::Timer;
+
+/// Pause of an engine that said "busy", or lost a stream.
+const BUSY_PAUSE: Duration = Duration::from_millis(200);
+/// Malformed streams from one engine, after which the engine must stay away for a while.
+const MAX_BROKEN: u32 = 16;
+
+impl Core {
+    pub(super) fn facts_found(&mut self, now: Now, session: SessionId, facts: Vec<Fact>) {
+        self.engine_heard(now, session);
+        self.out.visit(facts.len());
+        let mut moved: BTreeMap<&'static str, Moved> = BTreeMap::new();
+        for fact in facts {
+            match fact {
+                Fact::Grew { sample, attempt, kept, oldest } => {
+                    self.sample_grew(now, session, Grown { sample, attempt, kept, oldest });
+                }
+                Fact::Finished { sample, attempt, kept, oldest, how, running } => {
+                    self.sample_grew(now, session, Grown { sample, attempt, kept, oldest });
+                    self.sample_finished(now, session, (sample, attempt), how, running);
+                }
+                Fact::Ended { sample, attempt, why, .. } => {
+                    if let Some((label, kept)) =
+                        self.attempt_ended(now, session, (sample, attempt), why)
+                    {
+                        let moved = moved.entry(label).or_default();
+                        moved.samples += 1;
+                        moved.kept_tokens += u64::from(kept);
+                    }
+                }
+            }
+        }
+        for (why, moved) in moved {
+            self.tell_moved(session, moved, why);
+        }
+    }
+
+    fn sample_grew(&mut self, now: Now, session: SessionId, grown: Grown) {
+        if let Some(gained) = self.rollout.grew(now, session, grown, &mut self.out) {
+            self.fleet.note_tokens(session, gained);
+        }
+    }
+
+    fn sample_finished(
+        &mut self,
+        now: Now,
+        session: SessionId,
+        (id, attempt): (SampleId, Attempt),
+        how: Finished,
+        running: bool,
+    ) {
+        if !self.rollout.sample(id).is_some_and(|sample| sample.is_open()) {
+            return;
+        }
+        if self.rollout.is_current(session, id, attempt) {
+            self.detach(id, session);
+            if running {
+                self.out.act(Action::Stop { session, sample: id, attempt, why: "finished" });
+            }
+        } else {
+            // The finish was in the ledger before the sample was moved on.
+            self.take_off(id, "finished elsewhere");
+        }
+        let how = match how {
+            Finished::Stop(matched) => Finish::Stop(matched),
+            Finished::Length => Finish::Length,
+        };
+        self.rollout.finish(self.at(now), id, how, &mut self.out);
+    }
+
+    /// An attempt is over and its sample is not. Says under which heading the sample moves, and its tokens.
+    fn attempt_ended(
+        &mut self,
+        now: Now,
+        session: SessionId,
+        (id, attempt): (SampleId, Attempt),
+        why: Ended,
+    ) -> Option<(&'static str, u32)> {
+        if !self.rollout.is_current(session, id, attempt) {
+            return None;
+        }
+        self.detach(id, session);
+        let kept = self.rollout.sample(id)?.live.kept;
+        let label = match why {
+            Ended::Refused(why) => {
+                self.abandon(now, id, &format!("the engine refused it: {why}"));
+                return None;
+            }
+            Ended::Aborted => "aborted",
+            Ended::Busy(_) => {
+                self.rest(now, session);
+                "engine busy"
+            }
+            Ended::Lost(what) => {
+                // If the engine is dying, its other streams end too, and its death is heard in a moment.
+                self.rest(now, session);
+                self.note_loss(now, id, &what)?;
+                "stream lost"
+            }
+            Ended::Broken(what) => {
+                self.out.act(Action::Stop { session, sample: id, attempt, why: "broken stream" });
+                self.note_broken(now, session, &what);
+                self.note_loss(now, id, &what)?;
+                "malformed stream"
+            }
+        };
+        self.rollout.requeue(id, &mut self.out);
+        Some((label, kept))
+    }
+
+    /// Nothing new for this engine for a moment.
+    fn rest(&mut self, now: Now, session: SessionId) {
+        let Some(engine) = self.fleet.engine(session) else { return };
+        let until = engine.not_before.max(now + BUSY_PAUSE);
+        self.fleet.rest(session, until);
+        self.out.timers.set(Timer::Rested(session), until);
+    }
+
+    fn note_broken(&mut self, now: Now, session: SessionId, what: &str) {
+        let news = self.fleet.update(session, |engine| {
+            engine.broken += 1;
+            (engine.broken, engine.id.clone())
+        });
+        let Some((broken, engine)) = news else { return };
+        self.out.counters.misbehaved += 1;
+        self.out.tell(Notice::PeerMisbehaved { engine, what: what.to_owned() });
+        if broken >= MAX_BROKEN {
+            self.quarantine(now, session, &format!("{broken} malformed streams, last: {what}"));
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Opening: the trainer opens, joins and closes the job, and may be lost.
+
+use anabranch_proto::{SampleId, SessionId};
+use anabranch_runtime::clock::Now;
+
+use super::Core;
+use super::job::Job;
+use crate::action::{Action, Answer, FailKind, Notice};
+use crate::event::{OpenJob, ReplyTo};
+use crate::timer::Timer;
+
+impl Core {
+    pub(super) fn open_job(&mut self, now: Now, open: OpenJob, reply: ReplyTo) {
+        let joins = match &self.job {
+            Some(job) if job.name == open.job && job.epoch == open.epoch => true,
+            Some(job) if job.name == open.job && open.epoch < job.epoch => {
+                let why = format!(
+                    "job {} is at epoch {}, asked for epoch {}: an older trainer is fenced off",
+                    job.name, job.epoch, open.epoch
+                );
+                return self.out.fail(reply, FailKind::Conflict, why);
+            }
+            Some(job) if job.name != open.job && !job.sessions.is_empty() => {
+                let why = format!(
+                    "this manager runs job {}; close it first, or start another manager for {}",
+                    job.name, open.job
+                );
+                return self.out.fail(reply, FailKind::Conflict, why);
+            }
+            _ => false,
+        };
+        let resume = open.resume;
+        let name = open.job.clone();
+        let epoch = open.epoch;
+        if !joins {
+            self.begin_epoch(now, open);
+        }
+        let session = SessionId(self.out.fresh_id());
+        if let Some(cursor) = resume {
+            self.rollout.rewind(cursor, &mut self.out);
+        }
+        let (floor, current) = (self.rollout.books().floor(), self.weights.current());
+        let serve_key = self.config.serve_key("trainer", session.0);
+        let job = self.job.as_mut().expect("joined or begun above");
+        job.sessions.insert(session);
+        job.paused = false;
+        self.trainer_heard(now);
+        self.out.wake_placement();
+        let resumed = joins || resume.is_some();
+        self.out.tell(Notice::JobOpened { job: name, epoch, resumed });
+        self.out.reply(reply, Answer::Opened { session, floor, current, serve_key, resumed });
+    }
+
+    /// Begins a new job, or a new epoch of this one. The same job's undelivered work goes on: its trainer was
+    /// restarted and will ask for that work from its cursor; another job's work is dropped.
+    fn begin_epoch(&mut self, now: Now, open: OpenJob) {
+        let same_job = self.job.as_ref().is_some_and(|job| job.name == open.job);
+        if !same_job {
+            self.drop_everything(now);
+        }
+        self.rollout.begin_epoch();
+        self.weights.begin(open.epoch);
+        self.job = Some(Job::new(open, now));
+        for session in self.fleet.sessions() {
+            self.join_job(now, session);
+        }
+    }
+
+    fn drop_everything(&mut self, now: Now) {
+        let groups: Vec<_> = self.rollout.books().groups().map(|(id, _)| id).collect();
+        for group in groups {
+            self.give_up_group(now, group, "another job took over", false);
+            let samples = self.rollout.samples_of(group);
+            self.out.act(Action::Forget { samples });
+        }
+        self.rollout.clear();
+    }
+
+    pub(super) fn trainer_heard(&mut self, now: Now) {
+        let Some(job) = self.job.as_mut() else { return };
+        job.last_heard = now;
+        let at = now + job.on_trainer_lost;
+        self.out.timers.set(Timer::TrainerLost, at);
+    }
+
+    /// Nobody has come for the results for too long: stop burning GPUs. Everything is kept.
+    pub(super) fn trainer_lost(&mut self, now: Now) {
+        if self.rollout.egress().has_consumers() {
+            return self.trainer_heard(now);
+        }
+        let Some(job) = self.job.as_mut() else { return };
+        job.paused = true;
+        let running: Vec<SampleId> =
+            self.fleet.engines().flat_map(|engine| engine.running.keys().copied()).collect();
+        self.out.tell(Notice::TrainerLost { running: running.len() as u32 });
+        for sample in running {
+            self.take_off(sample, "the trainer is lost");
+            self.rollout.requeue(sample, &mut self.out);
+        }
+    }
+
+    pub(super) fn close_job(
+        &mut self,
+        now: Now,
+        session: SessionId,
+        cancel_running: bool,
+        reply: ReplyTo,
+    ) {
+        if let Some(job) = self.job.as_mut() {
+            job.sessions.remove(&session);
+        }
+        if cancel_running {
+            for group in self.rollout.open_groups() {
+                self.give_up_group(now, group, "the trainer closed the job", false);
+            }
+        }
+        self.out.reply(reply, Answer::Done);
+    }
+
+    /// The job, if this session is one of its trainer's.
+    pub(super) fn job_of(&self, session: SessionId) -> Result<&Job, (FailKind, String)> {
+        match &self.job {
+            Some(job) if job.sessions.contains(&session) => Ok(job),
+            Some(job) => Err((
+                FailKind::Conflict,
+                format!(
+                    "session {} is over: job {} is at epoch {} now; open it again",
+                    session.0, job.name, job.epoch
+                ),
+            )),
+            None => {
+                Err((FailKind::NotFound, "no job is open on this manager; open one first".into()))
+            }
+        }
+    }
+}
