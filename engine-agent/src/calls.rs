@@ -1,5 +1,5 @@
-//! The engine calls of a load, in time: pause and let the streams run dry, load, go on, probe. When
-//! each is due is the core's business.
+//! Engine calls that take time: pausing until the streams are quiet, and the probe. The core
+//! decides when each is due.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,16 +13,20 @@ use crate::engine::{AttemptId, Engine, EngineError, Generate};
 use crate::generate;
 use crate::shared::Shared;
 
-/// After a pause a stream is taken for dry when nothing came on any for so long.
+/// Silence on all streams after which a paused engine counts as quiet.
 const QUIET: Duration = Duration::from_millis(30);
-/// Then the load goes on anyway: tokens that come later are of the old weights, and so marked.
+/// Longest wait for quiet streams. The load then goes on anyway: tokens that come later belong to
+/// the old weights, and are marked so.
 const MAX_QUIET_WAIT: Duration = Duration::from_secs(1);
 
+/// Length of the probe's answer, in tokens.
 const PROBE_TOKENS: u32 = 8;
+/// Length of the probe's prompt, in tokens.
 const PROBE_PROMPT_TOKENS: u32 = 16;
-/// The first tokens of a fresh engine may wait for compilation.
+/// Time for the probe: the first tokens of a fresh engine may wait for compilation.
 const PROBE_PATIENCE: Duration = Duration::from_secs(180);
 
+/// Makes `call` and waits for the answer.
 pub async fn call<E: Engine>(shared: &Shared, engine: &E, call: Call) -> Result<(), EngineError> {
     match call {
         Call::PauseForLoad => {
@@ -36,11 +40,12 @@ pub async fn call<E: Engine>(shared: &Shared, engine: &E, call: Call) -> Result<
         Call::Pause => engine.pause().await,
         Call::ReleaseMemory => engine.release_memory().await,
         Call::ResumeMemory => engine.resume_memory().await,
-        // It has arguments, so it is an action of its own.
+        // A load has arguments, so it is an action of its own.
         Call::Load => Ok(()),
     }
 }
 
+/// Waits until no stream brings a chunk.
 async fn run_dry(shared: &Shared) {
     let give_up = Instant::now() + MAX_QUIET_WAIT;
     let mut seen = shared.chunks.load(Ordering::Relaxed);
@@ -54,7 +59,8 @@ async fn run_dry(shared: &Shared) {
     }
 }
 
-/// A few greedy tokens of a fixed prompt: equal weights give equal log-probabilities.
+/// Runs the probe: a few greedy tokens of a fixed prompt. Equal weights give equal
+/// log-probabilities.
 pub async fn probe<E: Engine>(engine: &E, vocab: u32) -> Result<ProbeResult, String> {
     let request = probe_request(vocab);
     match timeout(PROBE_PATIENCE, generate::collect(engine, &request)).await {

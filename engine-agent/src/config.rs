@@ -1,4 +1,4 @@
-//! What an agent is told at its start, parsed once into types that cannot be wrong.
+//! Settings of an agent, parsed once into types that cannot be wrong.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,91 +10,111 @@ use std::time::Duration;
 use anabranch_proto::pb;
 use anabranch_transfer::Listen;
 
+/// Settings of one agent.
 #[derive(Clone, Debug)]
 pub struct AgentConfig {
-    /// `http(s)://host:port`, `host:port`, or `file:PATH` of what `manager --announce` wrote.
+    /// Address of the manager: `http(s)://host:port`, `host:port`, or `file:PATH` of what `manager
+    /// --announce` wrote.
     pub manager: String,
-    /// Join token; none is needed on loopback.
+    /// Join token; `None` on loopback.
     pub token: Option<String>,
+    /// The engine.
     pub engine: EngineSpec,
-    /// The engine's name, stable over restarts; `None`: host name and engine port.
+    /// Id of the engine, stable over restarts; `None`: host name and engine port.
     pub id: Option<String>,
+    /// Labels for placement.
     pub labels: BTreeMap<String, String>,
+    /// Number of GPUs of the engine.
     pub gpus: u32,
-    /// Where and how peers fetch weights from this agent; `None`: it serves none.
+    /// Listener where peers fetch weights from this agent; `None`: only agents of this host can.
     pub listen: Option<Listen>,
-    /// Where weights are staged for the engine to read.
+    /// Directory where weights are staged for the engine to read; default /dev/shm.
     pub staging: PathBuf,
-    /// Versions are taken over from other agents of this host, and passed to them, instead of
-    /// copied.
+    /// True if versions are taken over from other agents of this host, and passed to them, instead
+    /// of copied.
     pub share: bool,
-    /// How long running samples may go on after SIGTERM.
+    /// Time that running samples have after SIGTERM; default 30 s.
     pub drain_deadline: Duration,
-    /// `None`: what the engine says, else tempered.
+    /// The log-probabilities that the engine gives (`logprobs_mode` in vLLM); `None`: what the
+    /// engine says, else tempered.
     pub logprob_convention: Option<Convention>,
-    /// The trainer loads this engine itself (NCCL, CUDA IPC) and attests the versions.
+    /// True if the trainer loads this engine itself (NCCL, CUDA IPC) and attests the versions.
     pub weights_by_trainer: bool,
-    /// For engines started with `--api-key`.
+    /// API key, for engines started with `--api-key`.
     pub engine_api_key: Option<String>,
-    /// Unacknowledged tokens kept for re-attach, in bytes; above it the newest samples are given
-    /// back.
+    /// Limit of unacknowledged tokens kept for re-attach, in bytes, default 64 MiB; above it the
+    /// newest attempts are given back.
     pub buffer_bytes: usize,
-    /// How long a new engine process may take until it answers.
+    /// Time for a new engine process to answer; default 30 min.
     pub engine_start_timeout: Duration,
 }
 
-/// Which engine: one that runs, or a command that starts one.
+/// The engine: one that runs, or a command that starts one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EngineSpec {
+    /// A server of the SGLang dialect that runs.
     Sglang(EngineUrl),
-    /// Started, watched, restarted and stopped by the agent.
+    /// A command that starts an engine, which the agent watches, restarts and stops.
     Command(Vec<String>),
-    /// None: versions are fetched only to be served to others.
+    /// No engine: versions are fetched only to be served to others.
     Relay,
 }
 
-/// Where an engine's HTTP API listens.
+/// Address of an engine's HTTP API.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineUrl {
     host: String,
     port: u16,
 }
 
-/// What a log-probability is of.
+/// Logits that log-probabilities are computed from: `logprobs_mode` in vLLM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Convention {
+    /// The model's logits, before temperature and other processing.
     Raw,
+    /// Logits divided by the temperature.
     Tempered,
+    /// Logits after temperature and all filters.
     Processed,
 }
 
+/// A setting that cannot be used; the message says what to write.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadConfig {
+    /// `--engine` without a kind.
     #[error("--engine {0:?}: write KIND=URL, as in sglang=http://127.0.0.1:30000")]
     NoKind(String),
+    /// A vLLM engine, which this release does not speak to.
     #[error(
         "--engine vllm=...: this version speaks the SGLang dialect only; vLLM comes with a later release \
          (engine/vllm.rs). Use an SGLang server or `anabranch engine`"
     )]
     Vllm,
+    /// `--engine` of an unknown kind.
     #[error("--engine {0}=...: unknown kind of engine; known: sglang")]
     UnknownKind(String),
+    /// An engine address that cannot be read.
     #[error(
         "engine address {0:?}: write http://HOST:PORT (https is not spoken to engines: keep them on loopback)"
     )]
     Url(String),
+    /// No words after `--`.
     #[error("the command after -- is empty")]
     EmptyCommand,
+    /// A command without a port.
     #[error(
         "cannot tell which port `{0}` will listen on: add --port PORT (or --listen ADDR for `anabranch engine`)"
     )]
     NoPort(String),
+    /// `--listen` on an address that no peer can dial.
     #[error(
         "--listen {0} is no address that receivers can dial: name one with --advertise HOST or HOST:PORT"
     )]
     NoAddress(SocketAddr),
+    /// An engine id that is too long or not printable.
     #[error("engine id {0:?}: use 1 to {max} printable characters without spaces", max = anabranch_proto::limits::MAX_ID_BYTES)]
     Id(String),
+    /// An unknown `logprobs_mode`.
     #[error("log-probability convention {0:?}: write raw, tempered or processed")]
     Convention(String),
 }
@@ -102,6 +122,7 @@ pub enum BadConfig {
 // === impl AgentConfig ===
 
 impl AgentConfig {
+    /// Settings with defaults for everything else.
     pub fn new(manager: impl Into<String>, engine: EngineSpec) -> AgentConfig {
         AgentConfig {
             manager: manager.into(),
@@ -126,7 +147,7 @@ impl AgentConfig {
 // === impl EngineSpec ===
 
 impl EngineSpec {
-    /// Of `--engine KIND=URL`.
+    /// Reads `--engine KIND=URL`.
     pub fn parse(text: &str) -> Result<EngineSpec, BadConfig> {
         let (kind, url) = text.split_once('=').ok_or_else(|| BadConfig::NoKind(text.to_owned()))?;
         match kind {
@@ -136,7 +157,7 @@ impl EngineSpec {
         }
     }
 
-    /// Of what follows `--`.
+    /// Takes the words after `--`, a command that starts an engine.
     pub fn command(words: Vec<String>) -> Result<EngineSpec, BadConfig> {
         match words.is_empty() {
             true => Err(BadConfig::EmptyCommand),
@@ -148,11 +169,12 @@ impl EngineSpec {
 // === impl EngineUrl ===
 
 impl EngineUrl {
+    /// The address `host`:`port`.
     pub fn new(host: impl Into<String>, port: u16) -> EngineUrl {
         EngineUrl { host: host.into(), port }
     }
 
-    /// `host:port`
+    /// The address as `host:port`.
     pub fn authority(&self) -> String {
         match self.host.contains(':') {
             true => format!("[{}]:{}", self.host, self.port),
@@ -160,11 +182,12 @@ impl EngineUrl {
         }
     }
 
+    /// TCP port.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Where to dial a server that listens here: the unspecified address is this host.
+    /// The address to dial a server that listens here: the unspecified address is this host.
     pub fn reachable(self) -> EngineUrl {
         match self.host.as_str() {
             "0.0.0.0" | "::" => EngineUrl { host: "127.0.0.1".to_owned(), ..self },

@@ -1,13 +1,14 @@
-//! What an agent decides: attach and re-attach, which sample runs, when a version is loaded, how to
-//! leave. A pure state machine: no sockets, no clock, no tasks. It owns every sample's ledger on
-//! this engine.
+//! The decisions of an agent: attach and re-attach, which sample runs, when a version is loaded,
+//! how to leave. A pure state machine without sockets, clock or tasks; owns the tokens of every
+//! attempt on this engine until the manager acknowledged them.
 //!
-//! How to drive it: [`Core::handle`] with what happened, [`Core::tokens`] with what a stream
-//! brought, [`Core::on_timeout`] at [`Core::next_timeout`]; after each, take actions from
-//! [`Core::poll_action`].
+//! The driver calls [`Core::handle`] with every event, [`Core::tokens`] with every chunk of a
+//! stream, and [`Core::on_timeout`] at [`Core::next_timeout`]; after each call it takes all actions
+//! from [`Core::poll_action`].
 //!
-//! The states and their graphs: [`AgentState`](life::AgentState), [`LinkState`], `LoadState`,
-//! `Memory`, `AttemptState`. One function assigns each, and checks the edge.
+//! Five state machines, each an enum with its graph drawn above it and one function that assigns
+//! it: `AgentState` (`life`), `LinkState` (`link`), `LoadState` (`load`), `Memory` (`memory`),
+//! `AttemptState` (`attempts`).
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Debug;
@@ -19,9 +20,11 @@ use anabranch_runtime::{Now, TimerTable};
 
 use crate::engine::{EngineInfo, Utilization};
 
+/// Actions of the core.
 pub mod action;
 mod attempts;
 mod drain;
+/// Events for the core.
 pub mod event;
 mod life;
 mod link;
@@ -49,39 +52,47 @@ use prompts::Prompts;
 use session::Session;
 use timer::Timer;
 
-/// What does not change while the agent lives.
+/// Settings of the core, fixed for the life of the agent.
 #[derive(Clone, Debug)]
 pub struct CoreConfig {
+    /// Id of the engine, stable over restarts.
     pub id: String,
-    /// Larger than that of every former life of an agent with this id.
+    /// Number of this life, larger than that of every former life of an agent with this id.
     pub incarnation: u64,
+    /// Join token for the manager; empty on loopback.
     pub token: String,
+    /// Labels for placement, as the user gave them.
     pub labels: BTreeMap<String, String>,
+    /// Number of GPUs of the engine.
     pub gpus: u32,
+    /// Addresses where peers fetch weights from this agent, best first.
     pub addresses: Vec<Address>,
-    /// The same for all agents that it can pass memory to; empty: none.
+    /// Name of the host, equal for all agents that can pass memory to each other; empty if memory
+    /// is not passed.
     pub host: String,
+    /// True if the trainer loads this engine itself and attests the versions.
     pub weights_by_trainer: bool,
-    /// Unacknowledged bytes above which samples are given back, newest first.
+    /// Limit of unacknowledged bytes, above which the newest attempts are given back.
     pub buffer_bytes: usize,
 }
 
+/// The state of one agent.
 pub struct Core {
     config: CoreConfig,
     state: AgentState,
     link: LinkState,
     session: Option<Session>,
     next_link: u64,
-    /// Dials since the last Welcome.
+    /// Number of dials since the last Welcome.
     dials: u32,
-    /// Of the present or last life of the engine.
+    /// Incarnation of the engine's present life, or of the last one.
     incarnation: u64,
-    /// `None` while the engine is down.
+    /// What the engine says about itself; `None` while the engine is down.
     engine: Option<EngineInfo>,
-    /// Of the last life, to speak for it when it is over.
+    /// What the last life of the engine said about itself, for a Hello while the engine is down.
     known: Option<EngineInfo>,
     utilization: Utilization,
-    /// Made by engines since the agent started.
+    /// Tokens that engines generated since the agent started.
     engine_tokens: u64,
     outbox: Outbox,
     prompts: Prompts,
@@ -89,21 +100,23 @@ pub struct Core {
     loader: Loader,
     memory: Memory,
     paused: bool,
-    /// The order that paused or resumed last.
+    /// Id of the last order to pause or continue.
     paused_by: u64,
     /// Outcomes that the manager must learn and that no link could take; bounded by [`MAX_UNSENT`].
     unsent: VecDeque<pb::from_agent::Kind>,
     timers: TimerTable<Timer>,
-    /// Drained after each event; bounded by what one event causes.
+    /// Actions for the driver, which takes them after each event; bounded by what one event causes.
     actions: VecDeque<Action>,
 }
 
+/// Most outcomes kept for the next link; the oldest is dropped.
 const MAX_UNSENT: usize = 64;
 
-/// Until the manager says otherwise.
+/// Length of a tick, unless the manager says otherwise.
 const TICK: Duration = Duration::from_millis(20);
 
 impl Core {
+    /// A core whose engine does not answer yet.
     pub fn new(config: CoreConfig) -> Core {
         Core {
             incarnation: config.incarnation,
@@ -130,6 +143,7 @@ impl Core {
         }
     }
 
+    /// Takes one event that happened at `now`.
     pub fn handle(&mut self, now: Now, event: Event) {
         match event {
             Event::EngineUp { info, probe } => self.engine_up(now, *info, probe),
@@ -149,6 +163,7 @@ impl Core {
         self.settle(now);
     }
 
+    /// Fires every timer that is due at `now`.
     pub fn on_timeout(&mut self, now: Now) {
         while let Some(timer) = self.timers.pop_due(now) {
             match timer {
@@ -167,34 +182,39 @@ impl Core {
         self.settle(now);
     }
 
+    /// The earliest deadline, when [`Core::on_timeout`] is due.
     pub fn next_timeout(&self) -> Option<Now> {
         self.timers.next()
     }
 
+    /// The next action to perform; call until `None`.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }
 
+    /// True if [`Core::poll_action`] would return an action.
     pub fn has_actions(&self) -> bool {
         !self.actions.is_empty()
     }
 
-    /// What the engine must call its weights; `None` while that changes, or when it is not our
-    /// business.
+    /// The label that the engine must give its weights; `None` while a load changes the label, or
+    /// if the trainer loads the engine.
     pub fn expected_label(&self) -> Option<String> {
         let ours = !self.config.weights_by_trainer;
         self.loader.settled_label().filter(|_| ours).map(str::to_owned)
     }
 
+    /// Size of the model's vocabulary; 0 if unknown.
     pub fn vocab(&self) -> u32 {
         self.engine.as_ref().map_or(0, |engine| engine.model.vocab)
     }
 
+    /// Number of requests at the engine, including those that are being aborted.
     pub fn streams_at_engine(&self) -> usize {
         self.attempts.at_engine()
     }
 
-    /// What every event may have made possible.
+    /// Continues whatever the last event made possible.
     fn settle(&mut self, now: Now) {
         self.settle_load();
         self.settle_memory();
@@ -226,7 +246,7 @@ impl Core {
     }
 }
 
-/// Tells of a state change that the graph of `machine` does not have: a panic in tests, an error
+/// Reports a state change that the graph of `machine` does not have: a panic in tests, an error
 /// line in production, where the change is made all the same.
 fn check_edge(machine: &str, legal: bool, from: &dyn Debug, to: &dyn Debug) {
     if legal {

@@ -1,5 +1,5 @@
-//! The only loop: takes actions from the core and performs each without waiting for it. Everything
-//! that takes time is a task of its own that reports back as an event.
+//! The loop of the agent: takes actions from the core and performs each without waiting for it.
+//! Everything that takes time is a task of its own that reports back as an event.
 
 use std::collections::BTreeMap;
 use std::future::pending;
@@ -18,6 +18,7 @@ use crate::shared::Shared;
 use crate::weights::Weights;
 use crate::{calls, generate};
 
+/// Everything that actions need.
 pub struct Driver<E> {
     pub shared: Arc<Shared>,
     pub engine: Arc<E>,
@@ -26,17 +27,20 @@ pub struct Driver<E> {
     pub drain: Drain,
     link: Option<LinkHandle>,
     fetches: BTreeMap<u64, CancellationToken>,
-    /// A drain aborts a thousand samples at once: not a thousand connections.
+    /// Limit of aborts in flight: a drain aborts a thousand samples at once, not over a thousand
+    /// connections.
     aborts: Arc<Semaphore>,
 }
 
+/// Most aborts in flight.
 const ABORTS_AT_ONCE: usize = 32;
-/// Between repeats of an abort whose stream has not ended.
+/// Time between repeats of an abort whose stream has not ended.
 const ABORT_AGAIN: Duration = Duration::from_millis(500);
-/// For the last messages of a link to leave.
+/// Time for the last messages of a link.
 const LAST_MESSAGES: Duration = Duration::from_secs(1);
 
 impl<E: Engine> Driver<E> {
+    /// A driver without a link.
     pub fn new(
         shared: Arc<Shared>,
         engine: Arc<E>,
@@ -56,7 +60,7 @@ impl<E: Engine> Driver<E> {
         }
     }
 
-    /// Until the core says how the agent ends.
+    /// Runs until the core says how the agent ends.
     pub async fn run(&mut self) -> ExitReason {
         let mut actions = Vec::new();
         loop {
@@ -129,6 +133,7 @@ impl<E: Engine> Driver<E> {
         }
     }
 
+    /// Repeats an abort until the stream of the attempt ends.
     fn abort(&self, attempt: AttemptId, rid: String) {
         let (shared, engine, aborts) =
             (self.shared.clone(), self.engine.clone(), self.aborts.clone());
@@ -194,7 +199,7 @@ impl<E: Engine> Driver<E> {
         });
     }
 
-    /// The streams end in order, so that the last messages arrive.
+    /// Closes the link after its last messages arrived.
     async fn close_link(&mut self) {
         let Some(handle) = self.link.take() else { return };
         handle.finish(LAST_MESSAGES).await;

@@ -1,5 +1,5 @@
-//! One request at the engine, from its start to its terminal chunk. Where its tokens belong is
-//! decided in the core, at the moment they are handed over.
+//! One request at the engine, from its start to its terminal chunk. The core decides where tokens
+//! belong, at the moment they are handed over.
 
 use std::sync::Arc;
 
@@ -7,6 +7,7 @@ use crate::core::{AfterChunk, Event, RequestEnd};
 use crate::engine::{AttemptId, Chunk, Engine, Generate, StreamError, TokenStream};
 use crate::shared::Shared;
 
+/// Runs one request and reports its end.
 pub async fn stream_task<E: Engine>(shared: Arc<Shared>, engine: Arc<E>, request: Box<Generate>) {
     let attempt = request.attempt;
     let end = match engine.generate(&request).await {
@@ -19,7 +20,7 @@ pub async fn stream_task<E: Engine>(shared: Arc<Shared>, engine: Arc<E>, request
     }
 }
 
-/// `None`: nobody waits for the end.
+/// Hands every chunk to the core. `None` if nobody waits for the end.
 async fn pump(
     shared: &Shared,
     mut stream: impl TokenStream,
@@ -28,7 +29,7 @@ async fn pump(
     let mut chunk = Chunk::default();
     loop {
         let next = stream.next(&mut chunk).await;
-        // What came before an error in the same read is good.
+        // Chunks that came before an error in the same read are good.
         if shared.tokens(attempt, &chunk) == AfterChunk::Close {
             return None;
         }
@@ -47,7 +48,7 @@ async fn pump(
     }
 }
 
-/// As [`pump`], into memory: for the probe.
+/// Collects all tokens of a request in memory, for the probe.
 pub async fn collect<E: Engine>(
     engine: &E,
     request: &Generate,

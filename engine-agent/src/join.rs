@@ -1,5 +1,5 @@
-//! One link to the manager: dials, opens both streams, and carries messages. What they mean is
-//! decided in the core; a link that breaks is never repaired, the core dials a new one.
+//! One link to the manager: dials, opens both streams, and carries messages. The core decides what
+//! messages mean. A link that breaks is never repaired: the core dials a new one.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,15 +18,19 @@ use tonic::{Code, Status};
 use crate::core::{DIAL_PATIENCE, Event, LinkId, WINDOW_TICKS};
 use crate::shared::Shared;
 
-/// Whom to dial.
+/// Address and token of the manager.
 #[derive(Clone)]
 pub struct Manager {
+    /// Address of the manager.
     pub endpoint: Endpoint,
+    /// Join token; `None` on loopback.
     pub token: Option<JoinToken>,
 }
 
-/// The driver's end of a link. Dropping it ends the streams in order; cancelling cuts them.
+/// The driver's end of a link. Dropping the handle ends the streams in order; [`LinkHandle::cut`]
+/// ends them at once.
 pub struct LinkHandle {
+    /// Name of the link in events.
     pub id: LinkId,
     control: mpsc::Sender<pb::FromAgent>,
     data: mpsc::Sender<pb::DataFromAgent>,
@@ -35,7 +39,7 @@ pub struct LinkHandle {
     done: CancellationToken,
 }
 
-/// The task's end.
+/// The task's end of a link.
 pub struct Link {
     id: LinkId,
     shared: Arc<Shared>,
@@ -47,11 +51,13 @@ pub struct Link {
     done: CancellationToken,
 }
 
-/// Beats and outcomes between two polls of the stream.
+/// Bound of control messages that wait for the stream: beats and outcomes between two polls.
 const CONTROL_QUEUE: usize = 256;
-/// The core has no more than a window in flight, so this never fills.
+/// Bound of ticks that wait for the stream: the core has no more than a window in flight, so the
+/// queue never fills.
 const DATA_QUEUE: usize = WINDOW_TICKS + 2;
 
+/// Both ends of a new link, with `hello` as its first message.
 pub fn link(
     id: LinkId,
     hello: pb::Hello,
@@ -88,39 +94,45 @@ pub fn link(
 // === impl LinkHandle ===
 
 impl LinkHandle {
+    /// Queues a control message.
     pub fn control(&self, kind: from_agent::Kind) {
         self.sent(self.control.try_send(pb::FromAgent { kind: Some(kind) }).is_ok());
     }
 
+    /// Queues a tick.
     pub fn tick(&self, tick: pb::Tick) {
         let kind = Some(data_from_agent::Kind::Tick(tick));
         self.sent(self.data.try_send(pb::DataFromAgent { kind }).is_ok());
     }
 
+    /// Opens the Data stream of `session`.
     pub fn bind(&mut self, session: u64) {
         let bind = pb::Bind { session };
         let kind = Some(data_from_agent::Kind::Bind(bind));
         self.sent(self.data.try_send(pb::DataFromAgent { kind }).is_ok());
         if let Some(go) = self.bind.take() {
-            // The task may have ended: then the link is lost, and it says so.
+            // If the task has ended, the link is lost, and the task has said so.
             let _ = go.send(session);
         }
     }
 
+    /// Cuts the link at once.
     pub fn cut(&self) {
         self.cancel.cancel();
     }
 
-    /// Ends the streams after what is queued, and gives the manager `patience` to close its side.
+    /// Ends the streams after the queued messages, and gives the manager `patience` to close its
+    /// side.
     pub async fn finish(self, patience: Duration) {
         let LinkHandle { control, data, cancel, done, .. } = self;
         drop((control, data));
-        // The connection goes either way.
+        // The connection is closed whether or not the manager did so in time.
         let _ = timeout(patience, done.cancelled()).await;
         cancel.cancel();
     }
 
-    /// A peer that takes nothing for a whole queue is gone; what was for it is sent again.
+    /// Cuts the link if a message could not be queued: a peer that takes nothing for a whole queue
+    /// is gone, and the message is sent again.
     fn sent(&self, ok: bool) {
         if !ok {
             self.cancel.cancel();
@@ -131,6 +143,7 @@ impl LinkHandle {
 // === impl Link ===
 
 impl Link {
+    /// Carries messages until the link is lost, then reports the loss.
     pub async fn run(self) {
         let (id, shared, cancel) = (self.id, self.shared.clone(), self.cancel.clone());
         let _done = self.done.clone().drop_guard();
@@ -213,6 +226,7 @@ async fn carry_data(
     }
 }
 
+/// Reason of a loss.
 struct Lost {
     text: String,
     fatal: bool,

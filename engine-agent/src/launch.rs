@@ -1,21 +1,23 @@
-//! Starting an engine process: which flags and environment it needs from us, and where it will
-//! listen. Watching it is [`crate::watch`]'s business.
+//! Commands that start an engine: the flags and the environment that the agent adds, and the
+//! address where the engine will listen. [`crate::watch`] runs them.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::Command;
 
 use crate::config::{BadConfig, EngineUrl};
 
-/// A command that starts an engine, completed.
+/// A complete command that starts an engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Launch {
     words: Vec<String>,
     env: Vec<(&'static str, &'static str)>,
+    /// Address where the engine will listen.
     pub url: EngineUrl,
-    /// What was added, for the log.
+    /// Flags and environment that were added, for the log.
     pub added: Vec<String>,
 }
 
+/// Kind of engine that a command starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Sglang,
@@ -24,6 +26,7 @@ enum Kind {
 }
 
 impl Launch {
+    /// Completes `words`. Fails if the port cannot be told, or the engine is of an unknown dialect.
     pub fn new(words: &[String]) -> Result<Launch, BadConfig> {
         let program = words.first().ok_or(BadConfig::EmptyCommand)?;
         if words.iter().take(4).any(|word| file_name(word) == "vllm" || word.starts_with("vllm.")) {
@@ -50,13 +53,14 @@ impl Launch {
         Ok(launch)
     }
 
+    /// The command, ready to start.
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.words[0]);
         command.args(&self.words[1..]).envs(self.env.iter().copied());
         command
     }
 
-    /// What the log calls it.
+    /// Name of the program in logs.
     pub fn name(&self) -> String {
         file_name(&self.words[0]).to_owned()
     }
@@ -65,7 +69,7 @@ impl Launch {
         self.add_flag("--incremental-streaming-output", None);
         self.add_flag("--stream-interval", Some("8"));
         self.add_flag("--enable-metrics", None);
-        // With it, /health generates a token and fails while the engine is paused.
+        // With the variable set, /health generates a token and fails while the engine is paused.
         self.env.push(("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "false"));
         self.added.extend(self.env.iter().map(|(key, value)| format!("{key}={value}")));
     }
@@ -106,7 +110,7 @@ impl Launch {
         self.value("--host").unwrap_or_else(|| "127.0.0.1".to_owned())
     }
 
-    /// Of `--flag value` or `--flag=value`; the last one counts.
+    /// Value of `--flag value` or `--flag=value`; the last one counts.
     fn value(&self, flag: &str) -> Option<String> {
         let at = |(index, word): (usize, &String)| match word.strip_prefix(flag)? {
             "" => self.words.get(index + 1).cloned(),
@@ -146,7 +150,7 @@ fn file_name(word: &str) -> &str {
     word.rsplit('/').next().unwrap_or(word)
 }
 
-/// Free now; the engine takes it within its start-up.
+/// A port that is free now; the engine takes it within its start-up.
 fn free_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
         .and_then(|listener| listener.local_addr())

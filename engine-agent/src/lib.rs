@@ -1,6 +1,6 @@
-//! The sidecar of one inference engine: attaches it to a manager, runs samples on it, keeps its
-//! weights current, and leaves without losing a token. Decides no placement; generates nothing
-//! itself.
+//! The sidecar of one inference engine: attaches the engine to a manager, runs samples on it, keeps
+//! its weights current, and leaves without losing a token. Decides no placement and generates
+//! nothing.
 //!
 //! ```text
 //!   manager ◄── join (Control, Data) ──► core ◄── generate ◄── engine/sglang ◄── engine
@@ -8,8 +8,7 @@
 //!                                         ▼  └── watch: is it there, is it the same ┤
 //!                                       driver ── load, weights (transfer) ────────┘
 //! ```
-//!
-//! In reading order:
+#![warn(missing_docs)]
 
 pub mod config;
 pub mod error;
@@ -47,8 +46,8 @@ use crate::shared::Shared;
 use crate::watch::Watch;
 use crate::weights::Weights;
 
-/// Runs one agent until it is told to leave. `shutdown` begins a drain with the configured
-/// deadline.
+/// Runs one agent until its engine or its manager ends it. Cancelling `shutdown` begins a drain
+/// with the configured deadline. The error says why the agent ended and what to do.
 pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(), AgentError> {
     raise_file_limit();
     if let Some(listen) = config.listen.as_ref().filter(|listen| !listen.is_dialable()) {
@@ -102,7 +101,7 @@ async fn run_with<E: Engine>(
     let mut driver = Driver::new(shared, engine, weights, manager, drain.clone());
     let exit = tokio::select! {
         exit = driver.run() => outcome(exit),
-        // It only ends on its own when the engine cannot be started at all.
+        // The watcher ends on its own only when the engine cannot be started at all.
         ended = watcher => match ended {
             Ok(Err(error)) => Err(error.into()),
             Ok(Ok(())) | Err(_) => Ok(()),
@@ -112,7 +111,7 @@ async fn run_with<E: Engine>(
     exit
 }
 
-/// The engine process gets its own patience inside of this.
+/// Time for all tasks to end, the stop of the engine process included.
 const CLOSE: Duration = Duration::from_secs(15);
 
 async fn close(drain: &Drain) -> Result<(), AgentError> {
@@ -167,7 +166,8 @@ fn core(config: &AgentConfig, id: &str, weights: &Weights) -> Core {
     })
 }
 
-/// Only an order of lives: later is larger, as long as the host's clock is roughly right.
+/// Incarnation number of this life: later lives are larger, as long as the host's clock is roughly
+/// right.
 fn unix_millis() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(1, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
@@ -200,7 +200,7 @@ fn open_weights(config: &AgentConfig, id: &str) -> Result<Arc<Weights>, AgentErr
     }
 }
 
-/// What a container gets unless it asks for more; no model fits twice.
+/// Size of /dev/shm in a container that asked for no more; no model fits there twice.
 const CONTAINER_SHM_BYTES: u64 = 64 << 20;
 
 fn warn_if_small(staging: &std::path::Path) {
@@ -216,7 +216,8 @@ fn warn_if_small(staging: &std::path::Path) {
     }
 }
 
-/// One connection per running sample: a soft limit of 1024 files would be met first.
+/// Raises the soft limit of open files to the hard one: each running sample has a connection, and a
+/// limit of 1024 would be met first.
 fn raise_file_limit() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);

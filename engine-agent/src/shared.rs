@@ -1,5 +1,5 @@
-//! The core behind its lock, and the way to wake the driver. Streams hand their tokens over right
-//! here, without a hop through the driver: the lock is held for a copy of some hundred bytes.
+//! The core behind its lock, and the way to wake the driver. Streams hand tokens over right here,
+//! without a hop through the driver: the lock is held for a copy of some hundred bytes.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,25 +12,28 @@ use tokio::task::AbortHandle;
 use crate::core::{Action, AfterChunk, Core, Event};
 use crate::engine::{AttemptId, Chunk};
 
+/// What the tasks of one agent share.
 pub struct Shared {
+    /// The clock of the process.
     pub clock: Clock,
     inner: Mutex<Inner>,
-    /// The driver has something to do before it would wake by itself.
+    /// Wakes the driver before its next timeout.
     pub wake: Notify,
-    /// The watcher is to look at the engine now.
+    /// Asks the watcher to look at the engine now.
     pub check_engine: Notify,
-    /// Chunks of all streams: stands still once they are quiet.
+    /// Number of chunks of all streams: the count stands still once the streams are quiet.
     pub chunks: AtomicU64,
     streams: Mutex<BTreeMap<AttemptId, AbortHandle>>,
 }
 
 struct Inner {
     core: Core,
-    /// Until when the driver sleeps.
+    /// Time until which the driver sleeps.
     sleeps_until: Option<Now>,
 }
 
 impl Shared {
+    /// Shares `core`.
     pub fn new(core: Core, clock: Clock) -> Shared {
         Shared {
             clock,
@@ -42,6 +45,7 @@ impl Shared {
         }
     }
 
+    /// Hands an event to the core.
     pub fn handle(&self, event: Event) {
         let now = self.clock.now();
         let mut inner = self.lock();
@@ -49,7 +53,7 @@ impl Shared {
         self.wake_if_needed(&inner);
     }
 
-    /// The hot path.
+    /// Hands a chunk to the core; the hot path.
     pub fn tokens(&self, attempt: AttemptId, chunk: &Chunk) -> AfterChunk {
         self.chunks.fetch_add(1, Ordering::Relaxed);
         let now = self.clock.now();
@@ -59,8 +63,8 @@ impl Shared {
         verdict
     }
 
-    /// For the driver: fires what is due, hands over the actions, and notes until when it will
-    /// sleep.
+    /// Fires due timers and hands all actions to the driver. Returns the time until which the
+    /// driver sleeps.
     pub fn turn(&self, actions: &mut Vec<Action>) -> Option<Now> {
         let now = self.clock.now();
         let mut inner = self.lock();
@@ -72,33 +76,38 @@ impl Shared {
         inner.sleeps_until
     }
 
-    /// What the engine must call its weights, where that is settled.
+    /// The label that the engine must give its weights; `None` if that is not settled.
     pub fn expected_label(&self) -> Option<String> {
         self.lock().core.expected_label()
     }
 
+    /// Size of the vocabulary; 0 if unknown.
     pub fn vocab(&self) -> u32 {
         self.lock().core.vocab()
     }
 
+    /// Number of requests at the engine.
     pub fn streams_at_engine(&self) -> usize {
         self.lock().core.streams_at_engine()
     }
 
-    /// `start` spawns the stream's task; the entry is there before the task can remove it.
+    /// Opens a stream. `start` spawns its task; the entry is there before the task can remove it.
     pub fn open_stream(&self, attempt: AttemptId, start: impl FnOnce() -> AbortHandle) {
         let mut streams = self.lock_streams();
         streams.insert(attempt, start());
     }
 
+    /// True until the stream of an attempt ended.
     pub fn is_open(&self, attempt: AttemptId) -> bool {
         self.lock_streams().contains_key(&attempt)
     }
 
+    /// Notes that a stream ended by itself.
     pub fn stream_ended(&self, attempt: AttemptId) {
         self.lock_streams().remove(&attempt);
     }
 
+    /// Closes a stream from this side.
     pub fn drop_stream(&self, attempt: AttemptId) {
         if let Some(task) = self.lock_streams().remove(&attempt) {
             task.abort();

@@ -1,5 +1,5 @@
-//! Is the engine there, and is it still the one we know? Starts it where that is our business.
-//! Reports facts to the core; decides only when to start a process again.
+//! Watch over the engine process: starts the process if a command was given, tells the core when
+//! the engine answers and when it is gone. Decides only when to start a process again.
 //!
 //! ```text
 //!   (start) ─► wait until it answers ─► probe ─► EngineUp ─► look each second ─► EngineDown ─► (stop, back off)
@@ -21,30 +21,34 @@ use crate::launch::Launch;
 use crate::shared::Shared;
 use crate::weights::Weights;
 
+/// Everything that the watcher needs.
 pub struct Watch<E> {
     pub shared: Arc<Shared>,
     pub engine: Arc<E>,
     pub weights: Arc<Weights>,
-    /// The process is ours.
+    /// The command that starts the engine; `None` if somebody else starts it.
     pub launch: Option<Launch>,
+    /// Time for a started process to answer.
     pub start_timeout: Duration,
     pub drain: Drain,
-    /// What the log calls the engine.
+    /// Name of the engine in logs.
     pub url: String,
 }
 
-/// Between looks at a healthy engine.
+/// Time between looks at a healthy engine.
 const LOOK: Duration = Duration::from_secs(1);
-/// Between tries while it starts.
+/// Time between tries while the engine starts.
 const KNOCK: Duration = Duration::from_millis(200);
-/// Looks without an answer until it counts as dead: it is stopped, or its machine is gone.
+/// Looks without an answer after which the engine counts as dead: it is stopped, or its machine is
+/// gone.
 const MAX_TIMEOUTS: u32 = 2;
-/// For an engine process to end on SIGTERM.
+/// Time for an engine process to end on SIGTERM.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
-/// Between lines that say what we wait for.
+/// Time between log lines while the engine does not answer.
 const REMIND: Duration = Duration::from_secs(30);
 
 impl<E: Engine> Watch<E> {
+    /// Watches until the drain closes. Fails only if the engine process cannot be started.
     pub async fn run(self) -> Result<(), StartError> {
         let mut backoff = Backoff::new(BackoffConfig::default()).expect("the default is valid");
         loop {
@@ -80,7 +84,7 @@ impl<E: Engine> Watch<E> {
         Ok(Some(child))
     }
 
-    /// From its start to its end; says why it ended.
+    /// One life of the engine, from start to end; returns why it ended.
     async fn one_life(&self, child: &mut Option<Child>) -> String {
         let watched = async {
             let info = self.until_it_answers().await?;
@@ -121,6 +125,7 @@ impl<E: Engine> Watch<E> {
         }
     }
 
+    /// Probes the start-up weights and tells the core that the engine is up.
     async fn announce(&self, info: EngineInfo) {
         self.weights.engine_started(info.model_directory.as_deref());
         if !info.incremental {
@@ -181,7 +186,8 @@ impl<E: Engine> Watch<E> {
         Ok(())
     }
 
-    /// A label that we did not give: this is a new process, or somebody else loads weights here.
+    /// Checks the label of the weights. A label that this agent did not give means a new process,
+    /// or that somebody else loads weights here.
     fn same_weights(&self, before: Option<String>, label: String) -> Result<(), Look> {
         let after = self.shared.expected_label();
         match before {
@@ -203,9 +209,10 @@ impl<E: Engine> Watch<E> {
     }
 }
 
-/// A life as long as this was not a crash loop.
+/// Length of a life after which the next crash counts as the first.
 const STEADY: Duration = Duration::from_secs(60);
 
+/// Failure of a look.
 enum Look {
     Slow(String),
     Gone(String),

@@ -1,6 +1,5 @@
-//! The agent's end of the transfer: fetches versions into staging, checks them against what the
-//! engine was started with, keeps what the engine may still read, and lends it to peers. Knows no
-//! engine calls.
+//! Versions on this host: fetches them into staging, checks them against the engine's layout, keeps
+//! what the engine may still read, and serves peers. Knows no engine calls.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,28 +23,30 @@ mod layout;
 use data_plane::DataPlane;
 use layout::{Table, fits, image_bytes, table_of, table_of_manifest};
 
-/// Called about ten times a second.
+/// Callback with the bytes moved so far, called about ten times a second.
 pub type Progress = Arc<dyn Fn(Moved) + Send + Sync>;
 
+/// Versions of weights on this host.
 pub struct Weights {
     staging: Staging,
-    /// The socket for agents of this host, and what tells this host from others.
+    /// Socket for agents of this host, and the name of this host; `None` if memory is not passed.
     sharing: Option<(PathBuf, String)>,
     inner: Mutex<Inner>,
 }
 
 struct Inner {
-    /// Until the manager says which job this is, nothing can be lent.
+    /// Connections to peers; closed until the manager says which job this is.
     data_plane: DataPlane,
-    /// What the engine's tensors are called; `None`: the first loaded version will tell.
+    /// Layout of the engine's tensors; `None` until the first loaded version tells.
     baseline: Option<Table>,
-    /// Versions the engine serves, loads, or may have to go back to.
+    /// Versions that the engine serves, loads, or may have to go back to, by directory.
     kept: BTreeMap<PathBuf, anabranch_transfer::Staged>,
     serving: Option<PathBuf>,
-    /// The trainer's own directory, as it was when it was verified last.
+    /// Stamp of a shared directory at its last verification.
     verified: Option<DirectoryStamp>,
 }
 
+/// Reason why the staging area or the listener cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
     #[error(transparent)]
@@ -54,13 +55,15 @@ pub enum WeightsError {
     Listen(#[from] ServeError),
 }
 
-/// Streams of one fetch; more only help where one TCP stream does not fill the path.
+/// Parallel streams of a fetch without a plan; more help only if one TCP stream does not fill the
+/// path.
 const STREAMS: usize = 4;
-/// Each is a thread here and one at the source.
+/// Most parallel streams of a fetch: each is a thread here and one at the source.
 const MOST_STREAMS: usize = 64;
 
 impl Weights {
-    /// `name` must be the agent's own on this host: a second one is refused.
+    /// Opens the staging area under `shm`. `name` must be the agent's own on this host: a second
+    /// agent of that name is refused.
     pub fn open(
         shm: &Path,
         name: &str,
@@ -79,19 +82,20 @@ impl Weights {
         Ok(Weights { staging, sharing, inner: Mutex::new(inner) })
     }
 
-    /// Where peers will find what this agent holds, best first; none: it lends nothing.
+    /// Addresses where peers fetch from this agent, best first; empty if the agent serves nothing.
     pub fn addresses(&self) -> Vec<Address> {
         let abroad = self.lock().data_plane.addresses();
         let here = self.sharing.as_ref().map(|(socket, _)| Address::Shm(socket.clone()));
         here.into_iter().chain(abroad).collect()
     }
 
-    /// The same for all agents that it can pass memory to; empty: none.
+    /// Name of this host, equal for all agents that can pass memory to each other; empty if memory
+    /// is not passed.
     pub fn host(&self) -> String {
         self.sharing.as_ref().map(|(_, host)| host.clone()).unwrap_or_default()
     }
 
-    /// The manager named the job and the key that its grants are made with.
+    /// Opens the data plane for `job`, and checks grants of peers with `key`.
     pub fn serve(&self, job: &str, key: &[u8]) {
         let mut inner = self.lock();
         if let DataPlane::Reserved { listener } = &mut inner.data_plane {
@@ -114,7 +118,7 @@ impl Weights {
         }
     }
 
-    /// A new engine process: its own files are the baseline, if they can be read here.
+    /// Takes the layout of a new engine process from its own files, if this host can read them.
     pub fn engine_started(&self, model_directory: Option<&Path>) {
         let table = model_directory.and_then(|directory| match Checkpoint::open(directory) {
             Ok(checkpoint) => Some(table_of(&checkpoint)),
@@ -134,7 +138,8 @@ impl Weights {
         inner.baseline = table.or(inner.baseline.take());
     }
 
-    /// Verified and checked; the engine was not told anything.
+    /// Brings the ordered version to this host, verified and fitting. The engine is not told
+    /// anything.
     pub async fn fetch(
         &self,
         order: &FetchOrder,
@@ -149,6 +154,7 @@ impl Weights {
         }
     }
 
+    /// Fetches from sources into staging.
     async fn pull(
         &self,
         order: &FetchOrder,
@@ -158,7 +164,7 @@ impl Weights {
         let (fetcher, holder, baseline) = {
             let inner = &mut *self.lock();
             inner.verified = None;
-            // What an earlier order brought here and the engine did not take.
+            // Versions of earlier orders that the engine did not take are let go.
             inner.kept.retain(|directory, _| Some(directory) == inner.serving.as_ref());
             let DataPlane::Open { fetcher, holder, .. } = &inner.data_plane else {
                 return Err("not attached to a manager yet".to_owned());
@@ -202,7 +208,7 @@ impl Weights {
         Ok(told)
     }
 
-    /// The trainer's own directory: nothing is copied, every byte is checked.
+    /// Verifies every byte of a shared directory; nothing is copied.
     async fn verify_directory(
         &self,
         directory: PathBuf,
@@ -225,13 +231,14 @@ impl Weights {
         Ok(StagedVersion { directory, bytes, from: BTreeMap::new(), holds: false })
     }
 
-    /// After the engine loaded: that what it read is what was verified before.
+    /// Checks after a load that the engine read what was verified before.
     pub fn loaded_as_verified(&self) -> Result<(), String> {
         let verified = self.lock().verified.take();
         verified.map_or(Ok(()), |stamp| stamp.check()).map_err(|error| error.to_string())
     }
 
-    /// The engine serves `directory` now: memory of all others may be used again.
+    /// Keeps `directory`, which the engine serves now; memory of all other versions may be used
+    /// again.
     pub fn keep(&self, version: Version, directory: &Path) {
         let mut inner = self.lock();
         let gone: Vec<Version> = inner
@@ -257,12 +264,13 @@ impl Weights {
     }
 }
 
+/// Progress as the core counts it.
 fn moved(at: FetchProgress, holder: &Holder, version: Version) -> Moved {
     let served_bytes = holder.held(version).map_or(0, |held| held.sent_bytes());
     Moved { bytes: at.bytes, received_bytes: at.received_bytes, served_bytes }
 }
 
-/// One source for each holder, with all its addresses that can be dialled from here.
+/// Sources by holder, each with all its addresses.
 fn sources(orders: &[pb::Source]) -> Vec<SourceRef> {
     let mut sources: Vec<SourceRef> = Vec::new();
     for order in orders {

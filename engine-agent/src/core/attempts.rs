@@ -1,12 +1,5 @@
-//! The samples on this engine: `impl Core` for starting, counting and ending them. Every token
-//! passes [`Core::tokens`], where it gets its offset and its version.
-//!
-//! ```text
-//!   Start ──► Waiting ──► Running ──► (terminal chunk) ──► ended
-//!              ▲         │   ├──► Stopping ─────────────► ended: aborted
-//!              │         │   └──► Discarding ───────────► gone, nothing is reported
-//!              └── Cut ◄─┴ Cutting    (a load: ends the request, keeps the sample)
-//! ```
+//! Attempts on this engine: `impl Core` for starting, counting and ending them. The graph is at
+//! `AttemptState`; the tokens are counted in `tokens`.
 
 use std::sync::Arc;
 
@@ -32,6 +25,7 @@ pub use tokens::AfterChunk;
 // === impl Core ===
 
 impl Core {
+    /// Takes the end of a request: cut for a load, or the end of the attempt.
     pub(super) fn request_ended(&mut self, now: Now, id: AttemptId, end: RequestEnd) {
         if self.loader.withholds() {
             self.loader.withhold_end(id, end);
@@ -60,6 +54,7 @@ impl Core {
         self.outbox.end(now, end);
     }
 
+    /// Starts an attempt, or answers why not.
     pub(super) fn start(&mut self, now: Now, start: pb::Start) {
         let Some(sample) = start.sample.map(SampleId::from) else {
             tracing::warn!("a Start without a sample: ignored");
@@ -88,7 +83,7 @@ impl Core {
         }
     }
 
-    /// A newer attempt ends the older one without a word. False: this one is not newer.
+    /// Discards an older attempt at the same sample. False if the attempt `number` is not newer.
     fn fence_older(&mut self, sample: SampleId, number: Attempt) -> bool {
         let Some(id) = self.attempts.by_sample.get(&sample).copied() else { return true };
         let known = self.attempts.by_id.get(&id).map_or(Attempt(0), |attempt| attempt.number);
@@ -100,6 +95,7 @@ impl Core {
         true
     }
 
+    /// Adds an admitted attempt and sends its request, unless a load is under way.
     fn begin(&mut self, sample: SampleId, prompt: Arc<[u32]>, start: pb::Start) {
         let seeded = self
             .engine
@@ -114,7 +110,7 @@ impl Core {
         }
     }
 
-    /// Waiting and cut attempts go on.
+    /// Sends a request for every attempt that waited for a load, with all its tokens.
     pub(super) fn send_waiting(&mut self, now: Now) {
         for id in self
             .attempts
@@ -128,6 +124,7 @@ impl Core {
         }
     }
 
+    /// Sends a request with prompt, partial rollout and the remaining budget.
     fn send_to_engine(&mut self, id: AttemptId) {
         let context = self.engine.as_ref().map_or(0, |engine| engine.model.max_context);
         let Some(attempt) = self.attempts.by_id.get_mut(&id) else { return };
@@ -156,6 +153,7 @@ impl Core {
     }
 }
 
+/// The report on an attempt whose request ended.
 fn closing(attempt: &LiveAttempt, end: RequestEnd) -> pb::End {
     let (why, matched) = match end {
         RequestEnd::Finished { finish, prompt_tokens, cached_tokens } => {
@@ -173,6 +171,7 @@ fn closing(attempt: &LiveAttempt, end: RequestEnd) -> pb::End {
     attempt.end(why, matched)
 }
 
+/// Reason of an end by a terminal chunk.
 fn finished(attempt: &LiveAttempt, finish: Finish) -> (Why, String) {
     match finish {
         Finish::StopId => (Why::StopId, String::new()),

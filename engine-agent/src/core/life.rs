@@ -9,7 +9,7 @@ use super::memory::Memory;
 use super::{Core, check_edge};
 use crate::engine::{EngineInfo, Utilization};
 
-/// What the agent as a whole is doing.
+/// State of the agent as a whole.
 ///
 /// ```text
 ///              engine answers             drain order, notice, SIGTERM
@@ -74,13 +74,14 @@ impl Core {
         }
     }
 
-    /// Nothing of the engine's memory is left: not the samples, not the weights.
+    /// Ends everything that was in the engine's memory: attempts and weights.
     pub(super) fn engine_down(&mut self, now: Now, why: &str, will_restart: bool) {
         if self.engine.take().is_none() {
             return;
         }
-        // First what it made, then that it died, then what that ended: so a sample that kills
-        // engines is seen to have run at its death, and no token is lost to the end of the session.
+        // Order: the tokens, then the death, then the ends that the death caused. The manager sees
+        // a sample that kills engines as running at the death, and no token is lost to the end of
+        // the session.
         let ends = self.outbox.take_lost_ends();
         self.outbox.seal();
         self.send_ticks(now);

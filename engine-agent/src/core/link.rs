@@ -1,5 +1,5 @@
-//! Attach, re-attach, leases and beats: `impl Core` for everything between the agent and the
-//! manager.
+//! The link to the manager: `impl Core` for dialling, leases, beats, and what goes out and comes
+//! in.
 
 use std::time::Duration;
 
@@ -59,7 +59,7 @@ impl LinkState {
     }
 }
 
-/// How long one dial may take until its Welcome; the driver heeds it.
+/// Time from a dial to its Welcome; the driver gives the link up after it.
 pub const DIAL_PATIENCE: Duration = Duration::from_secs(10);
 const FIRST_REDIAL: Duration = Duration::from_millis(100);
 const MAX_REDIAL: Duration = Duration::from_secs(5);
@@ -121,7 +121,7 @@ impl Core {
         }
     }
 
-    /// Any byte from the manager keeps the link.
+    /// Renews the lease: any byte from the manager does.
     pub(super) fn heard(&mut self, now: Now) {
         if let Some(lease) = self.link.lease() {
             self.timers.set(Timer::LinkSilent, now + lease);
@@ -156,7 +156,7 @@ impl Core {
             return;
         }
         let running = self.attempts.live();
-        // Every further failed dial is the same story.
+        // A warning for the loss, not for each failed dial after it.
         match self.dials {
             0 | 1 => tracing::warn!(why, running, "lost the link to the manager; dialling again"),
             dials => tracing::debug!(why, dials, "no link to the manager yet"),
@@ -175,7 +175,7 @@ impl Core {
         self.timers.clear(Timer::LinkSilent);
         self.timers.clear(Timer::Beat);
         if self.session.as_ref().is_some_and(|session| session.ending) {
-            // It was about a dead engine, and the manager knows.
+            // The session was about a dead engine, and the manager knows.
             self.session = None;
             self.outbox.clear();
         }
@@ -217,7 +217,7 @@ impl Core {
         }
     }
 
-    /// An outcome that the manager must learn, now or after the next re-attach.
+    /// Tells the manager an outcome, now or after the next re-attach.
     pub(super) fn tell(&mut self, kind: from_agent::Kind) {
         match self.link {
             LinkState::Joined { .. } | LinkState::Bound { .. } => {

@@ -1,20 +1,6 @@
-//! From an order to serving its version, or back to the old one: `impl Core` for weights. The
-//! engine is told only after everything was verified, and no token leaves before the new weights
-//! were probed.
-//!
-//! ```text
-//!            order              verified             streams quiet         paused
-//!   Active ────────► Fetching ───────────► Quiescing ─────────────► Pausing ─────► Loading
-//!     ▲ ▲               │ failed               │ gave up               │ failed        │ loaded
-//!     │ └───────────────┴──────────────────────┘                       │               ▼
-//!     │                                          ┌─────────────────────┴── failed ── Continuing
-//!     │                                          ▼                                     │ resumed
-//!     ├──────────────── resumed ──────────── Restoring{why} ◄──── disagrees ──────── Probing
-//!     └──────────────────────────────────────────────────────────── agrees ────────────┘
-//! ```
-//!
-//! `Active` carries the version; in Restoring the old one is being put back. An engine that dies in
-//! any of them leaves all of them.
+//! Loads of new weights: `impl Core` from an order to a served version, or back to the old one. The
+//! engine is told only after every byte was verified, and no token leaves before the new weights
+//! were probed. The graph is at `LoadState`.
 
 use std::time::Duration;
 
@@ -40,7 +26,7 @@ pub(super) use loader::Loader;
 use order::LoadOrder;
 pub(super) use state::LoadState;
 
-/// How long streams that were told to end for a load may take.
+/// Time for streams that were told to end for a load.
 const QUIESCE: Duration = Duration::from_secs(15);
 
 impl Core {
@@ -157,7 +143,7 @@ impl Core {
         self.loader.set_state(LoadState::Quiescing(order, staged));
     }
 
-    /// Goes on once the streams are quiet.
+    /// Pauses the engine once the streams are quiet.
     pub(super) fn settle_load(&mut self) {
         let LoadState::Quiescing(order, staged) = self.loader.state() else { return };
         let paused_ones_too =
@@ -202,7 +188,7 @@ impl Core {
         self.tell(from_agent::Kind::LoadState(report));
     }
 
-    /// The start-up weights belong to every epoch.
+    /// The version that the engine serves; the start-up weights count as number 0 of every epoch.
     pub(super) fn serving_version(&self) -> Version {
         self.loader.serving().unwrap_or_else(|| Version::base(0))
     }

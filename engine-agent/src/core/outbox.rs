@@ -1,5 +1,5 @@
-//! The ticks of one session: columns of what samples made, kept until the manager acknowledged
-//! them. Pure and hot: every chunk of every sample passes `append`. Decides nothing about samples.
+//! Ticks of one session: columns of generated tokens, kept until the manager acknowledged them.
+//! Pure and hot: every chunk of every sample passes `append`. Decides nothing about samples.
 //!
 //! ```text
 //!   append, end ──► open tick ── seal ──► unsent ── next_to_send ──► in flight ── ack ──► gone
@@ -15,26 +15,27 @@ use anabranch_proto::{Attempt, SampleId, Version, pb};
 use anabranch_runtime::Now;
 use bytes::{BufMut, BytesMut};
 
+/// Tokens and ends on their way to the manager.
 pub struct Outbox {
     open: Open,
-    /// Sealed and unacknowledged, by ascending seq without gaps.
+    /// Sealed ticks that are not acknowledged, by ascending seq without gaps.
     sealed: VecDeque<Sealed>,
-    /// How many of `sealed`, from the front, are on their way.
+    /// Number of ticks of `sealed`, from the front, that were sent.
     in_flight: usize,
     next_seq: u64,
-    /// Of `sealed`.
+    /// Size of `sealed`, in bytes.
     sealed_bytes: usize,
 }
 
-/// Where a piece of a sample belongs.
+/// Description of consecutive tokens of one attempt under one version.
 #[derive(Clone, Copy, Debug)]
 pub struct Segment {
     pub sample: SampleId,
     pub attempt: Attempt,
-    /// Of the first token within the sample.
+    /// Position of the first token within the sample.
     pub offset: u32,
     pub version: Version,
-    /// A version boundary lies inside and could not be placed.
+    /// True if a version boundary lies inside and its position is unknown.
     pub inexact: bool,
 }
 
@@ -45,7 +46,7 @@ struct Open {
     tokens: BytesMut,
     logprobs: BytesMut,
     ends: Vec<pb::End>,
-    /// When the first thing came in.
+    /// Time of the first entry; `None` while the tick is empty.
     since: Option<Now>,
 }
 
@@ -58,6 +59,7 @@ struct Sealed {
 // === impl Outbox ===
 
 impl Outbox {
+    /// An empty outbox whose first tick has seq 1.
     pub fn new() -> Outbox {
         Outbox {
             open: Open::default(),
@@ -68,7 +70,7 @@ impl Outbox {
         }
     }
 
-    /// `tokens` and `logprobs` are equally long.
+    /// Adds the tokens of `segment` to the open tick. `tokens` and `logprobs` are equally long.
     pub fn append(&mut self, now: Now, segment: &Segment, tokens: &[u32], logprobs: &[f32]) {
         debug_assert_eq!(tokens.len(), logprobs.len());
         if tokens.is_empty() {
@@ -80,18 +82,19 @@ impl Outbox {
         self.open.append(now, segment, tokens, logprobs);
     }
 
+    /// Adds the end of an attempt to the open tick.
     pub fn end(&mut self, now: Now, end: pb::End) {
         self.open.since.get_or_insert(now);
         self.open.ends.push(end);
     }
 
-    /// Takes back the ends of lost samples that no tick was closed over yet.
+    /// Takes the ends of lost samples back out of the open tick.
     pub fn take_lost_ends(&mut self) -> Vec<pb::End> {
         let is_lost = |end: &mut pb::End| end.why() == pb::end::Why::Lost;
         self.open.ends.extract_if(.., is_lost).collect()
     }
 
-    /// Closes the open tick, if anything is in it.
+    /// Closes the open tick, unless the tick is empty.
     pub fn seal(&mut self) {
         let Some(since) = self.open.since.take() else { return };
         let bytes = self.open.bytes();
@@ -101,7 +104,7 @@ impl Outbox {
         self.sealed.push_back(Sealed { tick, since, bytes });
     }
 
-    /// The next tick to send, while less than a window is unacknowledged.
+    /// The next tick to send; `None` while a whole window is unacknowledged.
     pub fn next_to_send(&mut self, now: Now) -> Option<pb::Tick> {
         if self.in_flight >= WINDOW_TICKS {
             return None;
@@ -113,7 +116,7 @@ impl Outbox {
         Some(pb::Tick { held_ms, ..sealed.tick.clone() })
     }
 
-    /// Everything up to `seq` arrived. False: no such tick was ever sent.
+    /// Notes that the manager has every tick up to `seq`. False if no such tick was ever sent.
     pub fn ack(&mut self, seq: u64) -> bool {
         if seq >= self.next_seq {
             return false;
@@ -126,44 +129,47 @@ impl Outbox {
         true
     }
 
-    /// A new link: what was in flight may be lost, so all of it goes again.
+    /// Marks every unacknowledged tick as unsent: after a new link, ticks in flight may be lost.
     pub fn resend_all(&mut self) {
         self.in_flight = 0;
     }
 
-    /// A new session: nothing of the old one counts.
+    /// Drops everything: ticks of an old session do not count in a new one.
     pub fn clear(&mut self) {
         *self = Outbox::new();
     }
 
-    /// Unacknowledged bytes, those of the open tick included.
+    /// Number of unacknowledged bytes, including those of the open tick.
     pub fn bytes(&self) -> usize {
         self.sealed_bytes + self.open.bytes()
     }
 
+    /// True if nothing is open and everything is acknowledged.
     pub fn is_empty(&self) -> bool {
         self.sealed.is_empty() && self.open.since.is_none()
     }
 
+    /// True if the open tick has an entry.
     pub fn has_open(&self) -> bool {
         self.open.since.is_some()
     }
 
-    /// Ends that the manager may not know of yet.
+    /// Ends that the manager has not acknowledged.
     pub fn ends(&self) -> impl Iterator<Item = &pb::End> {
         self.sealed.iter().flat_map(|sealed| &sealed.tick.ends).chain(&self.open.ends)
     }
 }
 
-/// A tick is closed at this size, so that it and what is appended last fit a frame.
+/// Size at which a tick is closed, so that the tick with what is appended last fits a frame.
 const TICK_BYTES: usize = FRAME_BYTES * 3 / 4;
 
-/// Ticks on their way at once: 2.5 s of 20 ms ticks, above any sane round trip. The driver's
-/// channel is larger, so that sending never waits.
+/// Most ticks in flight: 2.5 s of 20 ms ticks, above any sane round trip. The driver's channel is
+/// larger, so that sending never waits.
 pub const WINDOW_TICKS: usize = 128;
 
-/// What one segment or one end adds to a message, roughly.
+/// Approximate size of one segment in a message, in bytes.
 const SEG_BYTES: usize = 32;
+/// Approximate size of one end in a message, in bytes.
 const END_BYTES: usize = 48;
 
 // === impl Open ===
@@ -196,7 +202,8 @@ impl Open {
         }
     }
 
-    /// Few versions are alive at once; the newest is last.
+    /// Index of `version` in the tick's table, searched from the newest: few versions are alive at
+    /// once.
     fn version_ix(&mut self, version: Version) -> u32 {
         let found = self.versions.iter().rposition(|known| *known == version);
         let index = found.unwrap_or_else(|| {
@@ -224,6 +231,7 @@ impl Open {
     }
 }
 
+/// True if `segment` extends the last segment of the tick.
 fn continues(last: &pb::Seg, segment: &Segment, version_ix: u32) -> bool {
     (last.group, last.index, last.attempt)
         == (segment.sample.group.0, segment.sample.index, segment.attempt.0)

@@ -1,10 +1,11 @@
-//! Prompts by digest: each crosses once and serves all samples of its group.
+//! Prompts by digest: each prompt crosses the link once and serves all samples of its group. Pure.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anabranch_proto::{pb, tokens};
 
+/// All prompts that the manager sent in this session.
 #[derive(Default)]
 pub struct Prompts {
     by_digest: BTreeMap<u64, Prompt>,
@@ -12,11 +13,13 @@ pub struct Prompts {
 }
 
 enum Prompt {
-    /// Parts arrive in order on one stream.
+    /// Bytes of the parts so far; parts arrive in order on one stream.
     Partial(Vec<u8>),
+    /// All ids, checked against the digest.
     Whole(Arc<[u32]>),
 }
 
+/// Reason why a part is dropped.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadPrompt {
     #[error("prompt {digest:016x}: a part at {at} follows {have} ids")]
@@ -29,11 +32,12 @@ pub enum BadPrompt {
     Full { digest: u64, bytes: usize },
 }
 
-/// Of all prompts together; the manager forgets prompts as their groups end.
+/// Limit of bytes of all prompts together; the manager forgets prompts as their groups end.
 const MAX_BYTES: usize = 1 << 30;
 
 impl Prompts {
-    /// A part at 0 starts anew, so a prompt cut off with its link is simply sent again.
+    /// Adds one part. A part at offset 0 starts the prompt anew, so a prompt cut off with its link
+    /// is simply sent again.
     pub fn add(&mut self, part: &pb::PromptPart) -> Result<(), BadPrompt> {
         let digest = part.digest;
         if !tokens::is_column(&part.ids) {
@@ -56,6 +60,7 @@ impl Prompts {
         if part.last { self.complete(digest) } else { Ok(()) }
     }
 
+    /// The ids of a complete prompt.
     pub fn get(&self, digest: u64) -> Option<Arc<[u32]>> {
         match self.by_digest.get(&digest)? {
             Prompt::Whole(ids) => Some(ids.clone()),
@@ -63,6 +68,7 @@ impl Prompts {
         }
     }
 
+    /// Drops a prompt; its group ended.
     pub fn forget(&mut self, digest: u64) {
         match self.by_digest.remove(&digest) {
             Some(Prompt::Partial(bytes)) => self.bytes -= bytes.len(),
@@ -71,10 +77,12 @@ impl Prompts {
         }
     }
 
+    /// Drops all prompts; a new session began.
     pub fn clear(&mut self) {
         *self = Prompts::default();
     }
 
+    /// Checks the digest after the last part.
     fn complete(&mut self, digest: u64) -> Result<(), BadPrompt> {
         let Some(Prompt::Partial(bytes)) = self.by_digest.get(&digest) else { return Ok(()) };
         let actual = tokens::prompt_digest(bytes);

@@ -13,28 +13,29 @@ use super::link::LinkState;
 use super::timer::Timer;
 use super::{Core, TICK};
 
-/// One attachment; it outlives its links.
+/// One attachment to a manager. A session outlives its links.
 #[derive(Debug)]
 pub(super) struct Session {
     pub id: u64,
     pub manager_epoch: u64,
-    /// The life of the engine that it is about.
+    /// Incarnation of the engine that the session is about.
     pub incarnation: u64,
     pub tick: Duration,
     pub beats: u64,
-    /// The engine died: once the manager has the rest, a new session begins with the new
-    /// incarnation.
+    /// True after the engine died: once the manager has the rest, a new session with the new
+    /// incarnation begins.
     pub ending: bool,
 }
 
 impl Session {
-    /// A manager that lost its memory may name an old session by accident.
+    /// True if `welcome` continues this session. The epoch is compared too: a manager that lost its
+    /// memory may reuse an id.
     fn is(&self, welcome: &pb::Welcome) -> bool {
         (self.id, self.manager_epoch) == (welcome.session, welcome.manager_epoch)
     }
 }
 
-/// How long a new incarnation waits until the manager took the rest of the former one.
+/// Longest wait of a new incarnation until the manager took the rest of the former one.
 const REJOIN: Duration = Duration::from_secs(2);
 const MIN_LEASE: Duration = Duration::from_millis(100);
 
@@ -108,7 +109,8 @@ impl Core {
         false
     }
 
-    /// Exactly what the manager keeps goes on; the rest is dropped without a word.
+    /// Continues the session. Attempts that the manager keeps go on, with the unacknowledged ticks
+    /// sent again; all others are discarded without a report.
     fn re_attached(&mut self, now: Now, welcome: &pb::Welcome) {
         let keep: BTreeSet<(SampleId, u32)> = welcome
             .keep
@@ -165,7 +167,8 @@ impl Core {
         }
     }
 
-    /// What the link swallowed cannot be known, so the last word on the load is repeated.
+    /// Tells the outcomes that no link could take. The last report on a load is repeated, because
+    /// the lost link may have swallowed it.
     fn resend_outcomes(&mut self) {
         let last = self.loader.last_report().cloned();
         if let Some(report) = last.filter(|_| self.unsent.is_empty()) {
@@ -176,7 +179,7 @@ impl Core {
         }
     }
 
-    /// Its samples are lost; with the link up the manager ends the session over it.
+    /// Tells the manager that the engine died. With the link up the manager ends the session.
     pub(super) fn tell_engine_down(&mut self, why: &str, will_restart: bool) {
         let up = matches!(self.link, LinkState::Joined { .. } | LinkState::Bound { .. });
         if let Some(session) = self.session.as_mut() {
@@ -186,7 +189,8 @@ impl Core {
         self.tell(from_agent::Kind::EngineDown(pb::EngineDown { why, will_restart }));
     }
 
-    /// A new life of the engine is a new session, once the manager has the rest of the old one.
+    /// Ends the session after the engine's restart, once the manager has the rest of the former
+    /// life.
     pub(super) fn begin_rejoin(&mut self, now: Now) {
         let Some(session) = self.session.as_mut() else { return };
         if matches!(self.link, LinkState::Joined { .. } | LinkState::Bound { .. }) {
@@ -195,7 +199,7 @@ impl Core {
         }
     }
 
-    /// The manager has everything of the engine's former life: begin the new one.
+    /// Begins the new session as soon as the manager has everything of the engine's former life.
     pub(super) fn settle_rejoin(&mut self) {
         let ending = self.session.as_ref().is_some_and(|session| session.ending);
         if ending && self.engine.is_some() && self.outbox.is_empty() {
@@ -220,7 +224,7 @@ impl Core {
         self.dial();
     }
 
-    /// Samples whose fate the manager may not know: they run, or their end is not acknowledged.
+    /// Attempts whose fate the manager may not know: they run, or their end is not acknowledged.
     fn held(&self) -> Vec<pb::Held> {
         let running = self.attempts.held();
         let ended = self.outbox.ends().map(|end| pb::Held {

@@ -1,24 +1,27 @@
-//! Every deadline of the core.
+//! Deadlines of the core: every wait is one of these timers.
 
+/// Name of a deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Timer {
-    /// Close the open tick.
+    /// The open tick is to be sealed.
     Tick,
-    /// Every third of the lease.
+    /// The next beat is due, every third of the lease.
     Beat,
-    /// The manager said nothing for a lease.
+    /// The manager said nothing for a whole lease.
     LinkSilent,
+    /// The manager is to be dialled again.
     Redial,
-    /// The manager did not take what the engine's former life made; attach without.
+    /// The manager did not take the tokens of the engine's former life in time: attach without
+    /// them.
     Rejoin,
-    /// Of the load order.
+    /// The deadline of the load order passed.
     LoadDeadline,
-    /// Streams that were told to end for a load must have ended.
+    /// Streams that were told to end for a load have not ended in time.
     Quiesce,
-    /// Time to abort what still runs.
+    /// The drain is to abort what still runs.
     DrainCut,
-    /// Time to leave, whatever is left.
+    /// The drain gives up: the agent leaves, whatever is left.
     DrainGiveUp,
-    /// Memory must be free by now.
+    /// The deadline of a release of memory passed.
     MemoryDeadline,
 }

@@ -1,6 +1,5 @@
-//! No engine at all: what stands in for one in a relay, a process that fetches versions only to
-//! serve them to receivers that cannot reach the trainer, or are many. It takes every load and
-//! generates nothing.
+//! A stand-in for an engine in a relay: a process that fetches versions only to serve them to
+//! receivers that cannot reach the trainer, or are many. Takes every load and generates nothing.
 
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
@@ -11,15 +10,16 @@ use super::{
     Chunk, Engine, EngineError, EngineInfo, Finish, Generate, StreamError, TokenStream, Utilization,
 };
 
-/// What the manager calls it; it places no sample on this kind.
+/// Kind of this engine in Hello; the manager places no sample on it.
 pub const KIND: &str = "relay";
 
+/// Takes loads and remembers their label.
 #[derive(Debug, Default)]
 pub struct Relay {
     label: Mutex<String>,
 }
 
-/// Ends at once.
+/// A stream that ends at once, without tokens.
 pub struct Nothing;
 
 impl Relay {
@@ -59,7 +59,7 @@ impl Engine for Relay {
         Ok(Utilization::default())
     }
 
-    /// Only the probe asks, and an empty answer agrees with that of every other relay.
+    /// Answers the probe. The answer is empty, which agrees with that of every other relay.
     async fn generate(&self, _request: &Generate) -> Result<Nothing, StreamError> {
         Ok(Nothing)
     }

@@ -1,5 +1,5 @@
 //! The SGLang dialect: `/generate` as server-sent events and the control calls, as an unmodified
-//! server (0.5.x) and the embedded engine speak it. Owns the connection pool; decides nothing.
+//! server (0.5.x) and the embedded engine serve them. Owns the connection pool; decides nothing.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +16,9 @@ use super::{
 };
 use crate::config::{Convention, EngineUrl};
 
+/// Chunks of a stream.
 pub mod chunk;
+/// HTTP/1.1 to one engine.
 pub mod http;
 mod info;
 mod request;
@@ -24,14 +26,16 @@ mod stream;
 
 pub use stream::SglangStream;
 
+/// One SGLang server.
 pub struct Sglang {
     pool: Pool,
     convention: Option<Convention>,
-    /// Chunks carry deltas. Known after [`Engine::info`].
+    /// True if chunks carry only new tokens; known after [`Engine::info`].
     incremental: AtomicBool,
 }
 
 impl Sglang {
+    /// A client for the server at `url`.
     pub fn new(url: &EngineUrl, api_key: Option<String>, convention: Option<Convention>) -> Sglang {
         Sglang {
             pool: Pool::new(url.authority(), api_key),
@@ -80,13 +84,14 @@ impl Sglang {
     }
 }
 
-/// Calls that only read or flip a switch.
+/// Time for calls that only read or flip a switch.
 const QUICK: Duration = Duration::from_secs(5);
-/// A pause may wait for the step that runs; flushing waits for the scheduler.
+/// Time for calls that wait for the engine: a pause waits for the step under way, a flush for the
+/// scheduler.
 const SLOW: Duration = Duration::from_secs(60);
-/// Reading a large checkpoint.
+/// Time for a load: reading a large checkpoint.
 const LOAD: Duration = Duration::from_secs(1800);
-/// `/server_info` is about 30 KB.
+/// Largest answer that is read; `/server_info` is about 30 KB.
 const MAX_ANSWER_BYTES: usize = 8 << 20;
 
 impl Engine for Sglang {
@@ -95,14 +100,14 @@ impl Engine for Sglang {
     async fn info(&self) -> Result<EngineInfo, EngineError> {
         let model = self.get("model_info", "/model_info").await?;
         let server = self.get("server_info", "/server_info").await?;
-        // Older servers do not have it.
+        // Older servers do not have this call.
         let loads = self.get("v1/loads", "/v1/loads?include=core").await.ok();
         let info = info::parse(&model, &server, loads.as_deref(), self.convention)?;
         self.incremental.store(info.incremental, Ordering::Relaxed);
         Ok(info)
     }
 
-    /// Not `/health`: that generates a token, takes a second, and fails while paused.
+    /// Asks `/model_info`. `/health` would generate a token, take a second, and fail while paused.
     async fn alive(&self) -> Result<String, EngineError> {
         info::parse_label(&self.get("model_info", "/model_info").await?)
     }
@@ -172,11 +177,12 @@ impl Engine for Sglang {
     }
 }
 
-/// SGLang's 400 that hides a success: the weights did change, only the flush and the label are
-/// missing.
+/// Text of a status 400 of SGLang that hides a success: the weights did change, only the flush and
+/// the label are missing.
 const HALF_DONE: &str = "Weights were updated, but";
 
 impl Sglang {
+    /// Completes a load whose weights are in: flush, then label.
     async fn finish_half_done(&self, label: &str) -> Result<(), EngineError> {
         self.flush().await?;
         let body = LabelBody { new_version: label, abort_all_requests: false };
@@ -194,7 +200,7 @@ fn updated(body: &[u8]) -> Result<(), EngineError> {
     }
 }
 
-/// The text of an error answer, whichever of SGLang's shapes it has.
+/// Text of an error answer, in whichever of SGLang's shapes.
 fn message(body: &[u8]) -> String {
     let text = match serde_json::from_slice::<ErrorAnswer>(body) {
         Ok(ErrorAnswer { error: Some(error), .. }) => error.message,
@@ -204,6 +210,7 @@ fn message(body: &[u8]) -> String {
     text.chars().take(MAX_MESSAGE_CHARS).collect()
 }
 
+/// Longest error text that is passed on, in characters.
 const MAX_MESSAGE_CHARS: usize = 600;
 
 fn lost(error: HttpError) -> StreamError {
@@ -213,7 +220,7 @@ fn lost(error: HttpError) -> StreamError {
     }
 }
 
-/// hyper's errors say what went wrong only in their sources.
+/// An error with all its sources: hyper's errors say what went wrong only there.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

@@ -5,20 +5,17 @@ use std::path::Path;
 use anabranch_proto::address::Address;
 use anabranch_transfer::{FetchRules, Fetcher, Holder, Listener, ServeLimits, Server, Staging};
 
+/// State of the connections to peers.
 pub enum DataPlane {
-    /// The listener only keeps the addresses that Hello announces.
-    Reserved {
-        listener: Option<Listener>,
-    },
-    Open {
-        job: String,
-        fetcher: Fetcher,
-        holder: Holder,
-        server: Option<Server>,
-    },
+    /// The job is not known yet. The listener keeps the addresses that Hello announces.
+    Reserved { listener: Option<Listener> },
+    /// The job is known: versions are fetched and served.
+    Open { job: String, fetcher: Fetcher, holder: Holder, server: Option<Server> },
 }
 
 impl DataPlane {
+    /// Opens the data plane for `job`: serves at `listener`, and at `socket` for agents of this
+    /// host.
     pub fn open(
         job: &str,
         listener: Option<Listener>,
@@ -31,6 +28,7 @@ impl DataPlane {
         DataPlane::Open { job: job.to_owned(), fetcher, holder, server }
     }
 
+    /// Addresses of the listener.
     pub fn addresses(&self) -> Vec<Address> {
         let addresses = match self {
             DataPlane::Reserved { listener } => listener.as_ref().map(Listener::addresses),
@@ -40,6 +38,7 @@ impl DataPlane {
     }
 }
 
+/// Starts serving; a failure is logged, and the agent only fetches.
 fn start_server(
     listener: Option<Listener>,
     socket: Option<&Path>,

@@ -1,5 +1,4 @@
-//! Names, types and shapes of the tensors that an engine was started with: every new version must
-//! have the same.
+//! Layout of the engine's tensors: every new version must have the same names, types and shapes.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,8 +6,10 @@ use std::path::Path;
 use anabranch_proto::manifest::{DType, Manifest};
 use anabranch_transfer::checkpoint::{Checkpoint, LayoutDiff, Mismatch};
 
+/// Type and shape of each tensor, by name.
 pub type Table = BTreeMap<String, (DType, Vec<u64>)>;
 
+/// Checks that the checkpoint in `directory` has the layout `baseline`.
 pub fn fits(directory: &Path, baseline: Option<&Table>) -> Result<(), String> {
     let checkpoint = Checkpoint::open(directory).map_err(|error| error.to_string())?;
     let Some(baseline) = baseline else { return Ok(()) };
@@ -20,6 +21,7 @@ pub fn fits(directory: &Path, baseline: Option<&Table>) -> Result<(), String> {
     Err(format!("{at} does not fit this engine, which keeps its old weights: {diff}"))
 }
 
+/// Layout of a checkpoint.
 pub fn table_of(checkpoint: &Checkpoint) -> Table {
     let row = |t: &anabranch_transfer::checkpoint::StoredTensor| {
         (t.name.clone(), (t.dtype, t.shape.clone()))
@@ -27,10 +29,12 @@ pub fn table_of(checkpoint: &Checkpoint) -> Table {
     checkpoint.tensors().iter().map(row).collect()
 }
 
+/// Layout of a manifest.
 pub fn table_of_manifest(manifest: &Manifest) -> Table {
     manifest.tensors.iter().map(|t| (t.name.clone(), (t.dtype, t.shape.clone()))).collect()
 }
 
+/// Size of all tensors together, in bytes.
 pub fn image_bytes(table: &Table) -> u64 {
     let bytes = |(dtype, shape): &(DType, Vec<u64>)| {
         anabranch_proto::manifest::tensor_bytes(*dtype, shape).unwrap_or(u64::MAX)
@@ -38,6 +42,7 @@ pub fn image_bytes(table: &Table) -> u64 {
     table.values().map(bytes).fold(0, u64::saturating_add)
 }
 
+/// What `version` has otherwise than `baseline`.
 pub fn differences(baseline: &Table, version: &Table) -> LayoutDiff {
     let mut diff = LayoutDiff::default();
     for (tensor, (dtype, shape)) in baseline {

@@ -1,4 +1,4 @@
-//! What can be said against a sample before the engine sees it.
+//! Admission of attempts: every reason against one before the engine sees it.
 
 use std::sync::Arc;
 
@@ -8,7 +8,8 @@ use anabranch_proto::{Version, tokens};
 use crate::core::{AgentState, Core, Memory};
 
 impl Core {
-    /// Everything that can be said against a sample before the engine sees it.
+    /// The prompt of an attempt that may start. The error is the end to report: `busy` if another
+    /// engine may take the sample, `refused` if none would.
     pub(super) fn admit(&self, start: &pb::Start) -> Result<Arc<[u32]>, (Why, String)> {
         let busy = |text: &str| Err((Why::Busy, text.to_owned()));
         let Some(engine) = &self.engine else { return busy("the engine is down") };
@@ -51,13 +52,14 @@ impl Core {
         Some(format!("serves {serving}, the sample needs {above} or older"))
     }
 
-    /// Nobody tells an agent what the trainer loaded; a sample is placed by what it attested.
+    /// The version that the trainer attested. The agent learns it from the lower bound of the start
+    /// order, because the trainer loads the engine itself.
     pub(super) fn attested(&self, start: &pb::Start) -> Option<Version> {
         bound(&start.min_version).filter(|_| self.config.weights_by_trainer)
     }
 }
 
-/// Why the engine must not see it: the same would be refused elsewhere.
+/// Reason why no engine could run the sample.
 fn refusal(model: &pb::Model, prompt: &[u32], start: &pb::Start) -> Option<String> {
     if !tokens::is_column(&start.kept) || start.kept.len() / tokens::WIDTH != start.offset as usize
     {

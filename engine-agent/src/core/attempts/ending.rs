@@ -1,5 +1,4 @@
-//! The ways a sample leaves this engine before its time: `impl Core` for stops, aborts, cuts and
-//! losses.
+//! Attempts that end before their time: `impl Core` for stops, aborts, cuts and losses.
 
 use anabranch_proto::pb::{self, end::Why};
 use anabranch_proto::{Attempt, SampleId};
@@ -11,6 +10,7 @@ use crate::core::action::Action;
 use crate::engine::AttemptId;
 
 impl Core {
+    /// Stops an attempt, as the manager ordered.
     pub(in crate::core) fn stop(&mut self, now: Now, stop: pb::Stop) {
         let Some(sample) = stop.sample.map(SampleId::from) else { return };
         let Some(id) = self.attempts.by_sample.get(&sample).copied() else { return };
@@ -19,7 +19,8 @@ impl Core {
         }
     }
 
-    /// Ends as `aborted`: at once if the engine has no request of it, else with its terminal chunk.
+    /// Ends an attempt as `aborted`: at once if the engine has no request of it, else with the
+    /// terminal chunk.
     fn abort(&mut self, now: Now, id: AttemptId, why: &str) {
         let Some(attempt) = self.attempts.by_id.get_mut(&id) else { return };
         match attempt.state() {
@@ -36,13 +37,15 @@ impl Core {
         }
     }
 
+    /// Aborts every attempt.
     pub(in crate::core) fn abort_all(&mut self, now: Now, why: &str) {
         for id in self.attempts.ids(|_| true) {
             self.abort(now, id, why);
         }
     }
 
-    /// For a load: every request that can go on as a new one is ended. The rest stay, to be paused.
+    /// Cuts attempts for a load: ends every request that can continue as a new one. The rest stay,
+    /// to be paused.
     pub(in crate::core) fn cut_attempts(&mut self) {
         for id in self
             .attempts
@@ -55,7 +58,7 @@ impl Core {
         }
     }
 
-    /// Requests that a load still waits for; with `all`, also those that would be paused.
+    /// Number of requests that a load waits for; with `all`, also those that would be paused.
     pub(in crate::core) fn unquiet(&self, all: bool) -> usize {
         let counts = |attempt: &&LiveAttempt| match attempt.state() {
             AttemptState::Waiting | AttemptState::Cut => false,
@@ -65,15 +68,15 @@ impl Core {
         self.attempts.by_id.values().filter(counts).count()
     }
 
-    /// New weights lie under streams that were only paused: where exactly, the engine says at their
-    /// end.
+    /// Marks attempts that were only paused for a load. The engine says at their end where the
+    /// versions meet.
     pub(in crate::core) fn mark_boundaries(&mut self) {
         for attempt in self.attempts.by_id.values_mut() {
             attempt.boundary |= attempt.state().at_engine();
         }
     }
 
-    /// Reported now; what its stream still brings is dropped.
+    /// Reports the end of an attempt now; tokens that its stream still brings are dropped.
     pub(super) fn close_attempt(&mut self, now: Now, id: AttemptId, why: Why, matched: String) {
         let Some(attempt) = self.attempts.by_id.get(&id) else { return };
         let end = attempt.end(why, matched);
@@ -81,12 +84,14 @@ impl Core {
         self.discard(id);
     }
 
+    /// Removes an attempt without a request and reports its end.
     pub(super) fn end_now(&mut self, now: Now, id: AttemptId, why: Why, matched: String) {
         let Some(attempt) = self.attempts.remove(id) else { return };
         self.outbox.end(now, attempt.end(why, matched));
     }
 
-    /// No report; its request ends at the engine, and until then it counts as running there.
+    /// Drops an attempt without a report. Its request is aborted, and counts as running until its
+    /// stream ends.
     pub(super) fn discard(&mut self, id: AttemptId) {
         let Some(attempt) = self.attempts.by_id.get_mut(&id) else { return };
         self.attempts.by_sample.remove(&attempt.sample);
@@ -106,6 +111,7 @@ impl Core {
         }
     }
 
+    /// Discards the attempts that `want` selects; returns their number.
     pub(in crate::core) fn discard_attempts(
         &mut self,
         want: impl Fn(SampleId, Attempt) -> bool,
@@ -119,8 +125,8 @@ impl Core {
         ids.len()
     }
 
-    /// The buffer is full: the newest samples have the least to lose. Never stops reading the
-    /// engine.
+    /// Gives back the newest eighth of the attempts, which have the least to lose: the buffer is
+    /// full. The agent never stops reading the engine.
     pub(in crate::core) fn shed(&mut self, now: Now) {
         let live: Vec<AttemptId> = self.attempts.by_sample.values().copied().collect();
         let mut ids = live;
@@ -136,6 +142,7 @@ impl Core {
         );
     }
 
+    /// Reports every attempt as lost after the engine's death.
     pub(in crate::core) fn lose_all_attempts(&mut self, now: Now, why: &str) {
         self.loader.drop_withheld();
         for id in self.attempts.ids(|_| true) {
@@ -151,8 +158,8 @@ impl Core {
         }
     }
 
-    /// A load went wrong after the streams went on: what they made since was not sent, and must not
-    /// be.
+    /// Ends every attempt at the engine as `aborted` after the new weights were refused: tokens
+    /// made since must not leave.
     pub(in crate::core) fn abort_unverified(&mut self, now: Now, why: &str) {
         self.loader.drop_withheld();
         for id in self.attempts.ids(|attempt| {

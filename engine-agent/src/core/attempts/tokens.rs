@@ -10,16 +10,17 @@ use crate::core::action::Action;
 use crate::core::outbox::Segment;
 use crate::engine::{AttemptId, Chunk, LabelSpan};
 
-/// What a stream task does after it handed over a chunk.
+/// Order to a stream task after it handed over a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AfterChunk {
+    /// Read on.
     Read,
-    /// Nobody waits for it any more: close the connection.
+    /// Close the connection: nobody waits for the stream any more.
     Close,
 }
 
 impl Core {
-    /// What a stream brought. The hot path: some 100 ns beside the copy.
+    /// Takes a chunk that a stream brought: a hot path of some 100 ns beside the copy.
     pub fn tokens(&mut self, now: Now, id: AttemptId, chunk: &Chunk) -> AfterChunk {
         let Some(attempt) = self.attempts.by_id.get(&id) else { return AfterChunk::Close };
         if attempt.state() == AttemptState::Discarding {
@@ -38,13 +39,15 @@ impl Core {
         AfterChunk::Read
     }
 
-    /// Made by weights that nobody loaded through this agent: the engine was restarted under it.
+    /// True if a chunk was made by weights that nobody loaded through this agent: the engine was
+    /// restarted under it.
     fn is_foreign(&self, label: &str) -> bool {
         !label.is_empty()
             && !self.config.weights_by_trainer
             && self.loader.settled_label().is_some_and(|known| known != label)
     }
 
+    /// Ends an attempt whose tokens have no known version.
     fn foreign_weights(&mut self, now: Now, id: AttemptId, label: &str) {
         let why = format!("the engine has other weights than were loaded: {label:?}");
         tracing::warn!(why, "dropped its tokens");
@@ -56,6 +59,7 @@ impl Core {
         self.arm_tick(now);
     }
 
+    /// Gives tokens their offset and version and adds them to the outbox.
     pub(in crate::core) fn take_tokens(
         &mut self,
         now: Now,

@@ -1,5 +1,4 @@
-//! The ends of a load other than success: `impl Core` for failures, cancellation and the engine's
-//! death.
+//! Loads that end without success: `impl Core` for failure, cancellation and the engine's death.
 
 use anabranch_runtime::Now;
 
@@ -10,7 +9,8 @@ use crate::core::action::Action;
 use crate::core::timer::Timer;
 
 impl Core {
-    /// The old version keeps serving.
+    /// Ends a load that never touched the engine's weights, or that was undone: the old version
+    /// keeps serving.
     pub(super) fn fail_load(&mut self, now: Now, order: LoadOrder, why: String) {
         tracing::warn!(version = %order.to, order = order.id, why, "load failed; the old version keeps serving");
         self.timers.clear(Timer::LoadDeadline);
@@ -19,6 +19,7 @@ impl Core {
         self.finish_load(now);
     }
 
+    /// Returns to `Active`, sends the attempts that waited, and begins the next order.
     pub(super) fn finish_load(&mut self, now: Now) {
         self.loader.set_state(LoadState::Active);
         self.send_waiting(now);
@@ -30,6 +31,7 @@ impl Core {
         }
     }
 
+    /// Cancels order `id` unless the engine is already at it.
     pub(in crate::core) fn cancel_load(&mut self, now: Now, id: u64, why: &str) {
         if let Some(next) = self.loader.next.take_if(|next| next.id == id) {
             return self.report(next.failed(why.to_owned()));
@@ -48,14 +50,14 @@ impl Core {
         }
     }
 
-    /// Orders of a session that is no more; what the engine is already at is finished.
+    /// Forgets the orders of a former session. A load that the engine is already at is finished.
     pub(in crate::core) fn forget_orders(&mut self, now: Now) {
         self.loader.next = None;
         self.loader.last_report = None;
         self.cancel_unstarted(now, "the manager began a new session");
     }
 
-    /// Leaving, or giving memory back: loads that have not reached the engine end here.
+    /// Cancels a load that has not reached the engine, before a drain or a release of memory.
     pub(in crate::core) fn cancel_unstarted(&mut self, now: Now, why: &str) {
         if let LoadState::Fetching(order) | LoadState::Quiescing(order, _) = self.loader.state() {
             let id = order.id;
@@ -63,6 +65,7 @@ impl Core {
         }
     }
 
+    /// Reports every order as failed after the engine's death.
     pub(in crate::core) fn engine_lost_in_load(&mut self, why: &str) {
         let order = self.loader.state().order().cloned();
         if matches!(self.loader.state(), LoadState::Fetching(_)) {
@@ -79,7 +82,7 @@ impl Core {
         }
     }
 
-    /// After a release the engine's weights are gone.
+    /// Notes that the engine's weights are gone, after a release of memory.
     pub(in crate::core) fn weights_gone(&mut self) {
         self.loader.serving = None;
         self.loader.last_probe = None;

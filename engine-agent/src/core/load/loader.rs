@@ -1,4 +1,5 @@
-//! Which weights the engine has, where a load stands, and what is held back until they are proven.
+//! The engine's weights, the load under way, and the tokens withheld until the new weights are
+//! proven. Pure.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -12,33 +13,45 @@ use crate::core::check_edge;
 use crate::core::event::{ProbeResult, RequestEnd};
 use crate::engine::{AttemptId, Chunk, EngineInfo, LabelSpan};
 
+/// State of the engine's weights.
 #[derive(Default)]
 pub struct Loader {
     state: LoadState,
-    /// What the engine's weights are; `None`: they are gone, or nobody knows.
+    /// The weights that the engine has; `None` if the weights are gone or unknown.
     pub serving: Option<Serving>,
-    /// The newest order that came too late to replace the one under way.
+    /// The newest order that came too late to replace the order under way.
     pub next: Option<LoadOrder>,
+    /// Answer to the probe under the present weights.
     pub last_probe: Option<ProbeResult>,
+    /// Last outcome told to the manager, repeated after a re-attach.
     pub last_report: Option<pb::LoadState>,
-    /// Labels of late, for the engine's own spans.
+    /// Labels of the last versions, to read the engine's own spans.
     pub labels: VecDeque<(String, Version)>,
-    /// From the moment the streams go on until the probe spoke; bounded by a probe's length.
+    /// Tokens and ends since the engine continued, until the probe is answered; bounded by a
+    /// probe's length.
     pub withheld: Vec<Withheld>,
 }
 
+/// Weights that the engine has.
 #[derive(Clone, Debug)]
 pub struct Serving {
+    /// The version.
     pub version: Version,
+    /// The name that the engine gives the weights.
     pub label: String,
+    /// Checkpoint to go back to; `None` if this host cannot read it.
     pub directory: Option<PathBuf>,
 }
 
+/// What a stream brought while nothing may leave.
 pub enum Withheld {
+    /// A chunk.
     Tokens { attempt: AttemptId, tokens: Vec<u32>, logprobs: Vec<f32>, spans: Vec<LabelSpan> },
+    /// The end of a request.
     End { attempt: AttemptId, end: RequestEnd },
 }
 
+/// Most labels remembered.
 const MAX_LABELS: usize = 8;
 
 impl Loader {
@@ -61,11 +74,12 @@ impl Loader {
         }
     }
 
+    /// The version that the engine has.
     pub fn serving(&self) -> Option<Version> {
         self.serving.as_ref().map(|serving| serving.version)
     }
 
-    /// What the engine must call its weights; `None` while that is about to change.
+    /// The label that the engine must give its weights; `None` while a load is about to change it.
     pub fn settled_label(&self) -> Option<&str> {
         match self.state {
             LoadState::Active | LoadState::Fetching(_) | LoadState::Quiescing(..) => {
@@ -75,7 +89,8 @@ impl Loader {
         }
     }
 
-    /// What a sample started now will be served by: held samples start after the load.
+    /// The version that an attempt started now is served by: attempts that wait start after the
+    /// load.
     pub fn next_serving(&self) -> Option<Version> {
         match &self.state {
             LoadState::Active | LoadState::Fetching(_) | LoadState::Restoring { .. } => {
@@ -89,16 +104,17 @@ impl Loader {
         }
     }
 
-    /// Starts are held.
+    /// True while new attempts wait for the load.
     pub fn is_loading(&self) -> bool {
         !matches!(self.state, LoadState::Active | LoadState::Fetching(_))
     }
 
-    /// Streams go on, but what they bring may not leave before the probe spoke.
+    /// True while the engine generates with weights that are not proven: nothing may leave.
     pub fn withholds(&self) -> bool {
         matches!(self.state, LoadState::Continuing(..) | LoadState::Probing(..))
     }
 
+    /// Keeps a chunk back.
     pub fn withhold(&mut self, attempt: AttemptId, chunk: &Chunk) {
         self.withheld.push(Withheld::Tokens {
             attempt,
@@ -108,18 +124,22 @@ impl Loader {
         });
     }
 
+    /// Keeps the end of a request back.
     pub fn withhold_end(&mut self, attempt: AttemptId, end: RequestEnd) {
         self.withheld.push(Withheld::End { attempt, end });
     }
 
+    /// Drops what was kept back: the weights that made it were refused.
     pub fn drop_withheld(&mut self) {
         self.withheld.clear();
     }
 
+    /// The last outcome told to the manager.
     pub fn last_report(&self) -> Option<&pb::LoadState> {
         self.last_report.as_ref()
     }
 
+    /// Begins a new life of the engine, which has its start-up weights.
     pub fn engine_started(&mut self, info: &EngineInfo, probe: Option<ProbeResult>) {
         self.set_state(LoadState::Active);
         self.last_probe = probe;
@@ -131,6 +151,7 @@ impl Loader {
         });
     }
 
+    /// Notes that the engine has new weights.
     pub fn take(&mut self, serving: Serving) {
         self.labels.retain(|(label, _)| *label != serving.label);
         self.labels.push_back((serving.label.clone(), serving.version));
@@ -140,7 +161,8 @@ impl Loader {
         self.serving = Some(serving);
     }
 
-    /// Cuts `count` tokens from `leg_offset` of their request by what the engine says made them.
+    /// Splits `count` tokens, the first at `offset_in_request`, by the version that the engine says
+    /// made them.
     pub fn split_by_version(
         &self,
         spans: &[LabelSpan],

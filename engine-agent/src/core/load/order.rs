@@ -1,4 +1,5 @@
-//! One order to load, as it was given and as it is reported; and what a probe says.
+//! A load order as the manager gave it and as the agent reports it; and the verdict on a probe.
+//! Pure.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,26 +13,40 @@ use anabranch_runtime::Now;
 use super::traffic::Traffic;
 use crate::core::event::{ProbeResult, StagedVersion};
 
+/// One order to load a version.
 #[derive(Clone, Debug)]
 pub struct LoadOrder {
+    /// Id of the order, given by the manager.
     pub id: u64,
+    /// The version to load.
     pub to: Version,
+    /// What becomes of running samples.
     pub on_running: OnRunning,
+    /// When the fetch must be done; `None`: no deadline.
     pub deadline: Option<Now>,
+    /// The deadline as given, for error texts; 0: none.
     pub deadline_ms: u32,
+    /// Size of the version, in bytes; 0 if unknown.
     pub bytes: u64,
+    /// Peers and publishers that have the version.
     pub sources: Vec<pb::Source>,
+    /// Stripes of the manager's plan; 0: no plan.
     pub stripe_count: u32,
+    /// Parallel streams; 0: the agent chooses.
     pub streams: u32,
+    /// Shared directory to use instead of `sources`.
     pub directory: Option<PathBuf>,
+    /// Probe of a replica at the same version.
     pub reference: Option<pb::Probe>,
+    /// Rates measured during the fetch.
     pub traffic: Traffic,
 }
 
-/// Probes agree within this.
+/// Largest difference of two log-probabilities that agree.
 const TOLERANCE: f32 = 1e-4;
 
 impl LoadOrder {
+    /// Reads an order. An order without a valid version is answered as failed.
     pub fn parse(now: Now, load: pb::Load) -> Result<LoadOrder, Box<pb::LoadState>> {
         let id = load.order;
         let on_running = load.on_running();
@@ -69,6 +84,7 @@ impl LoadOrder {
         })
     }
 
+    /// A report on the order at `stage`.
     pub fn report(&self, stage: Stage) -> pb::LoadState {
         pb::LoadState {
             order: self.id,
@@ -81,10 +97,12 @@ impl LoadOrder {
         }
     }
 
+    /// The report that the order failed.
     pub fn failed(&self, error: String) -> pb::LoadState {
         pb::LoadState { error, ..self.report(Stage::Failed) }
     }
 
+    /// The report that the version is served.
     pub fn active(
         &self,
         probe: Option<ProbeResult>,
@@ -103,10 +121,12 @@ impl LoadOrder {
     }
 }
 
+/// A probe as the manager gets it.
 pub(super) fn wire(probe: &ProbeResult, verdict: Verdict) -> pb::Probe {
     pb::Probe { ids: probe.ids.clone(), logprobs: probe.logprobs.clone(), verdict: verdict.into() }
 }
 
+/// Compares a probe with a replica's, else with the probe under the weights before.
 pub(super) fn verdict(
     probe: &ProbeResult,
     reference: Option<&pb::Probe>,
@@ -122,14 +142,14 @@ pub(super) fn verdict(
     }
 }
 
-/// Compares up to the first differing id: there the two must have been a tie.
+/// True if two probes agree up to the first differing id, where the two ids must have been a tie.
 fn same(probe: &ProbeResult, ids: &[u32], logprobs: &[f32]) -> bool {
     if probe.ids.len() != ids.len() || probe.logprobs.len() != logprobs.len() {
         return false;
     }
     let rows = probe.ids.iter().zip(ids).zip(probe.logprobs.iter().zip(logprobs));
     for ((ours, theirs), (our_logprob, their_logprob)) in rows {
-        // A NaN is near nothing.
+        // A NaN is never near: the comparison is false.
         let near = (our_logprob - their_logprob).abs() <= TOLERANCE;
         if !near {
             return false;

@@ -38,7 +38,7 @@ impl Core {
         }
     }
 
-    /// The engine has new weights; from here on its tokens are theirs.
+    /// Notes that the engine has new weights: from here on its tokens belong to the new version.
     fn loaded(&mut self) {
         match self.loader.state().clone() {
             LoadState::Loading(order, staged) => {
@@ -47,7 +47,7 @@ impl Core {
                 self.loader.set_state(LoadState::Continuing(order, staged));
                 self.act(Action::Call(Call::ContinueAfterLoad));
             }
-            // The old ones are back.
+            // The old weights are back in the engine.
             LoadState::Restoring { order, why, reload: true } => {
                 self.loader.set_state(LoadState::Restoring { order, why, reload: false });
                 self.act(Action::Call(Call::ContinueAfterLoad));
@@ -118,7 +118,7 @@ impl Core {
         self.finish_load(now);
     }
 
-    /// The engine refused, or could not be paused: its weights are still the old ones.
+    /// Undoes the pause after a refusal: the engine's weights are still the old ones.
     fn load_failed(&mut self, why: String) {
         match self.loader.state().clone() {
             LoadState::Pausing(order, _) | LoadState::Loading(order, _) => {
@@ -141,7 +141,7 @@ impl Core {
         }
     }
 
-    /// The new weights are in, and are not to be trusted: put the old ones back.
+    /// Puts the old weights back: the new ones are in the engine, and are not to be trusted.
     fn go_back(&mut self, now: Now, order: LoadOrder, why: String) {
         tracing::warn!(version = %order.to, why, "load refused; going back");
         self.abort_unverified(now, "the new weights were refused");
@@ -154,7 +154,7 @@ impl Core {
         self.act(Action::LoadWeights { directory, label });
     }
 
-    /// Nobody vouches for what the engine would generate.
+    /// Ends the agent: nobody vouches for what the engine would generate.
     fn unverified(&mut self, order: &LoadOrder, why: &str) {
         self.report(order.failed(why.to_owned()));
         self.loader.serving = None;

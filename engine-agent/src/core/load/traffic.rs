@@ -1,5 +1,5 @@
-//! How fast a fetch came in and what went on to peers meanwhile: the manager ranks hosts by it.
-//! Pure.
+//! Rates of a fetch: bytes received, and bytes served on to peers meanwhile. The manager ranks
+//! hosts by them. Pure.
 
 use std::time::Duration;
 
@@ -7,18 +7,20 @@ use anabranch_runtime::Now;
 
 use crate::core::event::Moved;
 
-/// Rates over shorter spans say more about buffers than about links.
+/// Shortest span that a rate is measured over: shorter spans say more about buffers than about the
+/// network.
 const WINDOW: Duration = Duration::from_millis(250);
 
-/// Of one fetch.
+/// Rates of one fetch.
 #[derive(Clone, Debug, Default)]
 pub struct Traffic {
     ingress: Peak,
     egress: Peak,
+    /// Bytes served to peers so far.
     pub served_bytes: u64,
 }
 
-/// The most in any window, bytes/s; 0 before the first one is over.
+/// Highest rate of any window, in bytes/s; 0 before the first window is over.
 #[derive(Clone, Debug, Default)]
 struct Peak {
     bytes_per_s: u64,
@@ -28,16 +30,19 @@ struct Peak {
 // === impl Traffic ===
 
 impl Traffic {
+    /// Takes the totals at `now`.
     pub fn moved(&mut self, now: Now, so_far: Moved) {
         self.ingress.count(now, so_far.received_bytes);
         self.egress.count(now, so_far.served_bytes);
         self.served_bytes = so_far.served_bytes;
     }
 
+    /// Highest rate received, in bytes/s.
     pub fn ingress(&self) -> u64 {
         self.ingress.bytes_per_s
     }
 
+    /// Highest rate served, in bytes/s.
     pub fn egress(&self) -> u64 {
         self.egress.bytes_per_s
     }

@@ -1,6 +1,5 @@
-//! SGLang's stream: server-sent events to token deltas. Pure. Serves the cumulative and the
-//! incremental form by one rule: what is new is the tail of `output_ids`, as long as
-//! `completion_tokens` grew.
+//! SGLang's stream: server-sent events to new tokens. Pure. One rule serves the cumulative and the
+//! incremental form: new tokens are the tail of `output_ids`, as long as `completion_tokens` grew.
 
 use std::borrow::Cow;
 
@@ -9,13 +8,13 @@ use serde::de::IgnoredAny;
 
 use crate::engine::{Chunk, Finish, LabelSpan, StreamError};
 
-/// Splits a body into events. Bytes of an incomplete line wait here.
+/// Splitter of a body into events. Bytes of an incomplete line wait in it.
 #[derive(Debug, Default)]
 pub struct Sse {
     partial: Vec<u8>,
 }
 
-/// One request's progress: how many tokens were taken.
+/// Progress of one request: the number of tokens taken.
 #[derive(Debug, Default)]
 pub struct Decoder {
     have: u32,
@@ -49,12 +48,16 @@ impl Sse {
     }
 }
 
-/// A cumulative chunk of a 128k-token sample with log-probabilities stays below this.
+/// Longest event: a cumulative chunk of a 128k-token sample with log-probabilities stays below
+/// this.
 const MAX_EVENT_BYTES: usize = 64 << 20;
 
+/// Failure while splitting.
 #[derive(Debug)]
 pub enum SseError<E> {
+    /// The callback failed.
     Event(E),
+    /// A line is too long.
     TooLong,
 }
 
@@ -63,7 +66,7 @@ fn payload(line: &[u8]) -> Option<&[u8]> {
     Some(value.strip_prefix(b" ").unwrap_or(value)).filter(|value| !value.is_empty())
 }
 
-/// The line that ends a stream; it holds nothing.
+/// True for the line that ends a stream; the line holds nothing.
 pub fn is_done(payload: &[u8]) -> bool {
     payload.trim_ascii_end() == b"[DONE]"
 }
@@ -71,7 +74,7 @@ pub fn is_done(payload: &[u8]) -> bool {
 // === impl Decoder ===
 
 impl Decoder {
-    /// Appends what `json` brings to `chunk`.
+    /// Appends the tokens of the event `json` to `chunk`.
     pub fn decode(&mut self, json: &[u8], chunk: &mut Chunk) -> Result<(), StreamError> {
         let raw: RawChunk<'_> = serde_json::from_slice(json)
             .map_err(|error| malformed(format!("{error} in {}", excerpt(json))))?;
@@ -154,7 +157,7 @@ struct RawMeta<'a> {
     weight_versions: Option<Vec<RawSpan<'a>>>,
 }
 
-/// `[logprob, token id, text or null]`
+/// One entry, `[logprob, token id, text or null]`.
 #[derive(Deserialize)]
 struct LogprobEntry(
     Option<f32>,
@@ -226,7 +229,7 @@ impl RawError<'_> {
     }
 }
 
-/// 429 and 408 are about the moment, not about the request.
+/// The error of a status code. 429 and 408 are about the moment, not about the request.
 pub(super) fn by_code(code: u16, message: Cow<'_, str>) -> StreamError {
     let message = message.into_owned();
     match code {

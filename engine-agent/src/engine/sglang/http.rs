@@ -1,6 +1,5 @@
-//! HTTP/1.1 to one engine, lean: each request drives its own connection inside its own task (no
-//! second task, no channel hop between tasks per chunk), and finished connections are kept for
-//! reuse.
+//! HTTP/1.1 to one engine. Each request drives its own connection inside its own task: no second
+//! task, no channel hop for each chunk. Finished connections are kept for reuse.
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -15,7 +14,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
-/// Where the engine listens, and its idle connections.
+/// Address of the engine, and its idle connections.
 #[derive(Clone, Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
@@ -23,9 +22,9 @@ pub struct Pool {
 
 #[derive(Debug)]
 struct Shared {
-    /// `host:port`, to dial and for the `Host` header.
+    /// Address as `host:port`, to dial and for the `Host` header.
     authority: String,
-    /// `Authorization` header, if the engine wants one.
+    /// API key for the `Authorization` header; `None` if the engine wants none.
     bearer: Option<String>,
     idle: Mutex<Vec<Conn>>,
 }
@@ -40,31 +39,56 @@ pub struct Reply {
 #[derive(Debug)]
 struct Conn {
     sender: SendRequest<Full<Bytes>>,
-    /// `None` once it ended: it must not be polled again.
+    /// Driver of the connection; `None` once it ended: it must not be polled again.
     driver: Option<Pin<Box<Driver>>>,
 }
 
 type Driver = http1::Connection<TokioIo<TcpStream>, Full<Bytes>>;
 
+/// Failure of an HTTP request.
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
+    /// No connection.
     #[error("cannot connect to {authority}: {source}")]
-    Connect { authority: String, source: std::io::Error },
+    Connect {
+        /// Address of the engine, `host:port`.
+        authority: String,
+        /// Cause.
+        source: std::io::Error,
+    },
+    /// The connection broke.
     #[error("connection to {authority} broke: {source}")]
-    Broken { authority: String, source: hyper::Error },
+    Broken {
+        /// Address of the engine, `host:port`.
+        authority: String,
+        /// Cause.
+        source: hyper::Error,
+    },
+    /// The connection ended before the answer.
     #[error("{authority} closed the connection before it answered")]
-    Closed { authority: String },
+    Closed {
+        /// Address of the engine, `host:port`.
+        authority: String,
+    },
+    /// The answer is too large.
     #[error("the answer of {authority} is larger than {limit} bytes")]
-    TooLarge { authority: String, limit: usize },
+    TooLarge {
+        /// Address of the engine, `host:port`.
+        authority: String,
+        /// Limit, in bytes.
+        limit: usize,
+    },
 }
 
 // === impl Pool ===
 
 impl Pool {
+    /// A pool without connections.
     pub fn new(authority: String, bearer: Option<String>) -> Pool {
         Pool { shared: Arc::new(Shared { authority, bearer, idle: Mutex::default() }) }
     }
 
+    /// Address of the engine, `host:port`.
     pub fn authority(&self) -> &str {
         &self.shared.authority
     }
@@ -141,8 +165,8 @@ impl Pool {
     }
 }
 
-/// hyper reads at most this at once; a busy stream's chunk is below 2 KiB, a prompt's answer may be
-/// large.
+/// Most bytes that hyper reads at once; a busy stream's chunk is below 2 KiB, a prompt's answer may
+/// be large.
 const READ_BUFFER_BYTES: usize = 64 << 10;
 
 /// Connections kept for reuse: as many as samples run on a large engine.
@@ -151,6 +175,7 @@ const MAX_IDLE: usize = 2048;
 // === impl Reply ===
 
 impl Reply {
+    /// Status of the answer.
     pub fn status(&self) -> StatusCode {
         self.response.status()
     }
@@ -192,7 +217,7 @@ impl Reply {
         }
     }
 
-    /// Call at the body's end: keeps the connection for the next request.
+    /// Keeps the connection for the next request; call at the end of the body.
     pub async fn keep(mut self) {
         if self.conn.is_open().await {
             self.pool.give_back(self.conn);
@@ -203,7 +228,7 @@ impl Reply {
 // === impl Conn ===
 
 impl Conn {
-    /// `Err(None)`: the connection ended without saying why.
+    /// Sends a request. `Err(None)` if the connection ended without saying why.
     async fn send(
         &mut self,
         request: Request<Full<Bytes>>,

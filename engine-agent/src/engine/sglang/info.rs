@@ -1,5 +1,5 @@
-//! What an SGLang server says of itself, with the model directory's `config.json` where it stays
-//! silent.
+//! Facts about an SGLang server, from its answers, with the model directory's `config.json` for
+//! what the server does not say.
 
 use std::path::{Path, PathBuf};
 
@@ -46,7 +46,7 @@ pub(super) fn parse(
     })
 }
 
-/// How the embedded engine's version begins.
+/// Start of the embedded engine's version text.
 const EMBEDDED: &str = "anabranch-engine";
 
 fn caps(server: &ServerInfo, embedded: bool, convention: Option<Convention>) -> pb::Caps {
@@ -97,7 +97,7 @@ struct ModelInfo {
     weight_version: Option<String>,
 }
 
-/// The few of some 556 keys that matter.
+/// The few keys that matter, of some 556.
 #[derive(Deserialize)]
 struct ServerInfo {
     #[serde(default)]
@@ -111,7 +111,7 @@ struct ServerInfo {
     quantization: Option<String>,
     #[serde(default)]
     incremental_streaming_output: bool,
-    /// What the same flag was called until 0.5.6.
+    /// Older name of the flag, until 0.5.6.
     #[serde(default)]
     stream_output: bool,
     #[serde(default)]
@@ -128,8 +128,8 @@ struct RawLoads {
 }
 
 impl RawLoads {
-    /// Of all data-parallel ranks. An engine that does not say gets a modest guess: 0 would mean
-    /// none.
+    /// KV cache of all data-parallel ranks. An engine that does not say gets a modest guess: 0
+    /// would mean none.
     fn kv_tokens(&self) -> u64 {
         let sum = self.loads.iter().map(|load| load.max_total_num_tokens).sum();
         if sum == 0 { GUESSED_KV_TOKENS } else { sum }
@@ -158,7 +158,7 @@ struct RawLoad {
     max_running_requests: u32,
 }
 
-/// What a Hugging Face model directory tells. Empty where a file is missing or unreadable.
+/// Facts from a Hugging Face model directory, empty if a file is missing or unreadable.
 #[derive(Default)]
 struct ModelFiles {
     config: HfConfig,

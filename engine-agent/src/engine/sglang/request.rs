@@ -1,4 +1,4 @@
-//! The body of `/generate`. Written straight from our columns: a prompt may have a million ids.
+//! The body of `/generate`, written straight from token columns: a prompt may have a million ids.
 
 use anabranch_proto::pb;
 use bytes::Bytes;
@@ -26,7 +26,7 @@ struct Body<'a> {
     sampling_params: Params<'a>,
     stream: bool,
     return_logprob: bool,
-    /// Of the prompt: none.
+    /// Log-probabilities of the prompt: none.
     logprob_start_len: i32,
 }
 
@@ -85,7 +85,7 @@ impl Serialize for Params<'_> {
     }
 }
 
-/// Off is -1 here, 0 on our wire.
+/// SGLang's `top_k`: -1 is off, which is 0 on our wire.
 fn top_k(sampling: &pb::Sampling) -> i64 {
     match sampling.top_k {
         0 => -1,
@@ -93,13 +93,14 @@ fn top_k(sampling: &pb::Sampling) -> i64 {
     }
 }
 
-/// Each chunk of a cumulative stream repeats all that came before, so bytes grow with the square of
-/// the length over the interval: 64 chunks at most keep them near 32 times the final chunk.
+/// Interval between chunks of a cumulative stream. Each chunk repeats all that came before, so
+/// bytes grow with the square of the length over the interval: 64 chunks at most keep them near 32
+/// times the final chunk.
 pub(super) fn cumulative_interval(max_tokens: u32) -> u32 {
     max_tokens.div_ceil(64).max(8)
 }
 
-/// `extra` values are JSON where they parse as JSON, text otherwise.
+/// A value of `extra`: JSON if it parses as JSON, text otherwise.
 struct Extra<'a>(&'a str);
 
 impl Serialize for Extra<'_> {

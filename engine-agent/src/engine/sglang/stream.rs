@@ -1,10 +1,11 @@
-//! The body of one `/generate`: bytes in, chunks out.
+//! The stream of one `/generate`: bytes in, chunks out.
 
 use super::chunk::{Decoder, Sse, is_done};
 use super::*;
 
+/// Tokens of one request to SGLang.
 pub struct SglangStream {
-    /// `None` once its connection went back to the pool.
+    /// The answer; `None` once its connection went back to the pool.
     reply: Option<Reply>,
     sse: Sse,
     decoder: Decoder,
@@ -15,7 +16,8 @@ impl SglangStream {
         SglangStream { reply: Some(reply), sse: Sse::default(), decoder: Decoder::default() }
     }
 
-    /// After the finish only `[DONE]` is left; a server that sends more loses the connection.
+    /// Reads the rest after the finish, which is only `[DONE]`; a server that sends more loses the
+    /// connection.
     async fn finish(&mut self) {
         let Some(mut reply) = self.reply.take() else { return };
         let ended = timeout(LAST_LINE, async {
@@ -32,7 +34,9 @@ impl SglangStream {
     }
 }
 
+/// Time for the rest after the finish.
 const LAST_LINE: std::time::Duration = std::time::Duration::from_millis(500);
+/// Most bytes after the finish.
 const MAX_LAST_LINE_BYTES: usize = 1024;
 
 impl TokenStream for SglangStream {
