@@ -87,9 +87,9 @@ pub struct Core {
     dials: u32,
     /// Incarnation of the engine's present life, or of the last one.
     incarnation: u64,
-    /// What the engine says about itself; `None` while the engine is down.
+    /// Facts that the engine tells about itself; `None` while the engine is down.
     engine: Option<EngineInfo>,
-    /// What the last life of the engine said about itself, for a Hello while the engine is down.
+    /// Facts of the engine's last life, for a Hello while the engine is down.
     known: Option<EngineInfo>,
     utilization: Utilization,
     /// Tokens that engines generated since the agent started.

@@ -18,14 +18,14 @@ pub trait Engine: Send + Sync + 'static {
     /// Stream of tokens.
     type Stream: TokenStream;
 
-    /// What the engine says about itself; read once per life. [`Engine::alive`] is the cheaper
-    /// question later.
+    /// Facts that the engine tells about itself; read once per life. [`Engine::alive`] is the
+    /// cheaper question later.
     fn info(&self) -> impl Future<Output = Result<EngineInfo, EngineError>> + Send;
 
     /// The label of the engine's weights. Answers fast, also while paused.
     fn alive(&self) -> impl Future<Output = Result<String, EngineError>> + Send;
 
-    /// How busy the engine is.
+    /// Number of requests and share of the KV cache in use.
     fn utilization(&self) -> impl Future<Output = Result<Utilization, EngineError>> + Send;
 
     /// Starts a request.
@@ -136,7 +136,7 @@ pub struct LabelSpan {
     pub end: u32,
 }
 
-/// How the engine says that a request ended.
+/// Reason of a request's end, as the engine tells it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Finish {
     /// A stop id or EOS came.
@@ -230,14 +230,14 @@ pub enum EngineError {
     },
 }
 
-/// What an engine says about itself, read once per life.
+/// Facts that an engine tells about itself, read once per life.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineInfo {
     /// Dialect and version, as in "sglang 0.5.23".
     pub kind: String,
     /// The model that the engine serves.
     pub model: pb::Model,
-    /// What the engine can do.
+    /// Abilities of the engine.
     pub caps: pb::Caps,
     /// Size of the KV cache, in tokens.
     pub kv_tokens: u64,
@@ -251,7 +251,7 @@ pub struct EngineInfo {
     pub weight_label: String,
 }
 
-/// How busy an engine is.
+/// Load of an engine.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Utilization {
     /// Requests that run.

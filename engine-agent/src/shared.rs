@@ -12,7 +12,7 @@ use tokio::task::AbortHandle;
 use crate::core::{Action, AfterChunk, Core, Event};
 use crate::engine::{AttemptId, Chunk};
 
-/// What the tasks of one agent share.
+/// State that the tasks of one agent share.
 pub struct Shared {
     /// The clock of the process.
     pub clock: Clock,

@@ -290,7 +290,7 @@ fn sources(orders: &[pb::Source]) -> Vec<SourceRef> {
     sources
 }
 
-/// Where the holder is reached; `None`, with a warning, where this version of the agent cannot.
+/// Address of the holder; `None`, with a warning, if this version of the agent cannot reach it.
 fn address(order: &pb::Source) -> Option<Address> {
     if order.dial() == pb::source::Dial::Source {
         return Some(Address::Feed(order.holder.clone()));

@@ -1,4 +1,4 @@
-//! What an engine process is told at its start, and the errors of starting one.
+//! Settings of an engine process, and the errors of starting one.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -34,7 +34,7 @@ pub struct EngineConfig {
     pub incremental: bool,
     /// Serve `POST /fault`.
     pub faults: bool,
-    /// Where to keep count of what was made, for bench and chaos runs; it outlives a kill.
+    /// File that counts the tokens made, for bench and chaos runs; the file outlives a kill.
     pub meter: Option<PathBuf>,
     /// Bearer token for everything but health, readiness and metrics.
     pub api_key: Option<String>,

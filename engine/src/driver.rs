@@ -22,7 +22,7 @@ use crate::weights::WeightsError;
 const TICK: Duration = Duration::from_millis(5);
 /// A burst of commands steps the core no oftener than this.
 const MIN_STEP: Duration = Duration::from_millis(1);
-/// How long a client may be gone before its sequence is taken out.
+/// Time after which a client that is gone loses its sequence.
 const SWEEP: Duration = Duration::from_millis(50);
 /// Chunks a connection may lag behind; then its tokens gather in the core and go out as one larger chunk.
 pub(crate) const SINK_FRAMES: usize = 4;
@@ -72,7 +72,7 @@ pub(crate) enum Fault {
     Clear,
 }
 
-/// What other threads may read at any time, also while the engine loads or stalls.
+/// Counters that other threads may read at any time, also while the engine loads or stalls.
 #[derive(Default)]
 pub(crate) struct Shared {
     pub paused: AtomicBool,
@@ -104,7 +104,7 @@ pub(crate) struct Driver<M: Model> {
     core: Core<M, Sink>,
     incremental: bool,
     commands: Receiver<Command>,
-    /// For the loading thread to say that it is done.
+    /// Sender for the loading thread, to say that the load is done.
     own_commands: SyncSender<Command>,
     shared: Arc<Shared>,
     model_path: String,
@@ -407,7 +407,7 @@ impl<M: Model> Driver<M> {
         }
     }
 
-    /// How many streams the fault touched, or may touch.
+    /// Number of streams that the fault touched, or may touch.
     fn fault(&mut self, fault: Fault) -> usize {
         let now = self.started.elapsed();
         tracing::warn!(?fault, "fault injected");

@@ -1,4 +1,4 @@
-//! What the scheduler asks of a model, and the synthetic model that answers it. Owns no queue and no clock.
+//! The interface between scheduler and model, and the synthetic model behind it. Owns no queue and no clock.
 
 use std::path::Path;
 use std::sync::Arc;

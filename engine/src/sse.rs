@@ -3,7 +3,7 @@
 
 use crate::step::{End, Mark, Seq};
 
-/// How a chunk stands in its stream.
+/// Position of a chunk in its stream.
 #[derive(Clone, Copy)]
 pub(crate) struct Shape<'a> {
     pub incremental: bool,

@@ -47,9 +47,9 @@ pub(crate) struct Seq<S> {
     pub tokens: Vec<u32>,
     pub logprobs: Vec<f32>,
     pub extras: Vec<u32>,
-    /// Where each weight version begins, over `tokens`.
+    /// Position in `tokens` at which each weight version begins.
     pub marks: Vec<Mark>,
-    /// How many of `tokens` the client was sent.
+    /// Number of `tokens` that the client was sent.
     pub sent: usize,
     pub retractions: u32,
 }
@@ -119,7 +119,7 @@ pub(crate) struct Counters {
     pub used_tokens: u64,
     pub total_tokens: u64,
     pub generated_total: u64,
-    /// Of these, for requests that stream.
+    /// Part of `generated_total` for requests that stream.
     pub streamed_total: u64,
     pub prefilled_total: u64,
     pub aborted_total: u64,
@@ -208,7 +208,7 @@ impl<M: Model, S> Core<M, S> {
         self.advance_update();
     }
 
-    /// When the next token or prefill is due; `None` while there is nothing to do before the next command.
+    /// Time at which the next token or prefill is due; `None` if there is nothing to do before the next command.
     pub fn next_due(&self, now: Duration) -> Option<Duration> {
         if let Some(until) = self.control.stall_until
             && until > now

@@ -30,7 +30,7 @@ pub enum WeightsError {
     Mismatch(String),
 }
 
-/// Where one tensor lies.
+/// Position, type and shape of one tensor in a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorEntry {
     /// The safetensors name of the type: `F32`, `BF16`, ...

@@ -10,7 +10,7 @@ use super::action::ExitReason;
 use super::life::AgentState;
 use super::timer::Timer;
 
-/// How the agent leaves.
+/// A drain: the order, its deadline, and its progress.
 ///
 /// ```text
 ///   Running ──cut, or nothing runs──► Aborting ──last terminal chunk──► Handing ──acknowledged──► exit
@@ -20,8 +20,9 @@ use super::timer::Timer;
 pub(super) struct DrainOrder {
     /// Id of the manager's order; `None` if the agent leaves on its own account.
     pub order: Option<u64>,
-    /// When the engine and the host are gone.
+    /// Time at which the engine and the host are gone.
     pub deadline: Now,
+    /// Progress.
     pub phase: DrainPhase,
 }
 
@@ -50,7 +51,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Core {
-    /// SIGTERM, or a spot notice: the manager learns of it and the drain begins at once.
+    /// Begins a drain after SIGTERM or a spot notice; the manager is told.
     pub(super) fn leave_asked(&mut self, now: Now, why: &str, within: Duration) {
         let attached = self.session.is_some();
         let preempt_in_ms = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
@@ -61,6 +62,7 @@ impl Core {
         self.begin_drain(now, None, within, why);
     }
 
+    /// Begins a drain, or brings its deadline forward.
     pub(super) fn begin_drain(
         &mut self,
         now: Now,
@@ -93,6 +95,7 @@ impl Core {
         self.cancel_unstarted(now, "draining");
     }
 
+    /// Aborts what still runs.
     pub(super) fn drain_cut(&mut self, now: Now) {
         let AgentState::Draining(drain) = self.state else { return };
         self.set_state(AgentState::Draining(DrainOrder { phase: DrainPhase::Aborting, ..drain }));
@@ -103,7 +106,8 @@ impl Core {
         self.abort_all(now, "drain");
     }
 
-    /// Every terminal chunk came? Then the last tick. Every tick arrived? Then the last word.
+    /// Takes the next step of a drain: hands the last ticks over once every terminal chunk came,
+    /// and exits once the manager has everything.
     pub(super) fn settle_drain(&mut self, now: Now) {
         let AgentState::Draining(drain) = self.state else { return };
         if drain.phase != DrainPhase::Handing {
@@ -128,6 +132,7 @@ impl Core {
         self.exit(ExitReason::Drained);
     }
 
+    /// Ends the agent with what is left.
     pub(super) fn drain_gave_up(&mut self) {
         let AgentState::Draining(drain) = &self.state else { return };
         let (running, unacknowledged_bytes) = (self.attempts.live(), self.outbox.bytes());
@@ -139,6 +144,7 @@ impl Core {
         self.exit(ExitReason::DrainCut { running, unacknowledged_bytes });
     }
 
+    /// Ends the agent at once, as the manager ordered.
     pub(super) fn leave(&mut self, order: u64) {
         self.mode_done(pb::ModeDone { order, ok: true, ..Default::default() });
         self.exit(ExitReason::Left);

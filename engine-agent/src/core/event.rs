@@ -19,7 +19,7 @@ pub enum Event {
     // The engine
     /// The engine answers, for the first time or after its death.
     EngineUp {
-        /// What the engine says about itself.
+        /// Facts that the engine tells about itself.
         info: Box<EngineInfo>,
         /// Answer to the probe; `None` if the probe failed.
         probe: Option<ProbeResult>,
@@ -37,7 +37,7 @@ pub enum Event {
     RequestEnded {
         /// The attempt of the request.
         attempt: AttemptId,
-        /// How the request ended.
+        /// Reason of the end.
         end: RequestEnd,
     },
 

@@ -10,7 +10,7 @@ use super::event::Call;
 use super::timer::Timer;
 use super::{Core, check_edge};
 
-/// Who has the engine's GPU memory.
+/// State of the engine's GPU memory.
 ///
 /// ```text
 ///   Resident ──order──► Releasing{called: no} ──idle──► Releasing{called: yes} ──► Released ──order──► Resuming
@@ -84,7 +84,7 @@ impl Core {
         self.abort_all(now, "mode switch");
     }
 
-    /// The engine may only be asked once it is idle.
+    /// Asks the engine to release its memory once the engine is idle.
     pub(super) fn settle_memory(&mut self) {
         let Memory::Releasing { order, called: false } = self.memory else { return };
         if !self.attempts.is_empty() || self.loader.is_loading() {

@@ -255,7 +255,7 @@ impl World {
         self.handle(Event::Called { call, result });
     }
 
-    /// From quiet streams to the verdict.
+    /// Answers every call of a load, from quiet streams to the verdict.
     fn load_through(&mut self, logprob: f32) {
         self.called(Call::PauseForLoad, Ok(()));
         self.called(Call::Load, Ok(()));

@@ -42,7 +42,7 @@ pub fn image_bytes(table: &Table) -> u64 {
     table.values().map(bytes).fold(0, u64::saturating_add)
 }
 
-/// What `version` has otherwise than `baseline`.
+/// Differences of `version` from `baseline`.
 pub fn differences(baseline: &Table, version: &Table) -> LayoutDiff {
     let mut diff = LayoutDiff::default();
     for (tensor, (dtype, shape)) in baseline {

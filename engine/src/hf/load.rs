@@ -1,5 +1,5 @@
-//! From safetensors to the decoder's arrays: the table of tensors that a config demands, the check against it, the
-//! conversion to f32 and to `[K, N]`. Runs away from the engine thread.
+//! Conversion of safetensors to the decoder's arrays: the table of tensors that a config demands, the check against
+//! it, the conversion to f32 and to `[K, N]`. Runs away from the engine thread.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -1,15 +1,15 @@
-//! From logits to a token: a pure function of the logits, the parameters, the seed and the position in the sequence.
-//! So a sample that goes on elsewhere, or after a retraction, takes the path that it would have taken.
+//! The choice of a token: a pure function of the logits, the parameters, the seed and the position in the sequence.
+//! So a sample that continues elsewhere, or after a retraction, takes the path that it would have taken.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use crate::model::{Made, Sampling};
 
-/// What the model knows of ends when none may be chosen.
+/// Settings of one choice, and the tokens that may not be chosen.
 pub(crate) struct Choice<'a> {
     pub sampling: &'a Sampling,
     pub seed: u64,
-    /// How many tokens stand before the one that is chosen, prompt and all.
+    /// Number of tokens before the one that is chosen, prompt included.
     pub position: u64,
     /// Tokens that may not be chosen: the ends, while `min_new_tokens` are not made.
     pub forbidden: &'a [&'a [u32]],

@@ -160,7 +160,7 @@ struct MemoryBody {
 }
 
 impl MemoryBody {
-    /// Which of (weights, kv_cache) are meant; no tags are all of them.
+    /// Parts that are meant, of (weights, kv_cache); no tags are all of them.
     fn parts(body: &Bytes) -> Result<(bool, bool), Response> {
         let body: Self = if body.is_empty() { Self::default() } else { parse(body)? };
         let Some(tags) = body.tags else { return Ok((true, true)) };

@@ -31,7 +31,7 @@ mod info;
 /// A prompt of a million tokens is about 8 MB of JSON.
 const BODY_LIMIT_BYTES: usize = 64 << 20;
 
-/// What a handler may know of the engine.
+/// Facts and senders that a handler may use.
 pub(crate) struct App {
     pub config: EngineConfig,
     pub commands: SyncSender<Command>,

@@ -262,7 +262,8 @@ async fn a_client_that_never_shakes_hands_is_dropped() {
     assert!(read.expect("the server hangs up").is_err());
 }
 
-/// What a process stopped by SIGSTOP looks like: its kernel acknowledges, it answers no ping.
+/// A peer like a process stopped by SIGSTOP: its kernel acknowledges, but the process answers no
+/// ping.
 #[tokio::test]
 async fn a_silent_http2_client_is_dropped_after_the_keepalive() {
     let run = plain().await;

@@ -50,7 +50,7 @@ pub struct LiveAttempt {
     pub attested: Option<Version>,
 }
 
-/// Where an attempt stands.
+/// State of an attempt.
 ///
 /// ```text
 ///   Waiting ──► Running ──┬─────────► Stopping ──┐

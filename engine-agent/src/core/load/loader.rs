@@ -43,7 +43,7 @@ pub struct Serving {
     pub directory: Option<PathBuf>,
 }
 
-/// What a stream brought while nothing may leave.
+/// A chunk or an end that may not leave yet.
 pub enum Withheld {
     /// A chunk.
     Tokens { attempt: AttemptId, tokens: Vec<u32>, logprobs: Vec<f32>, spans: Vec<LabelSpan> },

@@ -20,9 +20,9 @@ pub struct LoadOrder {
     pub id: u64,
     /// The version to load.
     pub to: Version,
-    /// What becomes of running samples.
+    /// Fate of running samples.
     pub on_running: OnRunning,
-    /// When the fetch must be done; `None`: no deadline.
+    /// Time by which the fetch must be done; `None`: no deadline.
     pub deadline: Option<Now>,
     /// The deadline as given, for error texts; 0: none.
     pub deadline_ms: u32,

@@ -1,4 +1,4 @@
-//! Where a load stands. Pure.
+//! The states of a load. Pure.
 
 use super::order::LoadOrder;
 use crate::core::event::StagedVersion;
