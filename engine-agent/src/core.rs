@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use anabranch_proto::address::Address;
 use anabranch_proto::pb;
-use anabranch_runtime::{Now, TimerTable};
+use anabranch_runtime::{Backoff, Now, TimerTable};
 
 use crate::engine::{EngineInfo, Utilization};
 
@@ -85,6 +85,8 @@ pub struct Core {
     next_link: u64,
     /// Number of dials since the last Welcome.
     dials: u32,
+    /// Delays between dials.
+    redial: Backoff,
     /// Incarnation of the engine's present life, or of the last one.
     incarnation: u64,
     /// Facts that the engine tells about itself; `None` while the engine is down.
@@ -118,6 +120,7 @@ const TICK: Duration = Duration::from_millis(20);
 impl Core {
     /// A core whose engine does not answer yet.
     pub fn new(config: CoreConfig) -> Core {
+        let redial = link::redial_backoff(&config.id, config.incarnation);
         Core {
             incarnation: config.incarnation,
             config,
@@ -126,6 +129,7 @@ impl Core {
             session: None,
             next_link: 1,
             dials: 0,
+            redial,
             engine: None,
             known: None,
             utilization: Utilization::default(),

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anabranch_proto::pb::{self, data_to_agent, from_agent, to_agent};
-use anabranch_runtime::Now;
+use anabranch_runtime::{Backoff, BackoffConfig, Now};
 
 use super::action::{Action, ExitReason};
 use super::event::LinkId;
@@ -61,8 +61,19 @@ impl LinkState {
 
 /// Time from a dial to its Welcome; the driver gives the link up after it.
 pub const DIAL_PATIENCE: Duration = Duration::from_secs(10);
-const FIRST_REDIAL: Duration = Duration::from_millis(100);
-const MAX_REDIAL: Duration = Duration::from_secs(5);
+
+/// Delays between dials, jittered so that a fleet does not dial a restarted manager all at once.
+const REDIAL: BackoffConfig =
+    BackoffConfig { first: Duration::from_millis(200), max: Duration::from_secs(5), factor: 2.0 };
+
+/// The series of delays of one agent. The seed is its name and life, so that a simulation
+/// reproduces.
+pub(super) fn redial_backoff(id: &str, incarnation: u64) -> Backoff {
+    let digest = blake3::hash(id.as_bytes());
+    let [a, b, c, d, e, f, g, h, ..] = *digest.as_bytes();
+    let seed = u64::from_le_bytes([a, b, c, d, e, f, g, h]) ^ incarnation;
+    Backoff::seeded(REDIAL, seed).expect("the bounds are in order")
+}
 
 impl Core {
     /// Assigns the state of the link; no other code does.
@@ -179,8 +190,8 @@ impl Core {
             self.session = None;
             self.outbox.clear();
         }
-        let backoff = FIRST_REDIAL.saturating_mul(1 << self.dials.min(10)).min(MAX_REDIAL);
-        self.timers.set(Timer::Redial, now + backoff.max(at_least));
+        let delay = self.redial.next_delay();
+        self.timers.set(Timer::Redial, now + delay.max(at_least));
     }
 
     pub(super) fn beat(&mut self, now: Now) {

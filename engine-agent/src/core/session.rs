@@ -82,6 +82,7 @@ impl Core {
         let lease = Duration::from_millis(welcome.lease_ms.into()).max(MIN_LEASE);
         self.set_link(LinkState::Joined { link, lease });
         self.dials = 0;
+        self.redial.reset();
         self.heard(now);
         self.timers.set(Timer::Beat, now + lease / 3);
         match self.session.as_ref() {

@@ -117,3 +117,14 @@ fn words_of_a_former_link_change_nothing() {
     assert_eq!(world.exit, None);
     world.start(0, 1);
 }
+
+#[test]
+fn agents_of_one_fleet_dial_a_restarted_manager_at_different_times() {
+    let redial = |id: &str| {
+        let mut backoff = super::super::link::redial_backoff(id, 1);
+        (0..4).map(|_| backoff.next_delay()).collect::<Vec<_>>()
+    };
+    assert_eq!(redial("a"), redial("a"), "a simulation reproduces");
+    assert_ne!(redial("a"), redial("b"));
+    assert!(redial("a")[0] >= Duration::from_millis(100));
+}
