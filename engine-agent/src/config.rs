@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use anabranch_proto::pb;
+use anabranch_proto::LogprobsMode;
 use anabranch_transfer::Listen;
 
 /// Settings of one agent.
@@ -37,7 +37,7 @@ pub struct AgentConfig {
     pub drain_deadline: Duration,
     /// The log-probabilities that the engine gives (`logprobs_mode` in vLLM); `None`: what the
     /// engine says, else tempered.
-    pub logprob_convention: Option<Convention>,
+    pub logprobs_mode: Option<LogprobsMode>,
     /// True if the trainer loads this engine itself (NCCL, CUDA IPC) and attests the versions.
     pub weights_by_trainer: bool,
     /// API key, for engines started with `--api-key`.
@@ -65,17 +65,6 @@ pub enum EngineSpec {
 pub struct EngineUrl {
     host: String,
     port: u16,
-}
-
-/// Logits that log-probabilities are computed from: `logprobs_mode` in vLLM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Convention {
-    /// The model's logits, before temperature and other processing.
-    Raw,
-    /// Logits divided by the temperature.
-    Tempered,
-    /// Logits after temperature and all filters.
-    Processed,
 }
 
 /// A setting that cannot be used; the message says what to write.
@@ -114,9 +103,6 @@ pub enum BadConfig {
     /// An engine id that is too long or not printable.
     #[error("engine id {0:?}: use 1 to {max} printable characters without spaces", max = anabranch_proto::limits::MAX_ID_BYTES)]
     Id(String),
-    /// An unknown `logprobs_mode`.
-    #[error("log-probability convention {0:?}: write raw, tempered or processed")]
-    Convention(String),
 }
 
 // === impl AgentConfig ===
@@ -135,7 +121,7 @@ impl AgentConfig {
             staging: PathBuf::from("/dev/shm"),
             share: true,
             drain_deadline: Duration::from_secs(30),
-            logprob_convention: None,
+            logprobs_mode: None,
             weights_by_trainer: false,
             engine_api_key: None,
             buffer_bytes: 64 << 20,
@@ -215,31 +201,6 @@ impl FromStr for EngineUrl {
 impl fmt::Display for EngineUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "http://{}", self.authority())
-    }
-}
-
-// === impl Convention ===
-
-impl From<Convention> for pb::Convention {
-    fn from(convention: Convention) -> Self {
-        match convention {
-            Convention::Raw => pb::Convention::Raw,
-            Convention::Tempered => pb::Convention::Tempered,
-            Convention::Processed => pb::Convention::Processed,
-        }
-    }
-}
-
-impl FromStr for Convention {
-    type Err = BadConfig;
-
-    fn from_str(text: &str) -> Result<Convention, BadConfig> {
-        match text {
-            "raw" => Ok(Convention::Raw),
-            "tempered" => Ok(Convention::Tempered),
-            "processed" => Ok(Convention::Processed),
-            other => Err(BadConfig::Convention(other.to_owned())),
-        }
     }
 }
 

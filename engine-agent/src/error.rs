@@ -33,9 +33,9 @@ pub enum AgentError {
     /// The job wants another `logprobs_mode` than the engine offers.
     #[error(
         "the job wants log-probabilities by {wanted}, this engine gives {offered}; start it otherwise \
-         (SGLang: SGLANG_RETURN_ORIGINAL_LOGPROB=1 gives raw ones) and say so with --logprob-convention"
+         (SGLang: SGLANG_RETURN_ORIGINAL_LOGPROB=1 gives raw ones) and say so with --logprobs-mode"
     )]
-    Convention {
+    LogprobsMode {
         /// The mode that the job wants.
         wanted: String,
         /// The modes that the engine offers.
@@ -75,7 +75,7 @@ impl AgentError {
             AgentError::Staging(_) | AgentError::Listen(_) => Exit::CannotCreate.code(),
             AgentError::Start(_) => Exit::Unavailable.code(),
             AgentError::Refused(_) => Exit::NoPermission.code(),
-            AgentError::Convention { .. } => Exit::Usage.code(),
+            AgentError::LogprobsMode { .. } => Exit::Usage.code(),
             AgentError::Unverified(_) => Exit::Data.code(),
             AgentError::DrainCut { .. } | AgentError::Stuck { .. } => Exit::TryAgain.code(),
         }

@@ -25,8 +25,9 @@ mod shared;
 mod watch;
 mod weights;
 
+pub use anabranch_proto::LogprobsMode;
 pub use anabranch_transfer::{LinkKind, Listen};
-pub use config::{AgentConfig, BadConfig, Convention, EngineSpec, EngineUrl};
+pub use config::{AgentConfig, BadConfig, EngineSpec, EngineUrl};
 pub use error::AgentError;
 
 use std::sync::Arc;
@@ -66,7 +67,7 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> Result<(),
     };
     let id = config.id.clone().unwrap_or_else(|| format!("{}-{}", host_name(), url.port()));
     let api_key = config.engine_api_key.clone();
-    let engine = Sglang::new(&url, api_key, config.logprob_convention);
+    let engine = Sglang::new(&url, api_key, config.logprobs_mode);
     run_with(&config, id, engine, launch, &url.to_string(), shutdown).await
 }
 
@@ -234,8 +235,8 @@ fn outcome(exit: ExitReason) -> Result<(), AgentError> {
             Err(AgentError::DrainCut { running, unacknowledged_bytes })
         }
         ExitReason::Refused { why } => Err(AgentError::Refused(why)),
-        ExitReason::Convention { wanted, offered } => {
-            Err(AgentError::Convention { wanted, offered })
+        ExitReason::LogprobsMode { wanted, offered } => {
+            Err(AgentError::LogprobsMode { wanted, offered })
         }
         ExitReason::Unverified { why } => Err(AgentError::Unverified(why)),
     }

@@ -445,7 +445,7 @@ async fn a_stop_ends_one_sample_and_a_newer_attempt_ends_the_older_silently() {
 }
 
 #[tokio::test]
-async fn a_convention_that_the_engine_cannot_give_ends_the_agent_with_the_way_out() {
+async fn a_logprobs_mode_that_the_engine_cannot_give_ends_the_agent_with_the_way_out() {
     let engine = TestEngine::start(|_| {}).await;
     let mut manager = TestManager::start().await;
     let agent = TestAgent::start(manager.addr, engine.addr, |_| {});
@@ -453,8 +453,8 @@ async fn a_convention_that_the_engine_cannot_give_ends_the_agent_with_the_way_ou
         .welcome_only(pb::Welcome { convention: pb::Convention::Raw.into(), ..welcome(1) })
         .await;
     let error = agent.ended().await.expect_err("refused");
-    assert!(matches!(error, AgentError::Convention { .. }), "{error}");
-    assert!(error.to_string().contains("--logprob-convention"));
+    assert!(matches!(error, AgentError::LogprobsMode { .. }), "{error}");
+    assert!(error.to_string().contains("--logprobs-mode"));
 }
 
 #[tokio::test]

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anabranch_agent::config::{AgentConfig, BadConfig, Convention, EngineSpec};
-use anabranch_agent::{LinkKind, Listen};
+use anabranch_agent::config::{AgentConfig, BadConfig, EngineSpec};
+use anabranch_agent::{LinkKind, Listen, LogprobsMode};
 use anabranch_runtime::Exit;
 use anabranch_runtime::signal::ShutdownSignals;
 use tokio_util::sync::CancellationToken;
@@ -51,8 +51,8 @@ pub struct Args {
     #[arg(long, default_value_t = 30)]
     drain_deadline: u64,
     /// raw, tempered or processed, where the engine itself cannot say [default: what it says, else tempered]
-    #[arg(long)]
-    logprob_convention: Option<Convention>,
+    #[arg(long, alias = "logprob-convention")]
+    logprobs_mode: Option<LogprobsMode>,
     /// The trainer loads this engine itself (NCCL, CUDA IPC) and attests the versions
     #[arg(long)]
     weights_by_trainer: bool,
@@ -122,7 +122,7 @@ impl Args {
             staging: self.staging,
             share: !self.no_sharing,
             drain_deadline: Duration::from_secs(self.drain_deadline),
-            logprob_convention: self.logprob_convention,
+            logprobs_mode: self.logprobs_mode,
             weights_by_trainer: self.weights_by_trainer,
             engine_api_key: self.engine_api_key,
             buffer_bytes: self.buffer_mib.map_or(base.buffer_bytes, |mib| mib << 20),

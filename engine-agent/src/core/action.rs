@@ -131,8 +131,8 @@ pub enum ExitReason {
         /// Reason in words.
         why: String,
     },
-    /// The job wants a convention that this engine does not give.
-    Convention {
+    /// The job wants another `logprobs_mode` than this engine gives.
+    LogprobsMode {
         /// The mode that the job wants.
         wanted: String,
         /// The modes that the engine offers.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anabranch_proto::pb::{self, from_agent};
-use anabranch_proto::{SampleId, protocol};
+use anabranch_proto::{LogprobsMode, SampleId, protocol};
 use anabranch_runtime::Now;
 
 use super::action::{Action, ExitReason};
@@ -76,7 +76,7 @@ impl Core {
             tracing::warn!("a second Welcome on one link: ignored");
             return;
         }
-        if !self.convention_fits(&welcome) {
+        if !self.logprobs_mode_fits(&welcome) {
             return;
         }
         let lease = Duration::from_millis(welcome.lease_ms.into()).max(MIN_LEASE);
@@ -96,17 +96,18 @@ impl Core {
         self.act(Action::Bind { link, session: welcome.session });
     }
 
-    fn convention_fits(&mut self, welcome: &pb::Welcome) -> bool {
+    fn logprobs_mode_fits(&mut self, welcome: &pb::Welcome) -> bool {
         let Some(engine) = &self.engine else { return true };
         let offered = &engine.caps.logprob_conventions;
         if welcome.convention == 0 || offered.contains(&welcome.convention) {
             return true;
         }
-        let name = |value: i32| {
-            pb::Convention::try_from(value).map_or("unknown", |c| c.as_str_name()).to_owned()
+        let name = |code: i32| {
+            let mode = LogprobsMode::from_wire("logprobs mode", code).ok().flatten();
+            mode.map_or("unknown", LogprobsMode::name).to_owned()
         };
         let offered = offered.iter().map(|value| name(*value)).collect::<Vec<_>>().join(", ");
-        self.exit(ExitReason::Convention { wanted: name(welcome.convention), offered });
+        self.exit(ExitReason::LogprobsMode { wanted: name(welcome.convention), offered });
         false
     }
 

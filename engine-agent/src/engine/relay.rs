@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
-use anabranch_proto::pb;
+use anabranch_proto::{LogprobsMode, pb};
 
 use super::{
     Chunk, Engine, EngineError, EngineInfo, Finish, Generate, StreamError, TokenStream, Utilization,
@@ -32,11 +32,10 @@ impl Engine for Relay {
     type Stream = Nothing;
 
     async fn info(&self) -> Result<EngineInfo, EngineError> {
-        let conventions =
-            [pb::Convention::Raw, pb::Convention::Tempered, pb::Convention::Processed];
+        let modes = LogprobsMode::ALL.iter().map(|mode| pb::Convention::from(*mode).into());
         let caps = pb::Caps {
             seed_keying: pb::caps::SeedKeying::None.into(),
-            logprob_conventions: conventions.map(Into::into).to_vec(),
+            logprob_conventions: modes.collect(),
             ..pb::Caps::default()
         };
         Ok(EngineInfo {

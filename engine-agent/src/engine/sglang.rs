@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use anabranch_proto::LogprobsMode;
 use bytes::Bytes;
 use hyper::Method;
 use serde::{Deserialize, Serialize};
@@ -14,7 +15,7 @@ use self::http::{HttpError, Pool, Reply};
 use super::{
     Chunk, Engine, EngineError, EngineInfo, Generate, StreamError, TokenStream, Utilization,
 };
-use crate::config::{Convention, EngineUrl};
+use crate::config::EngineUrl;
 
 /// Chunks of a stream.
 pub mod chunk;
@@ -29,17 +30,21 @@ pub use stream::SglangStream;
 /// One SGLang server.
 pub struct Sglang {
     pool: Pool,
-    convention: Option<Convention>,
+    logprobs_mode: Option<LogprobsMode>,
     /// True if chunks carry only new tokens; known after [`Engine::info`].
     incremental: AtomicBool,
 }
 
 impl Sglang {
     /// A client for the server at `url`.
-    pub fn new(url: &EngineUrl, api_key: Option<String>, convention: Option<Convention>) -> Sglang {
+    pub fn new(
+        url: &EngineUrl,
+        api_key: Option<String>,
+        logprobs_mode: Option<LogprobsMode>,
+    ) -> Sglang {
         Sglang {
             pool: Pool::new(url.authority(), api_key),
-            convention,
+            logprobs_mode,
             incremental: AtomicBool::new(true),
         }
     }
@@ -102,7 +107,7 @@ impl Engine for Sglang {
         let server = self.get("server_info", "/server_info").await?;
         // Older servers do not have this call.
         let loads = self.get("v1/loads", "/v1/loads?include=core").await.ok();
-        let info = info::parse(&model, &server, loads.as_deref(), self.convention)?;
+        let info = info::parse(&model, &server, loads.as_deref(), self.logprobs_mode)?;
         self.incremental.store(info.incremental, Ordering::Relaxed);
         Ok(info)
     }

@@ -3,17 +3,16 @@
 
 use std::path::{Path, PathBuf};
 
-use anabranch_proto::pb;
+use anabranch_proto::{LogprobsMode, pb};
 use serde::Deserialize;
 
-use crate::config::Convention;
 use crate::engine::{EngineError, EngineInfo, Utilization};
 
 pub(super) fn parse(
     model: &[u8],
     server: &[u8],
     loads: Option<&[u8]>,
-    convention: Option<Convention>,
+    mode: Option<LogprobsMode>,
 ) -> Result<EngineInfo, EngineError> {
     let model: ModelInfo = json("model_info", model)?;
     let server: ServerInfo = json("server_info", server)?;
@@ -28,7 +27,7 @@ pub(super) fn parse(
             true => server.version.clone(),
             false => format!("sglang {}", server.version),
         },
-        caps: caps(&server, embedded, convention),
+        caps: caps(&server, embedded, mode),
         kv_tokens: server.max_total_num_tokens.unwrap_or_else(|| capacity.kv_tokens()),
         max_running: server.max_running_requests.unwrap_or_else(|| capacity.max_running()),
         model: pb::Model {
@@ -49,7 +48,7 @@ pub(super) fn parse(
 /// Start of the embedded engine's version text.
 const EMBEDDED: &str = "anabranch-engine";
 
-fn caps(server: &ServerInfo, embedded: bool, convention: Option<Convention>) -> pb::Caps {
+fn caps(server: &ServerInfo, embedded: bool, mode: Option<LogprobsMode>) -> pb::Caps {
     use pb::caps::SeedKeying;
     // Without deterministic inference SGLang ignores the seed.
     let keying = match embedded || server.enable_deterministic_inference {
@@ -57,12 +56,12 @@ fn caps(server: &ServerInfo, embedded: bool, convention: Option<Convention>) -> 
         false => SeedKeying::None,
     };
     let said = match server.return_original_logprob {
-        true => Convention::Raw,
-        false => Convention::Tempered,
+        true => LogprobsMode::Raw,
+        false => LogprobsMode::Tempered,
     };
     pb::Caps {
         seed_keying: keying.into(),
-        logprob_conventions: vec![pb::Convention::from(convention.unwrap_or(said)).into()],
+        logprob_conventions: vec![pb::Convention::from(mode.unwrap_or(said)).into()],
         spans: true,
         pause_modes: ["abort", "retract", "in_place"].map(str::to_owned).into(),
         release_memory: server.enable_memory_saver,
