@@ -106,9 +106,8 @@ fn one(args: &CoreArgs, engines: usize, chunk: u32, seconds: f64) -> anyhow::Res
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_small_fleet_gives_a_report_with_every_kind_of_event() {
-        let args = CoreArgs {
+    fn small() -> CoreArgs {
+        CoreArgs {
             engines: vec![5, 10],
             report: None,
             seconds: 1.0,
@@ -120,8 +119,12 @@ mod tests {
             cpu_limit: None,
             seed: 1,
             gate: false,
-        };
-        let runs = measure(&args).expect("the core takes what the bench gives it");
+        }
+    }
+
+    #[test]
+    fn a_small_fleet_gives_a_report_with_every_kind_of_event() {
+        let runs = measure(&small()).expect("the core takes what the bench gives it");
         let large = &runs.fleets[1];
         assert!(large.running_samples >= 256, "{} of 320 run", large.running_samples);
         assert!(large.queued_groups >= 400, "{}", large.queued_groups);
@@ -131,7 +134,6 @@ mod tests {
             "facts, some finished",
             "facts, some ended",
             "engine lost",
-            "version sealed",
             "version made current",
             "mode requested",
             "mode reported",
@@ -145,5 +147,17 @@ mod tests {
             assert!(report.figures.iter().any(|figure| figure.id == id), "no {id}");
         }
         assert!(judge::table(&runs).contains("engine beat"));
+    }
+
+    #[test]
+    fn a_seed_gives_the_same_events_and_visits_again() {
+        let counts = |run: &Measured| -> Vec<_> {
+            run.rows.iter().map(|row| (row.kind, row.count, row.visited, row.moved)).collect()
+        };
+        let args = CoreArgs { rate_seconds: 0.0, ..small() };
+        let [once, again] = [(); 2].map(|()| measure(&args).expect("it runs").fleets);
+        for (once, again) in once.iter().zip(&again) {
+            assert_eq!(counts(once), counts(again));
+        }
     }
 }

@@ -12,6 +12,8 @@ use crate::{procfs, progress};
 
 /// The fleet must be full by then, in virtual milliseconds.
 const FILL_MS: u64 = 60_000;
+/// Two chunks of every sample: leaders that had ended before the run began are gone, their siblings run.
+const SETTLE_MS: u64 = 160;
 /// Half a minute of the window: a version, three mode switches.
 const PERIOD_MS: u64 = 30_000;
 const REPORT_EVERY_MS: u64 = 1000;
@@ -119,6 +121,8 @@ fn fill(world: &mut World) -> anyhow::Result<()> {
         world.input(request);
     }
     until(world, "every seat is taken", |world| world.running() * 100 >= seats * 99)?;
+    let settled = world.ms() + SETTLE_MS;
+    until(world, "leaders of old groups have ended", |world| world.ms() >= settled)?;
     world.end_first_wave();
     while let Some(request) = world.trainer.top_up(world.scale.queued) {
         world.input(request);

@@ -185,6 +185,11 @@ impl Row {
     pub fn looked(&self) -> f64 {
         (self.visited - self.moved).max(0.0)
     }
+
+    /// Visits for each entity that an event moved, and one for the event itself.
+    pub fn per_moved(&self) -> f64 {
+        self.visited / (1.0 + self.moved)
+    }
 }
 
 #[cfg(test)]
