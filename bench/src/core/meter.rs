@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use anabranch_manager::core::Core;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
@@ -16,11 +15,6 @@ pub const STATE: &str = "page of state";
 pub const LOSS: &str = "engine lost";
 /// Row of the event in which a version became current.
 pub const CURRENT: &str = "version made current";
-
-/// Engines, samples, groups and queue places that the core has looked at since its start.
-pub fn visited(_core: &Core) -> u64 {
-    0
-}
 
 /// CPU time that this thread has used.
 pub fn cpu_ns() -> u64 {

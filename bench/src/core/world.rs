@@ -224,12 +224,12 @@ impl World {
         let mut kind = Kind { event: events::kind(&event), waiting: self.trainer.waiting };
         let brought = events::brings(&event);
         let mut actions = std::mem::take(&mut self.actions);
-        let visited = meter::visited(&self.core);
+        let visited = self.core.visited();
         let from = meter::cpu_ns();
         self.core.handle(self.now, event);
         actions.extend(std::iter::from_fn(|| self.core.poll_action()));
         let ns = self.meter.since(from);
-        let visited = meter::visited(&self.core) - visited;
+        let visited = self.core.visited() - visited;
         let moved = actions::moved(&actions);
         if moved.current {
             kind.event = meter::CURRENT;
@@ -244,12 +244,12 @@ impl World {
     }
 
     fn page(&mut self) {
-        let visited = meter::visited(&self.core);
+        let visited = self.core.visited();
         let from = meter::cpu_ns();
         let page = self.core.state(self.now);
         let ns = self.meter.since(from);
         drop(page);
-        let visited = meter::visited(&self.core) - visited;
+        let visited = self.core.visited() - visited;
         let kind = Kind { event: meter::STATE, waiting: self.trainer.waiting };
         self.meter.saw(kind, Sight { ns, visited, moved: 0 });
     }
