@@ -4,11 +4,13 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-/// Which of `len` chunks are in the set.
+use fixedbitset::FixedBitSet;
+
+/// A set of chunks of one image, by their indices. What lies beyond the image's last chunk is never in it.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct ChunkSet {
-    words: Vec<u64>,
-    len: u32,
+    bits: FixedBitSet,
+    /// How many bits are set: asked for at every chunk.
     count: u32,
 }
 
@@ -23,94 +25,98 @@ pub struct Ledger {
 // === impl ChunkSet ===
 
 impl ChunkSet {
+    /// No chunk of an image of `len` chunks.
     pub fn empty(len: u32) -> ChunkSet {
-        ChunkSet { words: vec![0; len.div_ceil(64) as usize], len, count: 0 }
+        ChunkSet { bits: FixedBitSet::with_capacity(len as usize), count: 0 }
     }
 
+    /// All chunks of an image of `len` chunks.
     pub fn full(len: u32) -> ChunkSet {
         let mut set = ChunkSet::empty(len);
         set.insert_range(0..len);
         set
     }
 
+    /// The number of chunks of the image.
     pub fn len(&self) -> u32 {
-        self.len
+        self.bits.len() as u32
     }
 
+    /// True if no chunk is in the set.
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
 
+    /// The number of chunks in the set.
     pub fn count(&self) -> u32 {
         self.count
     }
 
+    /// True if every chunk of the image is in the set.
     pub fn is_full(&self) -> bool {
-        self.count == self.len
+        self.count == self.len()
     }
 
+    /// True if the chunk is in the set.
     pub fn contains(&self, index: u32) -> bool {
-        index < self.len && self.words[index as usize / 64] >> (index % 64) & 1 == 1
+        self.bits.contains(index as usize)
     }
 
-    /// True if it was absent.
+    /// Adds a chunk. Returns true if it was absent; ignores one beyond the end.
     pub fn insert(&mut self, index: u32) -> bool {
-        let absent = index < self.len && !self.contains(index);
-        if absent {
-            self.words[index as usize / 64] |= 1 << (index % 64);
-            self.count += 1;
-        }
+        let absent = index < self.len() && !self.bits.put(index as usize);
+        self.count += u32::from(absent);
         absent
     }
 
-    /// True if it was present.
+    /// Takes a chunk out. Returns true if it was present.
     pub fn remove(&mut self, index: u32) -> bool {
         let present = self.contains(index);
         if present {
-            self.words[index as usize / 64] &= !(1 << (index % 64));
+            self.bits.remove(index as usize);
             self.count -= 1;
         }
         present
     }
 
-    /// Ignores what lies beyond the end.
+    /// Adds a run of chunks; ignores what lies beyond the end.
     pub fn insert_range(&mut self, range: Range<u32>) {
-        for index in range.start..range.end.min(self.len) {
-            self.insert(index);
+        let end = range.end.min(self.len());
+        if range.start < end {
+            let run = range.start as usize..end as usize;
+            self.count += self.bits.count_zeroes(run.clone()) as u32;
+            self.bits.insert_range(run);
         }
     }
 
+    /// Adds the chunks of `other`; ignores those beyond the end.
     pub fn union(&mut self, other: &ChunkSet) {
-        for (word, theirs) in self.words.iter_mut().zip(&other.words) {
-            *word |= theirs;
+        if other.len() > self.len() {
+            for index in other.iter() {
+                self.insert(index);
+            }
+        } else {
+            self.bits.union_with(&other.bits);
+            self.count = self.bits.count_ones(..) as u32;
         }
-        if let (Some(last), 1..) = (self.words.last_mut(), self.len % 64) {
-            *last &= (1 << (self.len % 64)) - 1;
-        }
-        self.count = self.words.iter().map(|w| w.count_ones()).sum();
     }
 
+    /// The chunks, in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        self.words.iter().enumerate().flat_map(|(at, &word)| {
-            let mut rest = word;
-            std::iter::from_fn(move || {
-                let bit = (rest != 0).then(|| rest.trailing_zeros())?;
-                rest &= rest - 1;
-                Some(at as u32 * 64 + bit)
-            })
-        })
+        self.bits.ones().map(|index| index as u32)
     }
 
     /// The first chunk at or after `from`, then from the start, that is in `self` and in `other`.
     pub fn first_common(&self, other: &ChunkSet, from: u32) -> Option<u32> {
-        let words = self.words.len().min(other.words.len());
+        let (ours, theirs) = (self.bits.as_slice(), other.bits.as_slice());
+        let words = ours.len().min(theirs.len());
         if words == 0 {
             return None;
         }
-        let start = (from as usize / 64) % words;
-        let common = |at: usize| self.words[at] & other.words[at];
-        let pick = |at: usize, word: u64| at as u32 * 64 + word.trailing_zeros();
-        let head = common(start) & (u64::MAX << (from % 64));
+        let start = (from / usize::BITS) as usize % words;
+        let common = |at: usize| ours[at] & theirs[at];
+        let pick = |at: usize, word: usize| at as u32 * usize::BITS + word.trailing_zeros();
+        let head = common(start) & (usize::MAX << (from % usize::BITS));
         if head != 0 {
             return Some(pick(start, head));
         }

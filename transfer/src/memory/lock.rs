@@ -1,7 +1,7 @@
 //! A directory that belongs to one process at a time, told by a locked file in it. The file says who has
 //! it, for the one who finds it taken; the lock itself is the kernel's and ends with the process.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -27,11 +27,10 @@ impl DirLock {
         loop {
             let mut file =
                 File::options().create(true).truncate(false).read(true).write(true).open(path)?;
-            let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
-            match rustix::fs::flock(&file, exclusive) {
+            match file.try_lock() {
                 Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => return Err(taken(file)),
-                Err(error) => return Err(io::Error::from(error).into()),
+                Err(TryLockError::WouldBlock) => return Err(taken(file)),
+                Err(TryLockError::Error(error)) => return Err(error.into()),
             }
             // Its last owner may have removed it between our open and our lock.
             if std::fs::metadata(path).is_ok_and(|now| is_same(&now, &file)) {
@@ -48,7 +47,7 @@ impl Drop for DirLock {
     /// Closing alone would leave it locked while a child that this process has just forked still has the
     /// descriptor.
     fn drop(&mut self) {
-        rustix::fs::flock(&self.file, rustix::fs::FlockOperation::Unlock).ok();
+        self.file.unlock().ok();
     }
 }
 

@@ -1,10 +1,12 @@
 //! Which processes still map a file: the kernel's word on whether an engine is done with old weights.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, MutexGuard};
+
+use procfs::process::MemoryMap;
 
 /// A process that maps the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,40 +25,24 @@ static LENDING: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
 /// Every visible process that maps `file`, other than this process's mapping at `own_address` and those
 /// that lend. Processes of other users and other pid namespaces may be invisible, so this comes on top of "the
 /// next load returned", never instead of it.
-pub(crate) fn mappers(file: &fs::File, own_address: usize) -> io::Result<Vec<Mapper>> {
+pub(crate) fn mappers(file: &File, own_address: usize) -> io::Result<Vec<Mapper>> {
     let meta = file.metadata()?;
-    let dev = meta.dev();
-    let device = format!("{:02x}:{:02x}", rustix::fs::major(dev), rustix::fs::minor(dev));
-    let inode = meta.ino().to_string();
-    let mut found = Vec::new();
-    let mut own = lending().clone();
+    let device = (rustix::fs::major(meta.dev()) as i32, rustix::fs::minor(meta.dev()) as i32);
+    let (mut own, none) = (lending().clone(), BTreeSet::new());
     own.insert(own_address);
-    let none = BTreeSet::new();
-    for entry in fs::read_dir("/proc")? {
-        let Ok(entry) = entry else { continue };
-        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else {
-            continue;
-        };
-        // It ended meanwhile, or is not ours to look at.
-        let Ok(maps) = fs::read_to_string(entry.path().join("maps")) else { continue };
+    let mut found = Vec::new();
+    // A process that ended meanwhile, or is not ours to look at, has nothing to say.
+    for process in procfs::process::all_processes().map_err(io::Error::other)?.flatten() {
+        let Ok(maps) = process.maps() else { continue };
+        let pid = process.pid() as u32;
         let own = if pid == std::process::id() { &own } else { &none };
-        if maps.lines().any(|line| names(line, &device, &inode, own)) {
-            let command = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-            found.push(Mapper { pid, command: command.trim().to_owned() });
+        let is_it = |map: &MemoryMap| map.inode == meta.ino() && map.dev == device;
+        if maps.iter().any(|map| is_it(map) && !own.contains(&(map.address.0 as usize))) {
+            let command = process.stat().map(|stat| stat.comm).unwrap_or_default();
+            found.push(Mapper { pid, command });
         }
     }
     Ok(found)
-}
-
-/// `address perms offset dev inode path`
-fn names(line: &str, device: &str, inode: &str, own: &BTreeSet<usize>) -> bool {
-    let mut fields = line.split_ascii_whitespace();
-    let (address, dev_field) = (fields.next().unwrap_or(""), fields.nth(2));
-    if dev_field != Some(device) || fields.next() != Some(inode) {
-        return false;
-    }
-    let start = address.split('-').next().and_then(|a| usize::from_str_radix(a, 16).ok());
-    start.is_none_or(|start| !own.contains(&start))
 }
 
 fn lending() -> MutexGuard<'static, BTreeSet<usize>> {

@@ -22,6 +22,7 @@ use anabranch_proto::version::{Root, Version};
 use crate::image::blob::Stamp;
 use crate::image::chunks::{ChunkSet, Ledger};
 use crate::memory::home;
+use crate::memory::lock::{DirLock, LockError};
 use crate::memory::map::SharedMap;
 use crate::memory::mappers::{Mapper, mappers};
 
@@ -46,7 +47,7 @@ pub struct Staging {
 struct Shared {
     root: PathBuf,
     /// Locked while this process lives.
-    _lock: File,
+    _lock: DirLock,
     slots: Mutex<[Slot; SLOTS]>,
     /// Whether other agents of this host may have a slot's memory.
     shared: AtomicBool,
@@ -85,8 +86,10 @@ struct Memory {
 pub enum StageError {
     #[error("cannot use {path} for staging: {error}")]
     Io { path: PathBuf, error: io::Error },
-    #[error("{path} is in use by another agent; give each agent on a host its own name")]
-    Locked { path: PathBuf },
+    #[error(
+        "{path} is the staging area of another agent: {error}; give each agent on a host its own name"
+    )]
+    Locked { path: PathBuf, error: LockError },
     #[error(
         "{path} is too small: a version needs {need} bytes more there, {free} of {size} are free. In a \
          container start it with a larger --shm-size (Docker) or mount an emptyDir with medium: \
@@ -115,18 +118,10 @@ impl Staging {
         let root = shm.join(name);
         let failed = |error| StageError::Io { path: root.clone(), error };
         fs::create_dir_all(&root).map_err(failed)?;
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(root.join("lock"))
-            .map_err(failed)?;
-        let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
-        match rustix::fs::flock(&lock, exclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StageError::Locked { path: root }),
-            Err(error) => return Err(failed(error.into())),
-        }
+        let lock = DirLock::take(&root.join("lock"), "agent").map_err(|error| match error {
+            LockError::Io(error) => failed(error),
+            error => StageError::Locked { path: root.clone(), error },
+        })?;
         for entry in fs::read_dir(&root).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             if path.is_dir() {
