@@ -29,7 +29,7 @@ const MAX_ADDRESS_BYTES: usize = 256;
 #[derive(Debug)]
 pub(crate) struct Endpoint {
     domain: Arc<Domain>,
-    /// As in the domain, where the provider wants regions by endpoint.
+    /// Registered memory like the domain's, for providers that want regions by endpoint.
     locals: Vec<Local>,
     opened: Option<Arc<Opened>>,
 }
@@ -67,7 +67,7 @@ struct Region {
 
 #[derive(Debug)]
 struct Local {
-    /// Which mapping: its address and length, and the file while somebody has it.
+    /// Address of the mapping; with its length and its file, if somebody has it, it names the mapping.
     at: usize,
     len: u64,
     file: Weak<File>,
@@ -89,11 +89,11 @@ pub(crate) struct Lent {
     region: Region,
     _map: Arc<ReadMap>,
     _domain: Arc<Domain>,
-    /// What peers call its first byte.
+    /// Address of the first byte as peers name it.
     base: u64,
 }
 
-/// What a read came to since the last look.
+/// Progress of a read since the last look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pulse {
     Moved,
@@ -102,7 +102,7 @@ pub(crate) enum Pulse {
     HungUp,
 }
 
-/// What the fabric said.
+/// An error of the fabric.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{provider}: {text}")]
 pub(crate) struct FabricError {
@@ -111,7 +111,7 @@ pub(crate) struct FabricError {
     pub(crate) text: String,
 }
 
-/// That the library is there.
+/// Loads libfabric.
 pub(crate) fn load() -> Result<(), FabricError> {
     let mut error = RawError::default();
     // SAFETY: only writes the error.
@@ -146,7 +146,7 @@ impl Endpoint {
         FabricError { provider: self.domain.facts.provider(), code: 0, text }
     }
 
-    /// For peers; only those with the same address format can use it.
+    /// The endpoint's address; only peers with the same address format can use it.
     pub(crate) fn address(&self) -> Result<Vec<u8>, FabricError> {
         let mut address = vec![0u8; MAX_ADDRESS_BYTES];
         let (mut len, mut error) = (address.len(), RawError::default());
@@ -168,7 +168,7 @@ impl Endpoint {
         if code == 0 { Ok(Peer(peer)) } else { Err(self.domain.failed(&error)) }
     }
 
-    /// For lending while another thread serves.
+    /// A lender, which lends memory while another thread serves the endpoint.
     pub(crate) fn lender(&self) -> Result<Lender, FabricError> {
         let opened = self.opened.clone().ok_or_else(|| self.closed())?;
         Ok(Lender { domain: Arc::clone(&self.domain), opened })
@@ -353,7 +353,7 @@ impl Lender {
 // === impl Lent ===
 
 impl Lent {
-    /// Where peers find the byte at `offset`.
+    /// Address and key with which peers read from the byte at `offset` on.
     pub(crate) fn remote(&self, offset: u64) -> Remote {
         // SAFETY: an open region.
         let key = unsafe { raw::fabric_region_key(self.region.raw.as_ptr()) };

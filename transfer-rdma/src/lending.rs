@@ -1,4 +1,4 @@
-//! What a source lends over the fabric: each file mapped once, registered for as long as its memory
+//! Memory that a source lends over the fabric: each file mapped once, registered for as long as its memory
 //! belongs to one version. Owns the endpoint that peers read from and the thread that serves it.
 //!
 //! ```text
@@ -21,13 +21,13 @@ use crate::fabric::{self, Domain, Endpoint, Lender, Lent, ReadMap, Remote};
 
 /// New connections wake nobody in some providers: they wait for so long.
 const SERVE_TICK: Duration = Duration::from_millis(20);
-/// How late a key becomes void after its memory changed hands.
+/// Time until a key becomes void after its memory changed hands.
 const SWEEP_EVERY: Duration = Duration::from_millis(100);
 
 /// The endpoints of a listener, one per interface that receivers come in by.
 #[derive(Debug, Default)]
 pub(crate) struct Lendings {
-    /// As many as the host has interfaces.
+    /// Endpoints by interface; as many as the host has interfaces.
     open: Mutex<BTreeMap<IpAddr, Arc<Lending>>>,
 }
 
@@ -44,7 +44,7 @@ pub(crate) struct Lending {
 struct Shared {
     lender: Lender,
     closing: AtomicBool,
-    /// By device and inode. Bounded by the files that the holder lends: two slots and a delta each.
+    /// Mapped files by device and inode. Bounded by the files that the holder lends: two slots and a delta each.
     files: Mutex<BTreeMap<(u64, u64), Mapped>>,
 }
 
@@ -59,7 +59,7 @@ struct Mapped {
     map: Arc<ReadMap>,
 }
 
-/// How receivers reach an endpoint.
+/// Address by which receivers reach an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SourceAddress {
     pub(crate) format: u32,
@@ -112,12 +112,12 @@ impl Lending {
         Ok(Lending { shared, address, probe, thread: Some(thread) })
     }
 
-    /// Where a new peer reads the address once more, and the address.
+    /// Address and key with which a new peer reads the address once more, and the address.
     pub(crate) fn introduction(&self) -> (Remote, Vec<u8>) {
         (self.probe.remote(0), self.address.clone())
     }
 
-    /// Where the byte at `offset` of the blob's file is for peers.
+    /// Address and key with which peers read the blob's file from `offset` on.
     pub(crate) fn lend(&self, blob: &Blob, offset: u64) -> Result<Remote, LinkError> {
         self.shared.lend(blob, offset)
     }

@@ -3,9 +3,9 @@
 //! ```text
 //!   receiver                           source
 //!   Hi{grant} ───────────────────────►  admitted?
-//!             ◄─────────── Welcome, Place{probe, address}      a read of the probe: the fabric works
+//!             ◄─────────── Welcome, Remote{probe, address}      a read of the probe: the fabric works
 //!   Want{i} ─────────────────────────►
-//!             ◄─────────── Chunk{i}, Place{at, key}
+//!             ◄─────────── Chunk{i}, Remote{at, key}
 //!   fi_read ═════════════════════════  the file's memory, no thread of the source needed
 //!   Taken{i} ────────────────────────►
 //! ```
@@ -31,7 +31,7 @@ use anabranch_transfer::wire::{Message, WireError};
 use crate::fabric::{self, Domain, Endpoint, FabricError, Peer, Pulse, Remote};
 use crate::lending::{Lending, Lendings, SourceAddress};
 
-/// What a receiver sends first, before any message.
+/// Bytes that a receiver sends first, before any message.
 const HELLO: &[u8; 4] = b"RDMA";
 const _: () = assert!(HELLO[0] == RDMA_FIRST_BYTE);
 
@@ -59,7 +59,7 @@ struct LendingLink {
     /// Chunks announced and not yet read.
     unread: u32,
     patience: Duration,
-    /// What it was when a chunk was last announced.
+    /// The patience at the time when a chunk was last announced.
     bulk_patience: Duration,
 }
 
@@ -98,8 +98,8 @@ impl ReadingLink {
     /// After the first welcome: makes the source known and reads its probe, so that a fabric that does not
     /// work is found here, where another address can still be tried.
     fn introduce(&mut self) -> Result<(), LinkError> {
-        let (from, told) = self.place()?;
-        let address = SourceAddress::decode(&told).ok_or(WireError::Malformed("Place"))?;
+        let (from, told) = self.remote()?;
+        let address = SourceAddress::decode(&told).ok_or(WireError::Malformed("Remote"))?;
         let facts = self.endpoint.domain().facts();
         if address.format != facts.address_format {
             let own = facts.provider();
@@ -125,10 +125,10 @@ impl ReadingLink {
         Ok(())
     }
 
-    fn place(&mut self) -> Result<(Remote, Vec<u8>), LinkError> {
+    fn remote(&mut self) -> Result<(Remote, Vec<u8>), LinkError> {
         match self.control.receive()? {
-            Message::Place { at, key, address } => Ok((Remote { at, key }, address)),
-            _ => Err(WireError::Malformed("Place").into()),
+            Message::Remote { at, key, address } => Ok((Remote { at, key }, address)),
+            _ => Err(WireError::Malformed("Remote").into()),
         }
     }
 }
@@ -155,7 +155,7 @@ impl Link for ReadingLink {
         let message = self.control.receive()?;
         match &message {
             Message::Welcome { .. } if self.source.is_none() => self.introduce()?,
-            Message::Chunk { index, .. } => self.next = Some((*index, self.place()?.0)),
+            Message::Chunk { index, .. } => self.next = Some((*index, self.remote()?.0)),
             _ => {}
         }
         Ok(message)
@@ -230,9 +230,9 @@ impl LendingLink {
         Ok(LendingLink { control, lending, introduced, unread, patience, bulk_patience })
     }
 
-    fn place(&mut self, remote: Remote, address: Vec<u8>) -> Result<(), LinkError> {
+    fn remote(&mut self, remote: Remote, address: Vec<u8>) -> Result<(), LinkError> {
         let Remote { at, key } = remote;
-        self.control.send(&Message::Place { at, key, address })
+        self.control.send(&Message::Remote { at, key, address })
     }
 }
 
@@ -256,7 +256,7 @@ impl Link for LendingLink {
         if matches!(message, Message::Welcome { .. }) && !self.introduced {
             self.introduced = true;
             let (probe, address) = self.lending.introduction();
-            self.place(probe, address)?;
+            self.remote(probe, address)?;
         }
         Ok(())
     }
@@ -290,7 +290,7 @@ impl Link for LendingLink {
         let remote = self.lending.lend(blob, range.start)?;
         self.control.set_patience(self.patience)?;
         self.control.send(header)?;
-        self.place(remote, Vec::new())?;
+        self.remote(remote, Vec::new())?;
         self.unread += 1;
         self.bulk_patience = self.patience;
         Ok(())

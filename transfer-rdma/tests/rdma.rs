@@ -304,7 +304,7 @@ fn a_wrong_grant_gets_no_key_and_no_byte() {
     // The same conversation with a grant of the right key goes on to a place in memory.
     let welcomed = answers(forged(&KEY));
     assert!(
-        matches!(&welcomed[..], [Message::Welcome { .. }, Message::Place { .. }]),
+        matches!(&welcomed[..], [Message::Welcome { .. }, Message::Remote { .. }]),
         "{welcomed:?}"
     );
     assert_eq!(published.sent_bytes(), 0);

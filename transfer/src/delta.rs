@@ -35,18 +35,27 @@ const BLOCK_BYTES: usize = 256 << 10;
 const RAW: u8 = 0;
 const CHANGES: u8 = 1;
 
+/// Why bytes are no delta to the version.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeltaError {
+    /// The bytes are of another format.
     #[error("not a delta (starts with {0:02x?})")]
     Magic(Vec<u8>),
+    /// The number of blocks is another.
     #[error("a delta of {have} blocks for an image of {want}")]
     Blocks { have: usize, want: usize },
+    /// The bytes end early.
     #[error("the delta ends early")]
     Short,
+    /// A block is malformed.
     #[error("block {0} of the delta is malformed")]
     Block(usize),
+    /// The delta is from another base.
     #[error("a delta from base {from}, and the base held here is {base}")]
     Base { from: Root, base: Root },
+    /// The base has another length.
     #[error("the base has {base} bytes, the version {version}")]
     Size { base: usize, version: usize },
 }

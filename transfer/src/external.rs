@@ -1,4 +1,4 @@
-//! What a link in a crate of its own is made of: the two traits that it implements, and what of this crate it
+//! Parts for a link in a crate of its own: the two traits that such a link implements, and the types that it
 //! works on.
 
 pub use crate::image::blob::{Backing, Blob, Stamp};

@@ -1,5 +1,5 @@
-//! What a version is, as bytes: where its tensors lie, its chunks, its blobs, the checkpoints that it is read
-//! from, the names that it has when it is exported.
+//! Versions as bytes: the layout of their tensors, their chunks and blobs, the checkpoints that they are read
+//! from, and their names in an export directory.
 
 pub mod blob;
 pub mod checkpoint;

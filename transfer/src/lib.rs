@@ -16,6 +16,10 @@
 //!   receive    the agent's side: fetch (queue) -> staging -> a directory for the engine
 //! ```
 //! The bulk path is blocking threads; the async functions of the API only wait for them.
+//!
+//! Words: a *holder* has versions and lends them; a *source* is a holder that a receiver asks; a *feed* is a
+//! source that dials its receiver, because it cannot be dialled; a *link* is one way to carry a stream.
+#![warn(missing_docs)]
 
 pub mod delta;
 pub mod external;

@@ -1,15 +1,5 @@
-//! Mechanisms that move the data plane's bytes between two processes, behind one trait. A link is one
-//! stream; which link is dialled stands in the address. Links decide nothing.
-//!
-//! ```text
-//!   host:port                   tcp
-//!   tls://host:port#<sha256>    tcp in TLS; the certificate's digest is pinned
-//!   quic://host:port#<sha256>   a QUIC stream, pinned as well
-//!   shm:/path/to/socket         a process of this host: the memory itself is passed
-//!   file:/dir                   versions that a trainer exported to a shared file system
-//!   rdma://host:port            tcp for messages, bulk read through libfabric (feature `rdma`)
-//!   feed:<source>               no address: the source dials this receiver
-//! ```
+//! Ways to move the data plane's bytes between two processes, behind one trait, [`Link`]: one stream each. The
+//! address (`anabranch_proto::address`) says which link is dialled. Links decide nothing.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -42,24 +32,26 @@ pub use identity::PinMismatch;
 /// One stream of the data plane, from either end. Blocking, with a deadline on every step: a call fails
 /// with [`LinkError::Stalled`] when no byte moves for the patience that was set.
 pub trait Link: Send {
-    /// Who is at the other end, for logs.
+    /// Name of the other end, for logs.
     fn peer(&self) -> String;
 
-    /// Ends the waits of this link from another thread.
+    /// A function that ends the waits of this link from another thread.
     fn closer(&self) -> Result<Closer, LinkError>;
 
+    /// Sets how long a call may wait without a byte moving.
     fn set_patience(&mut self, patience: Duration) -> Result<(), LinkError>;
 
+    /// Sends a message.
     fn send(&mut self, message: &Message) -> Result<(), LinkError>;
 
-    /// A message; after a `Chunk`, its bulk must be taken with `receive_chunk`.
+    /// Receives a message. After a `Chunk`, the bulk must be taken with `receive_chunk`.
     fn receive(&mut self) -> Result<Message, LinkError>;
 
     /// Takes the bulk of a chunk straight to its place, hashing it on the way.
     fn receive_chunk(&mut self, map: &SharedMap, range: Range<u64>)
     -> Result<ChunkHash, LinkError>;
 
-    /// The header, then the bytes of `file` in `range`.
+    /// Sends the header, then the bytes of `file` in `range`.
     fn send_chunk(
         &mut self,
         header: &Message,
@@ -67,7 +59,8 @@ pub trait Link: Send {
         range: Range<u64>,
     ) -> Result<(), LinkError>;
 
-    /// As `send_chunk`, for links that must know whose memory it is.
+    /// Sends the header, then the bytes of the blob in `range`. For links that must know whose memory it is; others
+    /// send the bytes of its file.
     fn send_blob(
         &mut self,
         header: &Message,
@@ -78,12 +71,12 @@ pub trait Link: Send {
         self.send_chunk(header, &file, range)
     }
 
-    /// The header, and `file` itself: for the links within one host.
+    /// Sends the header, and `file` itself: for the links within one host. Other links fail.
     fn send_file(&mut self, _header: &Message, _file: &File) -> Result<(), LinkError> {
         Err(LinkError::Broken(ErrorKind::Unsupported.into()))
     }
 
-    /// As `receive`, with the file that came along.
+    /// Receives a message with the file that came along, if one did.
     fn receive_file(&mut self) -> Result<(Message, Option<File>), LinkError> {
         Ok((self.receive()?, None))
     }
@@ -92,4 +85,5 @@ pub trait Link: Send {
     fn is_idle(&mut self) -> bool;
 }
 
+/// Ends the waits of a stream, from any thread.
 pub type Closer = Box<dyn Fn() + Send + Sync>;

@@ -9,19 +9,19 @@ use std::sync::{Arc, Mutex, Weak};
 use super::raw::{self, Access, Facts, RawDomain, RawError};
 use super::{FabricError, Local, Opened, Region};
 
-/// Of random keys that are taken already.
+/// Tries to find a random key that is free.
 const KEY_TRIES: usize = 8;
 
 // libfabric's errnos: ENODATA and FI_ENOKEY.
 const NO_DATA: i32 = 61;
 const KEY_TAKEN: i32 = 266;
 
-/// How memory is registered.
+/// Way of registering memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Registration {
-    /// As little as the provider needs.
+    /// Registers as little as the provider needs.
     Negotiated,
-    /// As most hardware needs it, wherever the code runs.
+    /// Registers as most hardware needs it, wherever the code runs.
     #[cfg(test)]
     Basic,
 }
@@ -38,7 +38,7 @@ pub(crate) struct Domain {
 // === impl Domain ===
 
 impl Domain {
-    /// On the interface with the address `node`, if the provider names interfaces by it.
+    /// Opens a domain on the interface with the address `node`, if the provider names interfaces by it.
     pub(crate) fn open(
         provider: Option<&str>,
         node: Option<IpAddr>,

@@ -32,13 +32,13 @@ pub(super) enum Access {
     FilledByReads = 1,
 }
 
-/// What was negotiated with the provider.
+/// Facts negotiated with the provider.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Facts {
     provider: [c_char; 64],
     device: [c_char; 64],
-    /// Of the library: major << 16 | minor.
+    /// Version of the library: major << 16 | minor.
     pub(crate) version: u32,
     pub(crate) address_format: u32,
     pub(super) max_read_bytes: u64,
@@ -133,7 +133,7 @@ impl Default for RawError {
 // === impl Facts ===
 
 impl Facts {
-    /// As libfabric names it.
+    /// The provider's name in libfabric.
     pub(crate) fn provider(&self) -> String {
         text(&self.provider)
     }
@@ -142,7 +142,7 @@ impl Facts {
         text(&self.device)
     }
 
-    /// Where the provider lets us choose: a key that nobody can guess.
+    /// A key that nobody can guess, for providers that let us choose it.
     pub(super) fn random_key(&self) -> u64 {
         let mut bytes = [0; 8];
         getrandom::fill(&mut bytes).expect("the system gives random bytes");

@@ -20,7 +20,7 @@
 use super::bits::{BadBits, BitReader, BitWriter};
 use super::cpu::Cpu;
 use super::element::{Element, MAX_CLASSES};
-use super::masks::{Masks, Place};
+use super::masks::{Masks, Ranked};
 
 /// Width of a Rice parameter in the head of a class.
 const K_BITS: u32 = 6;
@@ -30,7 +30,7 @@ const K_MAX: u32 = 56;
 #[derive(Default)]
 pub(super) struct Scratch {
     masks: Masks,
-    /// Those of one class behind those of the other; as many as there may be, so that memory for them is got once.
+    /// Changes, one class behind the other, with room for as many as there may be, so that memory is got once.
     changes: Vec<Change>,
 }
 
@@ -64,7 +64,7 @@ pub(super) fn encode<C: Cpu, E: Element>(
         changes.resize(old.len() / E::BYTES, Change::default());
     }
     let class_of = |at| usize::from(E::class(E::read(old, at), top));
-    masks.changes(class_of, |class, Place { rank, index }| {
+    masks.changes(class_of, |class, Ranked { rank, index }| {
         let step = E::step(E::read(old, index), E::read(new, index));
         changes[ends[class]] = Change { rank, step };
         ends[class] += 1;
@@ -82,7 +82,7 @@ pub(super) fn encode<C: Cpu, E: Element>(
     true
 }
 
-/// Where the changes of each class begin, so that there is room for as many as it has elements.
+/// Index of the first change of each class: every class has room for as many changes as it has elements.
 fn starts(totals: [u32; MAX_CLASSES]) -> [usize; MAX_CLASSES] {
     let mut next = 0;
     totals.map(|total| {
@@ -146,7 +146,7 @@ fn top_exponent<E: Element>(old: &[u8]) -> u8 {
 const RUN: usize = 64;
 const RUNS: usize = 16;
 
-/// Both sides know how many of a class changed, and so the best parameter for its gaps.
+/// Best parameter for the gaps of a class: both sides know it from the number of changes.
 fn gap_k(count: u32, total: u32) -> u32 {
     // Golomb's rule, ln 2 x mean gap, rounded to a power of two at the geometric middle.
     let scaled = u64::from(total - count) * 251 / 256 / u64::from(count);
@@ -184,12 +184,12 @@ fn put_class(bits: &mut BitWriter, changes: &[Change], total: u32) {
     }
 }
 
-/// Both sides know it.
+/// True if more than half of a class changed: then the unchanged elements are coded. Both sides can tell.
 fn is_dense(count: u32, total: u32) -> bool {
     count > total / 2
 }
 
-/// Where those of the class are that did not change.
+/// Writes the positions of the elements of a class that did not change.
 fn put_stayed(bits: &mut BitWriter, changes: &[Change], total: u32) {
     let stayed = total - changes.len() as u32;
     if stayed == 0 {

@@ -14,11 +14,12 @@ use anabranch_proto::version::Root;
 
 use super::{BlockSpec, DeltaError, MAGIC, Workspace, apply_block, blocks};
 
+/// Length of a head in bytes.
 pub const HEAD_BYTES: u64 = 32 + 8;
 /// More links than this say that the chain is not one.
 pub const MAX_LINKS: usize = 32;
 
-/// What comes before a delta in a chain.
+/// The head of a delta in a chain: root of the base and length of the delta.
 pub fn head(base: Root, len: u64) -> [u8; HEAD_BYTES as usize] {
     let mut out = [0; HEAD_BYTES as usize];
     out[..32].copy_from_slice(&base.0);
@@ -26,7 +27,7 @@ pub fn head(base: Root, len: u64) -> [u8; HEAD_BYTES as usize] {
     out
 }
 
-/// Where everything is in a chain whose payloads may not be there yet.
+/// A parsed chain of deltas, whose payloads may still be arriving.
 pub struct Chain {
     blocks: Vec<BlockSpec>,
     /// Newest first.
@@ -35,7 +36,7 @@ pub struct Chain {
 }
 
 struct Link {
-    /// Of each block's payload, and the end of the last.
+    /// Start of each block's payload, then the end of the last one.
     starts: Vec<u64>,
 }
 
@@ -75,11 +76,12 @@ impl Chain {
         &self.bases
     }
 
+    /// Number of blocks of the image.
     pub fn block_count(&self) -> usize {
         self.blocks.len()
     }
 
-    /// Where block `at` lies in the image.
+    /// The bytes of the image that block `at` covers.
     pub fn range(&self, at: usize) -> Range<u64> {
         let range = &self.blocks[at].range;
         range.start as u64..range.end as u64

@@ -1,15 +1,19 @@
-//! Full or delta, from what both would cost. Pure; who measures the rates is the fetcher.
+//! The choice between the full image and a delta, by the time that each would take. Pure: the fetcher measures
+//! the rates.
 
-/// How a version comes.
+/// Way by which a version comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
+    /// The whole image.
     Full,
+    /// The delta to the base that is here.
     Delta,
 }
 
-/// What a receiver measured last; `None` before it moved enough to tell.
+/// Rates that a receiver measured last, in bytes a second; `None` before enough was moved to tell.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Rates {
+    /// Rate of the link.
     pub link_bytes_per_s: Option<f64>,
     /// Bytes of the image that come out of applying deltas.
     pub apply_bytes_per_s: Option<f64>,

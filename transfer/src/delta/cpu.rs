@@ -1,4 +1,4 @@
-//! What depends on the processor: the coder of a block is compiled three times, and these few functions
+//! Code for one kind of processor: the coder of a block is compiled three times, and these few functions
 //! are written for each. Owns the `unsafe` of the codec; decides nothing about the format.
 #![allow(unsafe_code)]
 
@@ -13,20 +13,20 @@ pub(super) trait Cpu {
     /// The bit at `bit` of every byte.
     fn bit_of_each(bytes: &[u8; GROUP], bit: u32) -> u64;
 
-    /// Where the `nth` bit of those that are set is.
+    /// Index of the `nth` set bit, from 0.
     fn select(mask: u64, nth: u32) -> u32;
 
     /// Begins to load what is at `at`, if there is anything.
     fn prefetch(bytes: &[u8], at: usize);
 
-    /// As `prefetch`, for what will be written.
+    /// Like `prefetch`, for bytes that will be written.
     fn prefetch_to(bytes: &[u8], at: usize);
 }
 
 /// Any processor of the architecture that this was compiled for.
 pub(super) struct Any;
 
-/// What is done to a block, for any kind of element.
+/// Work on one block, for any kind of element.
 trait Work {
     type Out;
 

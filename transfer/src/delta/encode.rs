@@ -12,7 +12,7 @@ use super::{BLOCK_BYTES, BlockSpec, CHANGES, MAGIC, RAW, blocks, cpu};
 /// `keep_going(raw, coded)` is told before each block how many bytes became how many so far: false gives up.
 pub(crate) type KeepGoing<'a> = &'a (dyn Fn(u64, u64) -> bool + Sync);
 
-/// Where a delta is written to. Later bytes may come before earlier ones.
+/// Sink of a delta's bytes. Later bytes may come before earlier ones.
 pub(crate) trait Output: Send {
     fn put(&mut self, at: u64, bytes: &[u8]) -> io::Result<()>;
 }
@@ -43,7 +43,7 @@ pub fn encode(
     written.expect("it is written to memory").map(|_| out)
 }
 
-/// What threads share that code one image.
+/// State that the threads share while they code one image.
 struct Coding<'a> {
     blocks: &'a [BlockSpec],
     /// Old and new.
@@ -58,9 +58,9 @@ struct State<'a> {
     /// Blocks that were given to threads, and blocks that are written.
     taken: usize,
     written: usize,
-    /// Of the blocks that are written.
+    /// Uncoded bytes of the blocks that are written.
     raw_bytes: u64,
-    /// Where the next one is written.
+    /// Offset of the next block.
     end: u64,
     over: Option<Over>,
 }
@@ -90,7 +90,7 @@ impl Encoder {
         }
     }
 
-    /// How long the delta is between the two images, the older first; `None` if it was given up.
+    /// Codes the delta between two images, the older first. Returns its length; `None` if it was given up.
     pub(crate) fn encode(
         &mut self,
         manifest: &Manifest,

@@ -4,12 +4,12 @@
 use super::cpu::Cpu;
 use super::element::{Element, GROUP, MAX_CLASSES};
 
-/// Of one block, in words of `GROUP` elements; the missing ones of the last word are in no set.
+/// Sets of elements of one block, in words of `GROUP` elements; elements beyond the block are in no set.
 #[derive(Default)]
 pub(super) struct Masks {
-    /// Which elements are of each class.
+    /// The elements of each class.
     of_class: Vec<[u64; MAX_CLASSES]>,
-    /// How many elements of each class the words before have; `STRIDE` more entries hold the totals.
+    /// Number of elements of each class in the words before; `STRIDE` more entries hold the totals.
     before: Vec<[u32; MAX_CLASSES]>,
     changed: Vec<u64>,
 }
@@ -18,7 +18,7 @@ pub(super) struct Masks {
 const STRIDE: usize = 4;
 
 /// An element of a class, by the order in it and by the order of all.
-pub(super) struct Place {
+pub(super) struct Ranked {
     pub(super) rank: u32,
     pub(super) index: usize,
 }
@@ -126,7 +126,7 @@ impl Masks {
     pub(super) fn changes(
         &self,
         class_of: impl Fn(usize) -> usize,
-        mut found: impl FnMut(usize, Place),
+        mut found: impl FnMut(usize, Ranked),
     ) {
         for (at, &changed) in self.changed.iter().enumerate() {
             let mut left = changed;
@@ -136,14 +136,14 @@ impl Masks {
                 let class = class_of(index) % MAX_CLASSES;
                 let below = self.of_class[at][class] & (lowest - 1);
                 let rank = self.before[at][class] + below.count_ones();
-                found(class, Place { rank, index });
+                found(class, Ranked { rank, index });
                 left ^= lowest;
             }
         }
     }
 
-    /// Where the element of that rank in its class is, if there is one; `word` is where the search
-    /// begins, and where it ended. Ranks are asked for in their order.
+    /// Index of the element with that rank in its class, if there is one. In and out, `word` is where the search
+    /// begins and where it ended. Ranks are asked for in ascending order.
     #[inline(always)]
     pub(super) fn find<C: Cpu>(&self, class: usize, rank: u32, word: &mut usize) -> Option<usize> {
         while self.before.get(*word + STRIDE)?[class] <= rank {

@@ -38,13 +38,13 @@ struct Slot {
 pub(crate) struct DeltaWriter<'a> {
     map: &'a SharedMap,
     room: u64,
-    /// Where the delta begins.
+    /// Offset of the delta in the buffer.
     start: u64,
 }
 
 /// A buffer that grows gets some more, so that it does not grow for each block.
 const STEP_BYTES: u64 = 1 << 20;
-/// So much a buffer keeps though its delta is smaller: two of them fit in what a role may take beside two
+/// Memory that a buffer keeps though its delta is smaller: two buffers fit in what a role may take beside two
 /// versions, 64 MiB.
 pub(crate) const KEPT_BYTES: u64 = 16 << 20;
 
@@ -62,14 +62,14 @@ impl DeltaMemory {
         Ok((slot.map(room)?, Stamp::of(&slot.generation)))
     }
 
-    /// Both buffers, with memory for the first `bytes`, before anybody needs them.
+    /// Makes both buffers, with memory for the first `bytes`, before anybody needs them.
     pub(crate) fn prepare(&self, room: u64, bytes: u64) -> io::Result<()> {
         let mut slots = self.slots.lock().expect("held only to take a slot");
         slots.slots.iter_mut().try_for_each(|slot| slot.map(room)?.back(bytes.min(room)))
     }
 }
 
-/// For a chain to a version of so many bytes: more than any that is lent, which is smaller than the version.
+/// Address space for a chain to a version of `image_bytes`: chains that are lent are smaller than the version.
 pub(crate) fn room(image_bytes: u64) -> u64 {
     image_bytes + image_bytes / 16 + HEAD_BYTES
 }
@@ -116,7 +116,7 @@ impl Output for DeltaWriter<'_> {
     }
 }
 
-/// What a chain in `map` is lent as, one for each base: beginnings of the same bytes. `links` are the bases
+/// Blobs of the chain in `map`, one for each base: each is a beginning of the same bytes. `links` are the bases
 /// with where their chains end, the newest first.
 pub(crate) fn blobs(
     map: &SharedMap,

@@ -132,7 +132,7 @@ fn an_unchanged_version_costs_four_bytes_a_block() {
     assert_eq!(encode(&m, &image, &image, 2, &|_, _| false), None);
 }
 
-/// What became of an element.
+/// Fate of an element.
 #[derive(Clone, Copy, Debug)]
 enum Fate {
     /// The bytes as drawn.

@@ -9,7 +9,7 @@ use anabranch_proto::manifest::Manifest;
 
 use super::chunks::Ledger;
 
-/// Which blob of a version. The numbers are those of the data plane's messages.
+/// Kind of a version's blob. The numbers are those of the data plane's messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum BlobId {

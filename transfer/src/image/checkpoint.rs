@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anabranch_proto::manifest::{DType, Manifest, tensor_bytes};
 
-/// As in the safetensors crate.
+/// Largest header that is read, the same as in the safetensors crate.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// A directory's tensors, in the order of files and offsets.
@@ -22,52 +22,75 @@ pub struct Checkpoint {
     files: Vec<File>,
 }
 
+/// A tensor of a checkpoint, with the place of its bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredTensor {
+    /// Name, as in the header.
     pub name: String,
+    /// Element type.
     pub dtype: DType,
+    /// Dimensions, outermost first.
     pub shape: Vec<u64>,
+    /// Length in bytes.
     pub len: u64,
     file: usize,
     offset: u64,
 }
 
-/// What an engine was started with: name -> dtype and shape.
+/// The tensors that an engine was started with: name, dtype and shape.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Baseline {
     tensors: BTreeMap<String, (DType, Vec<u64>)>,
 }
 
-/// How a version's tensors differ from the baseline.
+/// Differences between a version's tensors and the baseline.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct LayoutDiff {
+    /// Tensors of the baseline that the version lacks.
     pub missing: Vec<String>,
+    /// Tensors of the version that the baseline lacks.
     pub extra: Vec<String>,
+    /// Tensors of another shape.
     pub shapes: Vec<Mismatch<Vec<u64>>>,
+    /// Tensors of another element type.
     pub dtypes: Vec<Mismatch<DType>>,
 }
 
+/// A tensor that differs in one property.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mismatch<T> {
+    /// Name of the tensor.
     pub tensor: String,
+    /// The value that the engine was started with.
     pub baseline: T,
+    /// The value in the version.
     pub version: T,
 }
 
+/// Why a directory is no checkpoint, or a tensor of it cannot be read.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
+    /// A file or the directory cannot be read.
     #[error("cannot read {path}: {error}")]
     Read { path: PathBuf, error: io::Error },
+    /// The directory has no safetensors file.
     #[error("{0} holds no *.safetensors file; give a checkpoint directory")]
     NoFiles(PathBuf),
+    /// A file ends before its last tensor.
     #[error("{path} is truncated: its header promises {promised} bytes, the file has {len}")]
     Truncated { path: PathBuf, promised: u64, len: u64 },
+    /// A file goes on after its last tensor.
     #[error("{path} has {extra} bytes after its last tensor")]
     Trailing { path: PathBuf, extra: u64 },
+    /// A header is malformed.
     #[error("{path} is not a safetensors file: {why}")]
     Header { path: PathBuf, why: String },
+    /// A tensor of a header is malformed.
     #[error("tensor `{tensor}` of {path}: {why}")]
     Tensor { path: PathBuf, tensor: String, why: String },
+    /// Two files have a tensor of one name.
     #[error("tensor `{tensor}` is in {path} and in another file of the directory")]
     Duplicate { path: PathBuf, tensor: String },
 }
@@ -106,14 +129,17 @@ impl Checkpoint {
         Ok(Checkpoint { dir: dir.to_owned(), tensors, files })
     }
 
+    /// The directory.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
+    /// The tensors, in the order of files and offsets.
     pub fn tensors(&self) -> &[StoredTensor] {
         &self.tensors
     }
 
+    /// Names, shapes and dtypes, as the baseline of versions.
     pub fn baseline(&self) -> Baseline {
         let entry = |t: &StoredTensor| (t.name.clone(), (t.dtype, t.shape.clone()));
         Baseline { tensors: self.tensors.iter().map(entry).collect() }
@@ -211,20 +237,24 @@ impl Info {
 // === impl Baseline ===
 
 impl Baseline {
+    /// The tensors of a version.
     pub fn of_manifest(manifest: &Manifest) -> Baseline {
         let entry =
             |t: &anabranch_proto::manifest::Tensor| (t.name.clone(), (t.dtype, t.shape.clone()));
         Baseline { tensors: manifest.tensors.iter().map(entry).collect() }
     }
 
+    /// A baseline from names, dtypes and shapes.
     pub fn from_tensors(tensors: impl IntoIterator<Item = (String, DType, Vec<u64>)>) -> Baseline {
         Baseline { tensors: tensors.into_iter().map(|(n, d, s)| (n, (d, s))).collect() }
     }
 
+    /// Number of tensors.
     pub fn len(&self) -> usize {
         self.tensors.len()
     }
 
+    /// True without tensors.
     pub fn is_empty(&self) -> bool {
         self.tensors.is_empty()
     }

@@ -10,7 +10,7 @@ use fixedbitset::FixedBitSet;
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct ChunkSet {
     bits: FixedBitSet,
-    /// How many bits are set: asked for at every chunk.
+    /// Number of set bits, which is asked for at every chunk.
     count: u32,
 }
 
@@ -142,10 +142,13 @@ impl ChunkSet {
 // === impl Ledger ===
 
 impl Ledger {
+    /// A ledger that begins with `set`.
     pub fn new(set: ChunkSet) -> Ledger {
         Ledger { set: Mutex::new(set), grown: Condvar::new() }
     }
 
+    /// Adds a chunk and wakes those who wait for growth. Returns true if it was absent.
+    /// Adds a chunk and wakes those who wait for growth. Returns true if it was absent.
     pub fn insert(&self, index: u32) -> bool {
         let new = self.lock().insert(index);
         if new {
@@ -154,14 +157,19 @@ impl Ledger {
         new
     }
 
+    /// True if the chunk is verified.
+    /// True if the chunk is verified.
     pub fn contains(&self, index: u32) -> bool {
         self.lock().contains(index)
     }
 
+    /// True if every chunk is verified.
+    /// True if every chunk is verified.
     pub fn is_full(&self) -> bool {
         self.lock().is_full()
     }
 
+    /// A copy of the set as it is now.
     pub fn snapshot(&self) -> ChunkSet {
         self.lock().clone()
     }

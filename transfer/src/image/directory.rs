@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::image::checkpoint::{Checkpoint, CheckpointError, StoredTensor};
 use crate::image::layout::{Layout, LayoutError, TensorSpec};
 
-/// What the publisher leaves in the directory, if it may write there: with it a difference is placed.
+/// File that the publisher leaves in the directory, if it may write there: a verifier finds with it where bytes differ.
 const MANIFEST_FILE: &str = "anabranch.manifest";
 /// Read, then hashed while it is still in the cache.
 const STRIDE: u64 = 128 << 10;
@@ -26,9 +26,11 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// A directory whose bytes were read and hashed.
 pub struct DirectoryVersion {
+    /// Layout and hashes of the tensors as an image.
     pub manifest: Arc<Manifest>,
+    /// Root of the version that the directory holds.
     pub root: Root,
-    /// As it was while it was read.
+    /// The directory's files at the time of the reading.
     pub stamp: DirectoryStamp,
 }
 
@@ -48,39 +50,50 @@ struct FileStamp {
     modified: (i64, i64),
 }
 
-/// How a directory is read.
+/// Options for reading a directory.
 #[derive(Clone, Default)]
 pub struct ReadOptions {
     /// 0: as many as there are cores, up to 4.
     pub threads: usize,
+    /// Ends the reading with [`DirectoryError::Cancelled`].
     pub cancel: CancellationToken,
     /// Called with the bytes hashed so far, at most ten times a second, from any thread; must not block.
     pub progress: Option<Arc<dyn Fn(u64) + Send + Sync>>,
 }
 
+/// Why a directory is not the version that it should be.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum DirectoryError {
+    /// The directory is no checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The tensors make no image.
     #[error("{dir}: {error}")]
     Layout { dir: PathBuf, error: LayoutError },
+    /// A chunk differs from the published one.
     #[error(
         "{dir} does not hold {version}: {what} differs from what was published (chunk {chunk}); it was \
          changed since. Write each version to a directory of its own"
     )]
     Chunk { dir: PathBuf, version: Version, chunk: u32, what: String },
+    /// The tensors have another root.
     #[error(
         "{dir} does not hold {version}: its tensors have root {found}, published was {root}; it was changed \
          since, or it is another directory on this host", root = .version.root
     )]
     Root { dir: PathBuf, version: Version, found: Root },
+    /// A file changed while it was used.
     #[error(
         "{path} changed while it was used; write each version to a directory of its own, and remove it \
          only when engines have left it"
     )]
     Changed { path: PathBuf },
+    /// A file cannot be looked at.
     #[error("cannot look at {path}: {error}")]
     Look { path: PathBuf, error: io::Error },
+    /// The reading was cancelled.
     #[error("reading {0} was cancelled")]
     Cancelled(PathBuf),
 }
@@ -112,7 +125,7 @@ pub fn index_directory(
     Ok(DirectoryVersion { manifest: Arc::new(manifest), root, stamp })
 }
 
-/// That the directory holds exactly `version`, by every byte of its tensors.
+/// Checks by every byte of the tensors that the directory holds exactly `version`.
 pub fn verify_directory(
     dir: &Path,
     version: Version,
@@ -140,7 +153,7 @@ fn open(dir: &Path) -> Result<(Image, DirectoryStamp), DirectoryError> {
     Ok((Image::open(dir)?, stamp))
 }
 
-/// Under its name only when it is complete.
+/// Writes the manifest, which gets its name only when it is complete.
 fn leave_manifest(dir: &Path, encoded: &[u8]) -> io::Result<()> {
     let part = dir.join(format!(".{MANIFEST_FILE}.{}", std::process::id()));
     let left = fs::write(&part, encoded);
@@ -233,7 +246,7 @@ impl Image {
         Ok(())
     }
 
-    /// What lies in a chunk, for messages.
+    /// Names of the tensors in a range of the image, for messages.
     fn names(&self, range: std::ops::Range<u64>) -> String {
         let inside = |t: &&anabranch_proto::manifest::Tensor| {
             t.offset < range.end && t.offset + t.len > range.start
@@ -333,6 +346,7 @@ impl DirectoryStamp {
         Ok(DirectoryStamp { dir: dir.to_owned(), files })
     }
 
+    /// The directory.
     pub fn dir(&self) -> &Path {
         &self.dir
     }

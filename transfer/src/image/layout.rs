@@ -1,4 +1,4 @@
-//! Where tensors lie in a version's image. The image is a safetensors file: 8 bytes of header length,
+//! Offsets of tensors in a version's image. The image is a safetensors file: 8 bytes of header length,
 //! a JSON header, data without holes. Owns the header's exact bytes, a pure function of the tensors, so
 //! that both sides can check it.
 
@@ -7,8 +7,11 @@ use anabranch_proto::manifest::{DType, Manifest, ManifestError, Tensor, tensor_b
 /// A tensor before it has a place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
+    /// Name, unique within the version.
     pub name: String,
+    /// Element type.
     pub dtype: DType,
+    /// Dimensions, outermost first.
     pub shape: Vec<u64>,
 }
 
@@ -16,20 +19,27 @@ pub struct TensorSpec {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     tensors: Vec<Tensor>,
-    /// For each tensor of the caller's order, its index in `tensors`.
+    /// Index in `tensors` for each tensor in the caller's order.
     placed: Vec<usize>,
     header: Vec<u8>,
     image_bytes: u64,
 }
 
+/// Why tensors make no image, or an image does not fit its manifest.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
+    /// There are no tensors.
     #[error("no tensors to lay out")]
     Empty,
+    /// A tensor is too large.
     #[error("tensor `{name}`: {shape:?} of {dtype} overflows 64 bits")]
     Overflow { name: String, dtype: DType, shape: Vec<u64> },
+    /// The tensors break a bound of manifests.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// The image begins with another header.
     #[error("the image starts with another safetensors header than its manifest describes")]
     Header,
 }
@@ -69,7 +79,7 @@ impl Layout {
         Ok(Layout { tensors, placed, header, image_bytes })
     }
 
-    /// In the order of their offsets.
+    /// The tensors, in the order of their offsets.
     pub fn tensors(&self) -> &[Tensor] {
         &self.tensors
     }
@@ -84,6 +94,7 @@ impl Layout {
         &self.header
     }
 
+    /// Length of the image in bytes, header included.
     pub fn image_bytes(&self) -> u64 {
         self.image_bytes
     }

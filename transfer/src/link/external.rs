@@ -10,7 +10,7 @@ use anabranch_proto::address::HostPort;
 
 use super::{Link, LinkError};
 
-/// What a receiver of an rdma stream sends first, before any message: a listener takes other links on the
+/// First byte that a receiver of an rdma stream sends, before any message: a listener takes other links on the
 /// same port. Other streams begin with the first byte of a TLS handshake or of the wire's magic.
 pub const RDMA_FIRST_BYTE: u8 = b'R';
 

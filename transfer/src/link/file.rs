@@ -33,9 +33,9 @@ pub(crate) struct FileLink {
     closed: Arc<AtomicBool>,
     requests: SyncSender<Message>,
     answers: Receiver<Answer>,
-    /// For the closer: wakes who waits for an answer.
+    /// Wakes a thread that waits for an answer, for the closer.
     wake: SyncSender<Answer>,
-    /// Of the chunk whose header was taken.
+    /// Bytes of the chunk whose header was taken.
     bulk: Option<Vec<u8>>,
     /// Buffers on their way back to the reader.
     spent: SyncSender<Vec<u8>>,
@@ -45,7 +45,7 @@ pub(crate) struct FileLink {
 
 enum Answer {
     Message(Message),
-    /// With its bytes.
+    /// A chunk's header, with its bytes.
     Chunk(Message, Vec<u8>),
     Closed,
 }
@@ -174,7 +174,7 @@ impl Link for FileLink {
 // === impl Reader ===
 
 impl Reader {
-    /// Until the link is dropped.
+    /// Answers requests until the link is dropped.
     fn run(mut self, requests: &Receiver<Message>, answers: &SyncSender<Answer>) {
         while let Ok(request) = requests.recv() {
             if self.answer(request, answers).is_err() {

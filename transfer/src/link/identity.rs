@@ -1,7 +1,7 @@
-//! Who a data-plane listener is: a certificate made in memory at its start, named by its digest in the
+//! Identity of a data-plane listener: a certificate made in memory at its start, named by its digest in the
 //! listener's address. Addresses come through the manager's authenticated channel, so a receiver that
 //! accepts exactly that certificate knows whom it talks to. There is no other trust: no authority, no
-//! names, no dates. Who may *read* is decided by grants alone.
+//! names, no dates. Permission to read comes from grants alone.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -36,7 +36,9 @@ pub(crate) struct Identity {
      somebody else; ask the manager for its present address"
 )]
 pub struct PinMismatch {
+    /// Digest that the address names.
     pub expected: CertPin,
+    /// Digest of the certificate that was shown.
     pub sent: CertPin,
 }
 
@@ -94,7 +96,7 @@ impl Pinned {
         Ok(config)
     }
 
-    /// What a failed handshake failed by, if it was the certificate.
+    /// The certificate that made the handshake fail, if that was the reason.
     pub(super) fn mismatch(&self) -> Option<PinMismatch> {
         self.mismatch.lock().expect("held only to look and note").clone()
     }

@@ -31,7 +31,7 @@ use wait::{Gate, wait};
 
 /// Threads for all connections of the process: encryption runs on them.
 const WORKERS: usize = 2;
-/// What one stream, and one connection, may have in flight: 1 Gbit/s over 100 ms.
+/// Bytes that one stream, and one connection, may have in flight: 1 Gbit/s over 100 ms.
 const STREAM_WINDOW: u32 = 16 << 20;
 const CONNECTION_WINDOW: u32 = 32 << 20;
 /// A connection on which nothing arrives for so long is dead; both ends' word counts, the shorter one.
@@ -44,7 +44,7 @@ struct QuicStream {
     gate: Arc<Gate>,
     patience: Duration,
     peer: SocketAddr,
-    /// On the dialling side: ends the connection with its last stream.
+    /// The shared connection, on the dialling side: it ends with its last stream.
     _shared: Option<Arc<Connection>>,
 }
 
@@ -126,7 +126,7 @@ impl Dialled {
     }
 }
 
-/// With the first address of the name that answers, all by `until`.
+/// A connection to the first address of the name that answers, all by `until`.
 fn handshake(
     at: &HostPort,
     pin: CertPin,
@@ -210,7 +210,7 @@ fn transport(progress: Duration) -> TransportConfig {
     transport
 }
 
-/// Who dialled keeps it alive while it has streams.
+/// Settings of the dialling side, which keeps a connection alive while it has streams.
 fn dialling(progress: Duration) -> TransportConfig {
     let mut transport = transport(progress);
     transport.keep_alive_interval(Some(IDLE_AT_LEAST / 3));

@@ -67,7 +67,7 @@ impl Write for LocalStream {
 }
 
 impl ByteStream for LocalStream {
-    /// Not by its number: in a container of its own it has none here.
+    /// Says no process number: a process in a container of its own has none here.
     fn peer(&self) -> String {
         "a process of this host".to_owned()
     }

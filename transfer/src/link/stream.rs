@@ -30,7 +30,7 @@ pub(crate) trait ByteStream: Read + Write + Send {
     /// True if nothing can be read and the peer is there.
     fn is_idle(&mut self) -> bool;
 
-    /// What stands in `out`, then these bytes of the file. `out` may be used to read them.
+    /// Sends the bytes in `out`, then these bytes of the file. `out` may be used as the buffer for them.
     fn send_range(&mut self, out: &mut Vec<u8>, file: &File, range: Range<u64>) -> io::Result<()> {
         send_strides(self, out, file, range)
     }

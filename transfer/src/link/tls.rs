@@ -21,7 +21,7 @@ use super::stream::{ByteStream, StreamLink};
 use super::{Closer, Link, LinkError, frame, tcp};
 use crate::link::wire::Message;
 
-/// What is read from the socket at once: enough for requests at first, more for bulk. rustls by itself
+/// Bytes read from the socket at once: enough for requests at first, more for bulk. rustls by itself
 /// reads 4 KiB.
 const FIRST_READ: usize = 4 << 10;
 const LARGEST_READ: usize = 256 << 10;
@@ -87,7 +87,7 @@ pub(crate) fn accept(
     Ok(Box::new(StreamLink::over(stream)))
 }
 
-/// What a listener says that speaks no TLS.
+/// The error for a listener that speaks no TLS, with what it said.
 fn in_the_clear(socket: &mut impl Read) -> String {
     let said = match frame::read_message(socket) {
         Ok(Message::Fail { text, .. }) => format!(", it says: {text}"),
@@ -138,7 +138,7 @@ impl TlsStream {
         Ok(TlsStream { connection, socket, peer })
     }
 
-    /// All of it by `until`, however the peer's bytes drip in.
+    /// Shakes hands, all of it by `until`, however slowly the peer's bytes come in.
     fn handshake(&mut self, until: Instant) -> io::Result<()> {
         while self.connection.is_handshaking() {
             set_timeouts(&self.socket.socket, until)?;

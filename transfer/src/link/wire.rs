@@ -8,7 +8,7 @@
 //! source -> receiver   Offer{proto, grant}  (the source dialled; then as above)
 //!                      Welcome{complete, delta}  Manifest{blob}  Chunk{blob, index}  Have{ranges}
 //!                      Fail{code, text}
-//! over rdma also       Place{at, key, address} after the first Welcome and after each Chunk, and
+//! over rdma also       Remote{at, key, address} after the first Welcome and after each Chunk, and
 //!                      from the receiver Taken{index} once it has read the chunk
 //! within one host      WantFile{blob} -> File{blob, len}: the descriptor, beside the stream's bytes
 //! ```
@@ -23,6 +23,7 @@ use anabranch_proto::version::Root;
 
 pub use crate::image::blob::BlobId;
 
+/// Length of a header in bytes.
 pub const HEADER_BYTES: usize = 24;
 
 /// First wire of the data plane.
@@ -34,75 +35,107 @@ pub const MAX_WANTED: u32 = 64;
 const MAGIC: [u8; 4] = *b"ABD1";
 const MAX_TEXT_BYTES: usize = 2 << 10;
 const MAX_HAVE_RANGES: usize = 16 << 10;
-const MAX_PLACE_ADDRESS_BYTES: usize = 512;
+const MAX_REMOTE_ADDRESS_BYTES: usize = 512;
 
+/// A message of the data plane.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
-    /// `base`: the version whose full image the receiver holds; zero for none.
+    /// First word of a receiver: binds the stream to the version that the grant names.
     Hi {
+        /// Protocol of the data plane, [`PROTO`].
         proto: u16,
+        /// Root of the version whose full image the receiver holds; zero for none.
         base: Root,
+        /// The manager's permission to read.
         grant: Vec<u8>,
     },
     /// First word of a source that dialled: ask me on this stream.
     Offer {
+        /// Protocol of the data plane, [`PROTO`].
         proto: u16,
+        /// The manager's permission to be asked here.
         grant: Vec<u8>,
     },
-    /// `complete`: all chunks of the image are here. `delta_bytes`: size of a delta from the base, 0 for
-    /// none.
+    /// Answer to `Hi`: the grant is good.
     Welcome {
+        /// True if all chunks of the image are here.
         complete: bool,
+        /// True if all chunks of the delta are here.
         delta_complete: bool,
+        /// Length of a delta from the base in bytes, 0 for none.
         delta_bytes: u64,
     },
+    /// Asks for the manifest of a blob.
     WantManifest {
+        /// The blob.
         blob: BlobId,
     },
+    /// Answer to `WantManifest`.
     Manifest {
+        /// The blob.
         blob: BlobId,
+        /// The manifest as it is hashed.
         bytes: Vec<u8>,
     },
+    /// Asks for a run of chunks, at most [`MAX_WANTED`].
     Want {
+        /// The blob.
         blob: BlobId,
+        /// Index of the first chunk.
         first: u32,
+        /// Number of chunks.
         count: u32,
     },
-    /// From now on the source sends `Have` as it gets chunks; the stream carries nothing else.
+    /// Asks the source to send `Have` whenever it gets chunks; the stream carries nothing else from then on.
     WatchHave {
+        /// The blob.
         blob: BlobId,
     },
+    /// Chunks that the source got since the `Have` before; none if it only tells that it lives.
     Have {
+        /// Runs of chunks, in ascending order.
         ranges: Vec<Range<u32>>,
     },
-    /// `len` bytes of bulk follow the header.
+    /// One chunk: `len` bytes of bulk follow the header.
     Chunk {
+        /// The blob.
         blob: BlobId,
+        /// Index of the chunk.
         index: u32,
+        /// Length of the bulk in bytes.
         len: u32,
     },
-    /// The memory of the whole blob, from a process of the same host.
+    /// Asks for the memory of the whole blob, of a process of the same host.
     WantFile {
+        /// The blob.
         blob: BlobId,
     },
-    /// The descriptor comes with the header.
+    /// Answer to `WantFile`: the descriptor comes with the header.
     File {
+        /// The blob.
         blob: BlobId,
+        /// Length of the blob in bytes.
         len: u64,
     },
+    /// A refusal. The stream ends, or goes on with other requests.
     Fail {
+        /// The kind of reason.
         code: FailCode,
+        /// The reason, for people.
         text: String,
     },
-    /// Where in the source's memory the bulk lies. `address`: the source's on the fabric; empty when it
-    /// was told on this stream before.
-    Place {
+    /// Place of the bulk in the source's memory, for reads over a fabric.
+    Remote {
+        /// Address of the first byte, as the fabric counts.
         at: u64,
+        /// Key of the registered memory.
         key: u64,
+        /// Address of the source on the fabric; empty if it was told on this stream before.
         address: Vec<u8>,
     },
     /// The chunk was read; the source may forget that it announced it.
     Taken {
+        /// Index of the chunk.
         index: u32,
     },
 }
@@ -127,7 +160,7 @@ pub enum FailCode {
     NotYet = 7,
 }
 
-/// What a header announces: the kind, and how many bytes of body to read before `finish`.
+/// A message's header: its kind, and how many bytes of body to read before `finish`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     kind: Kind,
@@ -151,20 +184,27 @@ enum Kind {
     Chunk = 8,
     Fail = 9,
     Offer = 10,
-    Place = 11,
+    Remote = 11,
     Taken = 12,
     WantFile = 13,
     File = 14,
 }
 
+/// Why bytes are no message.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
+    /// The stream is of another protocol.
     #[error("not an Anabranch data stream (starts with {0:02x?})")]
     Magic([u8; 4]),
+    /// A kind, blob or code is unknown.
     #[error("unknown {what} {code}")]
     Code { what: &'static str, code: u32 },
+    /// The body is above the bound of its kind.
     #[error("a {kind} of {len} bytes, more than {max}")]
     TooLong { kind: &'static str, len: usize, max: usize },
+    /// The body does not fit its kind.
     #[error("malformed {0}")]
     Malformed(&'static str),
 }
@@ -236,11 +276,11 @@ impl Message {
                 out.extend_from_slice(clip(text).as_bytes());
                 Kind::Fail
             }
-            Message::Place { at, key, address } => {
+            Message::Remote { at, key, address } => {
                 out.extend_from_slice(&at.to_le_bytes());
                 out.extend_from_slice(&key.to_le_bytes());
                 out.extend_from_slice(address);
-                Kind::Place
+                Kind::Remote
             }
             Message::Taken { index } => {
                 first = *index;
@@ -258,6 +298,7 @@ impl Message {
         head[16..20].copy_from_slice(&count.to_le_bytes());
     }
 
+    /// Header and body.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER_BYTES + 64);
         self.encode(&mut out);
@@ -273,6 +314,7 @@ impl Message {
 // === impl Header ===
 
 impl Header {
+    /// Reads a header. Fails for another protocol, an unknown kind, or a body above the bound of its kind.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Header, WireError> {
         let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
         if bytes[..4] != MAGIC {
@@ -303,6 +345,7 @@ impl Header {
         self.len as usize
     }
 
+    /// The message, from `body_bytes` bytes of body.
     pub fn finish(&self, body: &[u8]) -> Result<Message, WireError> {
         let malformed = || WireError::Malformed(self.kind.name());
         let blob = self.blob;
@@ -336,12 +379,12 @@ impl Header {
                 let code = FailCode::from_code(self.code)?;
                 Message::Fail { code, text: String::from_utf8_lossy(body).into_owned() }
             }
-            Kind::Place => {
+            Kind::Remote => {
                 let (numbers, address) = body.split_at_checked(16).ok_or_else(malformed)?;
                 let u64_at = |at: usize| {
                     u64::from_le_bytes(numbers[at..at + 8].try_into().expect("8 of 16 bytes"))
                 };
-                Message::Place { at: u64_at(0), key: u64_at(8), address: address.to_vec() }
+                Message::Remote { at: u64_at(0), key: u64_at(8), address: address.to_vec() }
             }
             Kind::Taken => Message::Taken { index: self.first },
         })
@@ -381,7 +424,7 @@ impl Kind {
             Chunk,
             Fail,
             Offer,
-            Place,
+            Remote,
             Taken,
             WantFile,
             File,
@@ -398,7 +441,7 @@ impl Kind {
             Kind::Manifest => MAX_MANIFEST_BYTES,
             Kind::Have => MAX_HAVE_RANGES * 8,
             Kind::Fail => MAX_TEXT_BYTES,
-            Kind::Place => 16 + MAX_PLACE_ADDRESS_BYTES,
+            Kind::Remote => 16 + MAX_REMOTE_ADDRESS_BYTES,
             Kind::WantManifest | Kind::Want | Kind::WatchHave | Kind::Chunk => 0,
             Kind::Taken | Kind::WantFile => 0,
         }
@@ -416,7 +459,7 @@ impl Kind {
             Kind::Chunk => "Chunk",
             Kind::Fail => "Fail",
             Kind::Offer => "Offer",
-            Kind::Place => "Place",
+            Kind::Remote => "Remote",
             Kind::Taken => "Taken",
             Kind::WantFile => "WantFile",
             Kind::File => "File",

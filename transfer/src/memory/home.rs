@@ -20,12 +20,13 @@ const SOCKET: &str = "socket";
 const SLOT: &str = "slot-";
 const SUFFIX: &str = ".arena";
 
-/// Where the arena's slots have names for receivers of this host.
+/// The directory in which the arena's slots have names for receivers of this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShmArena {
     /// A directory on a tmpfs, for this trainer alone. Its name should end in `.arena`.
     pub dir: PathBuf,
-    /// If it cannot be used, or has no room: fail. Else the arena is anonymous memory, with a warning.
+    /// True to fail if the directory cannot be used or has no room. If false, the arena is then anonymous
+    /// memory, with a warning.
     pub required: bool,
 }
 
@@ -36,6 +37,8 @@ pub(crate) struct Home {
 }
 
 /// Why a directory cannot be the arena's home.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum HomeError {
     /// No slot of the size fits beside what is there.
@@ -64,7 +67,7 @@ const MAX_JOB_CHARS: usize = 40;
 // === impl ShmArena ===
 
 impl ShmArena {
-    /// Under /dev/shm; the same for all trainers of `job` in `scope` (say, the manager's address) that
+    /// A directory under /dev/shm: the same for all trainers of `job` in `scope` (say, the manager's address) that
     /// this user runs on this host.
     pub fn of_job(job: &str, scope: &str) -> ShmArena {
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -144,13 +147,13 @@ impl Home {
 }
 
 impl Drop for Home {
-    /// With the slots that are still named; those who adopted them keep them.
+    /// Removes the directory with the slots that are still named; those who adopted a slot keep it.
     fn drop(&mut self) {
         clear(&self.dir);
     }
 }
 
-/// That the kernel can say who uses a file there: without it no memory may be passed on.
+/// Checks that the kernel can say whether a file in `dir` is used: without that no memory may be passed on.
 pub(crate) fn probe(dir: &Path) -> io::Result<()> {
     let path = dir.join("probe");
     let map = SharedMap::file(&path, 1)?;
@@ -165,7 +168,7 @@ pub(crate) fn probe(dir: &Path) -> io::Result<()> {
     Err(io::Error::other("leases do not tell here whether a file is used"))
 }
 
-/// That its path fits a socket's address.
+/// Checks that a path fits the address of a socket.
 pub(crate) fn check_socket(path: &Path) -> io::Result<()> {
     if path.as_os_str().len() > MAX_SOCKET_PATH_BYTES {
         return Err(io::Error::other("its name is too long for a socket in it"));

@@ -11,10 +11,15 @@ pub(crate) struct DirLock {
     file: File,
 }
 
+/// Why a directory cannot be locked.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
+    /// A living process has it.
     #[error("it is in use by {owner}; this is process {own_pid}")]
     Taken { owner: String, own_pid: u32 },
+    /// The file of the lock cannot be used.
     #[error("cannot lock it: {0}")]
     Io(#[from] io::Error),
 }

@@ -17,11 +17,11 @@ use memmap2::{Advice, MmapRaw};
 pub struct SharedMap {
     map: MmapRaw,
     file: Arc<File>,
-    /// So many bytes from the front have their memory.
+    /// Number of bytes from the front that have their memory.
     backed: Mutex<u64>,
 }
 
-/// What is given back begins at a page, whatever the size of pages is.
+/// Largest size of a page: memory that is given back begins at a multiple of it.
 const LARGEST_PAGE_BYTES: u64 = 64 << 10;
 
 // === impl SharedMap ===
@@ -34,7 +34,7 @@ impl SharedMap {
         Ok(map)
     }
 
-    /// As [`SharedMap::anonymous`], with memory for these ranges only: the rest must not be touched.
+    /// Like [`SharedMap::anonymous`], with memory for these ranges only: the rest must not be touched.
     pub(crate) fn anonymous_in_part(
         name: &str,
         len: u64,
@@ -45,7 +45,7 @@ impl SharedMap {
         Ok(map)
     }
 
-    /// As [`SharedMap::anonymous`], but addresses only: [`SharedMap::back`] gives them memory.
+    /// Like [`SharedMap::anonymous`], but addresses only: [`SharedMap::back`] gives them memory.
     pub(crate) fn reserved(name: &str, len: u64) -> io::Result<SharedMap> {
         let fd = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?;
         SharedMap::over(File::from(fd), len)
@@ -119,10 +119,12 @@ impl SharedMap {
         Ok(())
     }
 
+    /// Length of the file in bytes, as far as it is mapped.
     pub fn len(&self) -> u64 {
         self.file.metadata().map(|m| m.len()).unwrap_or(0).min(self.map.len() as u64)
     }
 
+    /// The file behind the mapping.
     pub fn backing(&self) -> &Arc<File> {
         &self.file
     }
@@ -150,7 +152,7 @@ impl SharedMap {
         }
     }
 
-    /// Where it is mapped in this process: tells our own line in `/proc/self/maps` from a second one.
+    /// Address of the mapping in this process: tells it from a second mapping in `/proc/self/maps`.
     pub fn address(&self) -> usize {
         self.map.as_ptr() as usize
     }
@@ -180,7 +182,7 @@ impl SharedMap {
     }
 }
 
-/// Of `fcntl`, on every Linux.
+/// Command of `fcntl`, the same on every Linux.
 const F_SETSIG: i32 = 10;
 
 /// A path that opens the same file anew, under any name or none.

@@ -1,4 +1,4 @@
-//! Which processes still map a file: the kernel's word on whether an engine is done with old weights.
+//! Processes that still map a file: the kernel's word on whether an engine is done with old weights.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -8,10 +8,12 @@ use std::sync::{Mutex, MutexGuard};
 
 use procfs::process::MemoryMap;
 
-/// A process that maps the file.
+/// A process that maps a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapper {
+    /// Process id, as this process sees it.
     pub pid: u32,
+    /// Name of the command, cut to 15 characters by the kernel.
     pub command: String,
 }
 
@@ -19,7 +21,7 @@ pub struct Mapper {
 #[derive(Debug)]
 pub struct LendingMap(usize);
 
-/// One for each file that is lent.
+/// Addresses of the mappings that lend, one for each file that is lent.
 static LENDING: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
 
 /// Every visible process that maps `file`, other than this process's mapping at `own_address` and those
@@ -52,6 +54,7 @@ fn lending() -> MutexGuard<'static, BTreeSet<usize>> {
 // === impl LendingMap ===
 
 impl LendingMap {
+    /// Notes the mapping that begins at `address`, until the note is dropped.
     pub fn at(address: usize) -> LendingMap {
         lending().insert(address);
         LendingMap(address)

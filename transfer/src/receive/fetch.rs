@@ -34,8 +34,8 @@ use delta::Deltas;
 pub(crate) use error::StreamError;
 pub use error::{FetchError, Tried};
 use next::Next;
-use pool::{Pool, Session};
-use pull::{Job, Sink};
+use pool::{Pool, SourceStream};
+use pull::{PullOrder, Sink};
 
 /// Gets versions into one staging area and lends them to peers. Clones are the same fetcher.
 #[derive(Clone)]
@@ -55,6 +55,7 @@ struct Shared {
 /// Deadlines and bounds of all fetches.
 #[derive(Clone, Debug)]
 pub struct FetchRules {
+    /// A stream that is not up after so long is given up.
     pub connect: Duration,
     /// A stream that moves no byte for so long is given up.
     pub progress: Duration,
@@ -68,29 +69,32 @@ pub struct FetchRules {
     pub rescue_after: Duration,
     /// A stripe that got nothing for so long from a parent that is alive goes to the next source.
     pub stuck_after: Duration,
-    /// How long to wait for an engine to let go of the slot.
+    /// Time to wait for an engine to let go of the slot.
     pub slot_wait: Duration,
 }
 
 /// A holder of the version, and the permission to read from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceRef {
-    /// For logs and reports: `trainer`, an engine id.
+    /// Name of the holder, for logs and reports: `trainer`, or an engine's id.
     pub holder: String,
-    /// Where it can be reached (see `link`), best first.
+    /// Addresses of the holder, best first. Empty: none that this process can dial.
     pub addrs: Vec<Address>,
+    /// The manager's permission to read there.
     pub grant: Vec<u8>,
-    /// Stripes whose planned parent it is.
+    /// Stripes of which the source is the planned parent.
     pub stripes: Vec<u32>,
-    /// Stripes whose parent it may stand in for; for others only when nobody else is left.
+    /// Stripes for whose parent the source may stand in; for others only when no other source is left.
     pub fallback_for: Vec<u32>,
-    /// It has a part of what all sources of this name have between them (senders of one version), and they
-    /// stand in for each other. Empty: it is on its own.
+    /// Name that the senders of one version share: each source has a part of what all of them have, and they
+    /// stand in for each other. Empty for a source on its own.
     pub origin: String,
 }
 
+/// An order to fetch one version.
 #[derive(Clone)]
 pub struct FetchRequest {
+    /// The version, with its root.
     pub version: Version,
     /// Best first.
     pub sources: Vec<SourceRef>,
@@ -102,39 +106,48 @@ pub struct FetchRequest {
     pub baseline: Option<Arc<Baseline>>,
     /// Called about ten times a second from a transfer thread; must not block.
     pub progress: Option<Arc<dyn Fn(FetchProgress) + Send + Sync>>,
+    /// Ends the fetch; verified chunks are kept for the next one.
     pub cancel: CancellationToken,
 }
 
+/// Progress of a fetch, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FetchProgress {
-    /// Verified, in place.
+    /// Bytes that are verified and in place.
     pub bytes: u64,
-    /// Over the links until now, of a delta too; wrong and repeated chunks included.
+    /// Bytes received over the links until now, of a delta too; wrong and repeated chunks included.
     pub received_bytes: u64,
+    /// Length of the image.
     pub total_bytes: u64,
 }
 
 /// A version that an engine can load from `dir()`. Keep it while the engine loads or serves it.
 pub struct Staged {
     slot: StagedSlot,
+    /// The version that was fetched.
     pub version: Version,
+    /// Account of the fetch.
     pub report: FetchReport,
 }
 
+/// Account of a fetch that succeeded.
 #[derive(Clone, Debug, Default)]
 pub struct FetchReport {
+    /// Length of the image.
     pub bytes: u64,
-    /// Taken over where it lay, in memory of another process of this host.
+    /// Bytes taken over where they lay, in memory of another process of this host.
     pub adopted_bytes: u64,
-    /// Not received as chunks: they were here already, or came out of a delta.
+    /// Bytes not received as chunks: they were here already, or came out of a delta.
     pub carried_bytes: u64,
-    /// Received of a delta, if one was used.
+    /// Bytes received of a delta, if one was used.
     pub delta_bytes: u64,
-    /// Received, wrong and repeated chunks included.
+    /// Bytes received, wrong and repeated chunks included.
     pub received_bytes: u64,
-    /// (holder, verified bytes).
+    /// Verified bytes by holder.
     pub bytes_by_holder: Vec<(String, u64)>,
+    /// Streams and chunks that failed on the way.
     pub queue: QueueStats,
+    /// Duration of the whole fetch.
     pub took: Duration,
 }
 
@@ -147,6 +160,7 @@ impl Fetcher {
         Fetcher { shared: Arc::new(Shared { staging, holder, pool, deltas, rules, next }) }
     }
 
+    /// The staging area.
     pub fn staging(&self) -> &Staging {
         &self.shared.staging
     }
@@ -163,7 +177,7 @@ impl Fetcher {
         outcome
     }
 
-    /// As [`Fetcher::fetch`], on this thread.
+    /// Like [`Fetcher::fetch`], on this thread.
     pub fn fetch_blocking(&self, request: &FetchRequest) -> Result<Staged, FetchError> {
         let started = Instant::now();
         let version = request.version;
@@ -215,7 +229,7 @@ impl Fetcher {
             delta::try_delta(&self.shared, request, filling, held, report)?;
             report.carried_bytes = manifest.image_bytes - filler.missing_bytes();
         }
-        let job = Job {
+        let job = PullOrder {
             blob: BlobId::Image,
             base: Root::default(),
             manifest: Arc::clone(manifest),
@@ -246,7 +260,7 @@ impl Fetcher {
         }
     }
 
-    /// From the first source that gives one; the root decides, so any source is as good.
+    /// The manifest from the first source that gives one: it must have the root, so any source is as good.
     fn manifest(&self, request: &FetchRequest) -> Result<(Arc<Manifest>, Arc<[u8]>), FetchError> {
         let version = request.version;
         let asked = first_answer(&self.shared, request, move |shared, source| {
@@ -270,7 +284,7 @@ impl Fetcher {
 }
 
 fn ask_manifest(shared: &Shared, source: &SourceRef) -> Result<Vec<u8>, StreamError> {
-    let mut session = Session::open(shared, source, Root::default())?;
+    let mut session = SourceStream::open(shared, source, Root::default())?;
     let blob = BlobId::Image;
     session.link.send(&Message::WantManifest { blob })?;
     let bytes = match session.link.receive()? {
@@ -317,7 +331,7 @@ impl Default for FetchRules {
 }
 
 impl FetchRules {
-    /// What the receiver decides by.
+    /// The rules for the queue of one fetch.
     pub fn queue(&self) -> QueueRules {
         let rest = Duration::from_millis(100);
         QueueRules {
@@ -332,7 +346,7 @@ impl FetchRules {
 // === impl SourceRef ===
 
 impl SourceRef {
-    /// All addresses, for errors and reports.
+    /// The source's addresses as one text, for errors and reports.
     fn shown(&self) -> String {
         let addrs: Vec<String> = self.addrs.iter().map(Address::to_string).collect();
         addrs.join(", ")
@@ -347,6 +361,7 @@ impl Staged {
         self.slot.dir()
     }
 
+    /// Layout and hashes of the image.
     pub fn manifest(&self) -> &Arc<Manifest> {
         self.slot.manifest()
     }

@@ -1,4 +1,4 @@
-//! Which stream fetches which chunk from which source: the receiver's decisions, without I/O. Streams
+//! The receiver's decisions, without I/O: which stream fetches which chunk from which source. Streams
 //! take work as they are free, so a slow one does not set the finish time; chunks of a lost stream go
 //! back; a stream that holds up the end is told to let go.
 //!
@@ -26,16 +26,18 @@ use source::Source;
 use stripe::Stripe;
 pub use stripe::StripePlan;
 
+/// Number that the caller gave to a stream.
 pub type StreamId = usize;
 /// Place in the list of sources that the queue was made for.
 pub type SourceId = usize;
 
+/// Bounds by which a queue judges sources and streams.
 #[derive(Clone, Debug)]
 pub struct QueueRules {
-    /// Wrong chunks in a row, without a right one between them, after which a source is dropped; failures
-    /// of any kind after which, with all others, it is.
+    /// Wrong chunks in a row before a source is dropped. Failures of any kind count in the same way once all
+    /// sources fail.
     pub strikes: u32,
-    /// How long a failed source rests; doubles with each failure in a row.
+    /// Time that a failed source rests; it doubles with each failure in a row.
     pub rest: Duration,
     /// An idle stream takes over from one of another source that verified nothing for so long.
     pub rescue_after: Duration,
@@ -43,6 +45,7 @@ pub struct QueueRules {
     pub stuck_after: Duration,
 }
 
+/// The chunks of one blob that are missing, and who is asked for them.
 #[derive(Debug)]
 pub struct ChunkQueue {
     rules: QueueRules,
@@ -59,14 +62,16 @@ pub struct ChunkQueue {
     stats: QueueStats,
 }
 
-/// What went on besides chunks that came right at once.
+/// Counts of events other than chunks that came right at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueStats {
     /// Chunks whose hash was wrong.
     pub bad_chunks: u64,
     /// Chunks asked for again after their stream was lost.
     pub returned_chunks: u64,
+    /// Streams that failed.
     pub lost_streams: u64,
+    /// Streams that were closed because they held up the end.
     pub rescues: u64,
 }
 
@@ -77,25 +82,31 @@ struct Stream {
     cursor: u32,
 }
 
+/// The source for a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Assign {
+    /// Ask this source.
     To(SourceId),
     /// No source is of use before then.
     Wait(Instant),
     /// Every source is dropped.
     None,
+    /// Every chunk is verified.
     Done,
 }
 
+/// The next step of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Take {
+    /// Ask for this chunk.
     Chunk(u32),
     /// Nothing for this source now.
     Wait,
-    /// That stream holds up the end: close it, its chunks come back.
+    /// The stream holds up the end: close it, and its chunks come back.
     Rescue(StreamId),
-    /// This source is in charge of nothing any more: be assigned anew.
+    /// The source is in charge of nothing any more: ask for another one.
     Leave,
+    /// Every chunk is verified.
     Done,
 }
 
@@ -113,7 +124,7 @@ impl QueueStats {
 // === impl ChunkQueue ===
 
 impl ChunkQueue {
-    /// For `sources` sources, best first.
+    /// A queue for `sources` sources, best first.
     pub fn new(
         rules: QueueRules,
         held: &ChunkSet,
@@ -148,10 +159,12 @@ impl ChunkQueue {
         }
     }
 
+    /// True once every chunk is verified.
     pub fn is_done(&self) -> bool {
         self.missing.is_empty() && self.taken.is_empty()
     }
 
+    /// The counts so far.
     pub fn stats(&self) -> QueueStats {
         self.stats
     }
@@ -202,7 +215,7 @@ impl ChunkQueue {
         }
     }
 
-    /// It has several streams, and another source in charge of a stripe has none.
+    /// True if the source has several streams, and another source in charge of a stripe has none.
     fn can_spare(&self, source: SourceId) -> bool {
         let streams = |ix: SourceId| self.streams.values().filter(|s| s.source == ix).count();
         let unserved =
@@ -222,11 +235,13 @@ impl ChunkQueue {
         }
     }
 
+    /// Notes that the source has every chunk.
     pub fn learned_all(&mut self, source: SourceId) {
         let all = 0..self.chunks;
         self.learned(source, std::slice::from_ref(&all));
     }
 
+    /// The next chunk for the stream, or what it should do instead.
     pub fn take(&mut self, stream: StreamId, now: Instant) -> Take {
         if self.is_done() {
             return Take::Done;
@@ -278,7 +293,7 @@ impl ChunkQueue {
         }
     }
 
-    /// Whether a live source that no stream asks has something to give, or was not asked yet what it has.
+    /// True if a live source without a stream has something to give, or was not asked yet what it has.
     fn is_wanted_elsewhere(&self, source: SourceId) -> bool {
         let is_asked = |ix: SourceId| self.streams.values().any(|s| s.source == ix);
         let can_give = |ix: SourceId| match self.sources[ix].has.is_empty() {
@@ -301,7 +316,7 @@ impl ChunkQueue {
         }
     }
 
-    /// Whether the chunk came wrong from this source, and another one can be asked.
+    /// True if the chunk came wrong from this source, and another one can be asked.
     fn avoids(&self, index: u32, source: SourceId) -> bool {
         self.wrong.contains(&(index, source))
             && self.sources.iter().enumerate().any(|(other, s)| {
@@ -398,7 +413,7 @@ impl ChunkQueue {
         source::drop_hopeless(&mut self.sources, self.rules.strikes);
     }
 
-    /// Whether streams bound to the source should leave it.
+    /// True if streams bound to the source should leave it.
     pub fn is_dropped(&self, source: SourceId) -> bool {
         self.sources[source].is_dropped()
     }

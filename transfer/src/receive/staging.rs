@@ -34,7 +34,7 @@ mod staged;
 pub(crate) use filling::{Base, Filler, Filling};
 use record::Record;
 pub use staged::StagedSlot;
-pub(crate) use staged::{Adopting, Place};
+pub(crate) use staged::{Adopting, VersionDir};
 
 const SLOTS: usize = 2;
 
@@ -49,7 +49,7 @@ struct Shared {
     /// Locked while this process lives.
     _lock: DirLock,
     slots: Mutex<[Slot; SLOTS]>,
-    /// Whether other agents of this host may have a slot's memory.
+    /// True if other agents of this host may have a slot's memory.
     shared: AtomicBool,
     /// Memory of former slots that others still use.
     left: Mutex<Vec<Arc<Memory>>>,
@@ -82,27 +82,36 @@ struct Memory {
     record: Record,
 }
 
+/// Why the staging area cannot take a version.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum StageError {
+    /// A file of the area cannot be used.
     #[error("cannot use {path} for staging: {error}")]
     Io { path: PathBuf, error: io::Error },
+    /// Another agent has the area.
     #[error(
         "{path} is the staging area of another agent: {error}; give each agent on a host its own name"
     )]
     Locked { path: PathBuf, error: LockError },
+    /// The file system has too little room.
     #[error(
         "{path} is too small: a version needs {need} bytes more there, {free} of {size} are free. In a \
          container start it with a larger --shm-size (Docker) or mount an emptyDir with medium: \
          Memory at /dev/shm (Kubernetes); two versions must fit"
     )]
     TooSmall { path: PathBuf, need: u64, free: u64, size: u64 },
+    /// Both slots are in use.
     #[error("both staging slots are in use: {}", .users.join("; "))]
     Busy { users: Vec<String> },
+    /// Memory of another process cannot get a name here.
     #[error(
         "cannot link memory of another process into {path}: {error} (staging and the trainer's arena must \
          be on one mount of one tmpfs, and belong to the same user)"
     )]
     Link { path: PathBuf, error: io::Error },
+    /// The image does not fit its manifest.
     #[error("the image does not fit its manifest: {0}")]
     Image(#[from] crate::image::layout::LayoutError),
 }
@@ -133,6 +142,7 @@ impl Staging {
         Ok(Staging { shared: Arc::new(shared) })
     }
 
+    /// The directory of the area.
     pub fn root(&self) -> &Path {
         &self.shared.root
     }
@@ -144,13 +154,13 @@ impl Staging {
         self.require((SLOTS as u64 * image_bytes).saturating_sub(have))
     }
 
-    /// Whether both slots have memory for a version of so many bytes.
+    /// True if both slots have memory for a version of `bytes`.
     pub(crate) fn is_prepared(&self, bytes: u64) -> bool {
         let fits = |slot: &Slot| slot.memory.as_ref().is_some_and(|m| m.map.len() == bytes);
         self.lock().iter().all(fits)
     }
 
-    /// Both slots get memory for a version of so many bytes, but for what is in use. Holds them meanwhile: who
+    /// Gives both slots memory for a version of `bytes`, but for slots in use. Holds them meanwhile: who
     /// begins a version then would wait for this very memory.
     pub(crate) fn prepare(&self, bytes: u64) -> Result<(), StageError> {
         let mut slots = self.lock();
@@ -223,7 +233,7 @@ impl Staging {
         Ok(Filling { staging: self.clone(), slot: ix, filler, stamp })
     }
 
-    /// Who keeps an idle slot from being reused.
+    /// Text on who keeps an idle slot from being reused, if somebody does.
     fn user(&self, slot: &Slot, ix: usize) -> Result<Option<String>, StageError> {
         let Some(memory) = &slot.memory else { return Ok(None) };
         if slot.is_read() {
@@ -287,7 +297,7 @@ impl Staging {
         Ok(())
     }
 
-    /// What is staged in the other slot.
+    /// The version that is staged in the other slot.
     fn base(&self, slot: usize) -> Option<Base> {
         let slots = self.lock();
         let other = &slots[(slot + 1) % SLOTS];
@@ -297,11 +307,11 @@ impl Staging {
     }
 
     /// A directory for a version, whose name nobody had before; `suffix` tells what is in it.
-    fn place(&self, version: Version, suffix: &str) -> Result<Place, StageError> {
+    fn version_dir(&self, version: Version, suffix: &str) -> Result<VersionDir, StageError> {
         let nth = self.shared.published.fetch_add(1, Ordering::Relaxed);
         let Version { epoch, number, root } = version;
         let name = format!("v{number}-e{epoch}-{root}-{nth}-{suffix}");
-        Place::make(&self.shared.root, &name).map_err(|e| self.io(e))
+        VersionDir::make(&self.shared.root, &name).map_err(|e| self.io(e))
     }
 
     /// Gives back the memory of slots that nobody needs now: versions come another way.

@@ -31,7 +31,7 @@ pub(crate) use seal::{Sealer, SlotWriter};
 /// Sealed versions that are kept, and slots in the steady state.
 const SLOTS: usize = 2;
 
-/// With so many versions still in the hands of others on this host, no more memory is passed on: an engine
+/// Versions in the hands of others on this host from which on no more memory is passed on: an engine
 /// that never lets go must not take one version's memory more each time.
 const MAX_LEFT: u32 = 4;
 
@@ -49,7 +49,7 @@ struct Shared {
 }
 
 struct State {
-    /// Where slots have names; without, they are anonymous.
+    /// The directory in which slots have names; without it they are anonymous.
     home: Option<Home>,
     slots: BTreeMap<SlotId, Slot>,
     next: SlotId,
@@ -60,9 +60,9 @@ type SlotId = u64;
 
 struct Slot {
     map: Arc<SharedMap>,
-    /// Where it has memory.
+    /// Ranges of the image for which the slot has memory.
     extent: Vec<Range<u64>>,
-    /// Its name in the home.
+    /// Path of the slot's file in the home.
     path: Option<PathBuf>,
     /// Bumped when the memory changes hands.
     generation: Arc<AtomicU64>,
@@ -92,18 +92,24 @@ pub(crate) struct Begun {
     pub(crate) left: u32,
 }
 
+/// Why there is no slot for a version.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum ArenaError {
+    /// The system gives no memory.
     #[error(
         "cannot get {bytes} bytes of shared memory for an arena slot: {error}; two versions must fit \
          in memory (in a container, memory limits count shared memory too)"
     )]
     Memory { bytes: u64, error: std::io::Error },
+    /// The part before is neither sealed nor dropped.
     #[error(
         "the part of version {number} that was published before is not sealed yet: seal it with what the \
          other senders have, or drop it"
     )]
     Unsealed { number: u64 },
+    /// The directory of the slots cannot be used.
     #[error(transparent)]
     Home(#[from] HomeError),
 }

@@ -37,17 +37,24 @@ pub(crate) struct Export {
     _lock: DirLock,
 }
 
+/// Why a version was not exported.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
+    /// The file system refuses.
     #[error("cannot export versions to {path}: {error}")]
     Io { path: PathBuf, error: io::Error },
+    /// Another trainer exports to the directory.
     #[error("cannot export versions to {dir}: {error}; give each trainer a directory of its own")]
     Locked { dir: PathBuf, error: LockError },
+    /// The file system has too little room.
     #[error(
         "cannot export {version} to {dir}: it needs {need} bytes, {free} of {size} are free; the versions \
          exported before are still there"
     )]
     TooSmall { dir: PathBuf, version: Version, need: u64, free: u64, size: u64 },
+    /// The memory went to a newer version meanwhile.
     #[error(
         "the export of {version} to {dir} was given up: its memory went to a newer version before it was \
          written; the file system is slower than versions follow each other"
@@ -74,7 +81,7 @@ impl Export {
         Ok(Export { dir, keep: keep.max(1), nth: AtomicU64::new(0), _lock: lock })
     }
 
-    /// Where receivers find the versions.
+    /// The address at which receivers find the versions.
     pub(crate) fn address(&self) -> Address {
         Address::File(self.dir.clone())
     }
@@ -210,7 +217,7 @@ fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
-/// So that names survive a crash of the host.
+/// Flushes a directory, so that names survive a crash of the host.
 fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }

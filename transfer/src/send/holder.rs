@@ -1,4 +1,4 @@
-//! What this process lends: versions by (epoch, number), each with its image, perhaps deltas, and the
+//! Versions that this process lends, by (epoch, number): each with its image, perhaps deltas, and the
 //! leases of those who read it. Decides who may read; the bytes themselves go through `serve`.
 
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ use crate::send::inbound::Inbound;
 pub struct Held {
     version: Version,
     image: Blob,
-    /// By base, the version before first.
+    /// Deltas with their bases, the version before first.
     deltas: Mutex<Vec<(Root, Blob)>>,
     leases: AtomicU32,
     sent_bytes: AtomicU64,
@@ -31,7 +31,7 @@ pub struct Lease {
     receiver: String,
 }
 
-/// Everything this process lends. Clones are the same holder.
+/// The versions that this process lends, and who may read them. Clones are the same holder.
 #[derive(Clone, Debug)]
 pub struct Holder {
     shared: Arc<Shared>,
@@ -62,16 +62,23 @@ struct FirstUse {
 }
 
 /// Why a receiver is not let in.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
+    /// The grant is forged, expired, or for something else.
     #[error(transparent)]
     Grant(#[from] GrantError),
+    /// The version is not held here, or not any more.
     #[error("{asked} is not held here (held: {held})")]
     Unknown { asked: Version, held: String },
+    /// The version has not begun to arrive here.
     #[error("{asked} has not begun to arrive here (held: {held})")]
     NotYet { asked: Version, held: String },
+    /// The version that is held has another root.
     #[error("{asked} has root {asked_root}, the {held} held here has root {held_root}", asked_root = .asked.root, held_root = .held.root)]
     OtherRoot { asked: Version, held: Version },
+    /// No manager gave a key yet.
     #[error("this holder has no key from a manager yet")]
     NoKey,
 }
@@ -115,7 +122,7 @@ impl Holder {
         }
     }
 
-    /// Whether processes of this host are given the memory itself.
+    /// Sets whether processes of this host are given the memory itself.
     pub(crate) fn pass_memory(&self, pass: bool) {
         self.shared.passes_memory.store(pass, Ordering::Release);
     }
@@ -132,17 +139,18 @@ impl Holder {
         first_use.retain(|_, used| versions.contains_key(&used.version));
     }
 
-    /// What is lent, oldest first.
+    /// The versions that are lent, oldest first.
     pub fn versions(&self) -> Vec<Version> {
         self.lock().versions.values().map(|h| h.version).collect()
     }
 
+    /// The version, if it is lent.
     pub fn held(&self, version: Version) -> Option<Arc<Held>> {
         let found = self.lock().versions.get(&(version.epoch, version.number)).cloned();
         found.filter(|h| h.version.root == version.root)
     }
 
-    /// As [`Holder::admit`]; a version that may still come is waited for.
+    /// Like [`Holder::admit`], but waits for a version that may still come, up to `patience`.
     pub(crate) fn admit_in_time(&self, grant: &[u8], patience: Duration) -> Result<Lease, Refusal> {
         let until = Instant::now() + patience;
         let mut state = self.lock();
@@ -165,7 +173,7 @@ impl Holder {
         Ok(granted.receiver)
     }
 
-    /// Streams that sources dialled.
+    /// Streams that sources dialled, for fetches to ask on.
     pub(crate) fn inbound(&self) -> &Inbound {
         &self.shared.inbound
     }
@@ -203,7 +211,7 @@ impl State {
         Ok(Lease { held, receiver: granted.receiver })
     }
 
-    /// What a genuine grant for this job and role says.
+    /// The content of a genuine grant for this job and role.
     fn granted(&self, job: &str, grant: &[u8], role: Role) -> Result<Grant, Refusal> {
         let granted = self.verify(grant)?;
         if !job.is_empty() && granted.job != job {
@@ -216,7 +224,7 @@ impl State {
         Ok(granted)
     }
 
-    /// Its time to live runs from its first use here.
+    /// Notes a use of the grant, whose time to live runs from its first use here.
     fn note_use(&mut self, grant: &[u8], granted: &Grant, now: Instant) -> Result<(), Refusal> {
         let version = (granted.version.epoch, granted.version.number);
         let id = *blake3::hash(grant).as_bytes();
@@ -246,6 +254,7 @@ impl State {
 // === impl Refusal ===
 
 impl Refusal {
+    /// The code that the receiver is told.
     pub fn code(&self) -> FailCode {
         match self {
             Refusal::Grant(_) | Refusal::NoKey => FailCode::Grant,
@@ -263,11 +272,12 @@ impl Held {
         Held { version, image, deltas: Mutex::default(), leases, sent_bytes }
     }
 
+    /// The version.
     pub fn version(&self) -> Version {
         self.version
     }
 
-    /// Streams bound to the version now.
+    /// Number of streams that are bound to the version now.
     pub fn leases(&self) -> u32 {
         self.leases.load(Ordering::Relaxed)
     }
@@ -310,10 +320,12 @@ impl Held {
 // === impl Lease ===
 
 impl Lease {
+    /// The version that the lease is for.
     pub fn held(&self) -> &Held {
         &self.held
     }
 
+    /// Name of the receiver, from its grant.
     pub fn receiver(&self) -> &str {
         &self.receiver
     }

@@ -1,4 +1,4 @@
-//! Where a holder is reached: its sockets, who it is to those who dial, and which links it offers. Decides
+//! Listening for receivers: a holder's sockets, its identity to those who dial, the links that it offers. Decides
 //! by a connection's first byte what is spoken on it; what is read over it is decided by `serve`.
 
 use std::fmt;
@@ -21,29 +21,30 @@ use crate::link::{Link, LinkError, tls};
 /// A way to move bytes that a listener can offer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum LinkKind {
-    /// In the clear: for loopback and for networks that nobody else is on.
+    /// TCP in the clear: for loopback and for networks that nobody else is on.
     Tcp,
     /// TLS 1.3 over TCP; receivers pin the listener's certificate.
     Tls,
-    /// For lossy or long paths and NAT, on the UDP port of the same number; pinned as well.
+    /// QUIC on the UDP port of the same number, pinned as well: for lossy or long paths and NAT.
     Quic,
-    /// Read out of this process's memory through libfabric, in the clear: for a network that nobody else is
+    /// Reads out of this process's memory through libfabric, in the clear: for a network that nobody else is
     /// on. Only in builds with the feature `rdma`.
     Rdma,
 }
 
+/// A text that names no link.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown link {0:?}; known: tcp, tls, quic, rdma")]
 pub struct UnknownLink(pub String);
 
-/// Where to listen, and what to offer.
+/// An order to listen: the place, the links and the hosts to advertise.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listen {
-    /// With port 0 the system chooses.
+    /// The address to bind; with port 0 the system chooses.
     pub at: SocketAddr,
-    /// Best first, as receivers try them. Empty: tcp on loopback, tls anywhere else.
+    /// Links to offer, best first, as receivers try them. Empty: tcp on loopback, tls anywhere else.
     pub links: Vec<LinkKind>,
-    /// HOST or HOST:PORT that receivers shall dial, where it is not the one listened on.
+    /// Hosts that receivers shall dial, as HOST or HOST:PORT. Empty: the address that is bound.
     pub advertise: Vec<String>,
 }
 
@@ -57,7 +58,7 @@ pub struct Listener {
     door: Door,
 }
 
-/// What a TCP connection may speak here.
+/// The links that a TCP connection may speak here.
 #[derive(Clone)]
 pub(crate) struct Door {
     plain: bool,
@@ -65,22 +66,31 @@ pub(crate) struct Door {
     rdma: Option<Arc<dyn Accept>>,
 }
 
+/// Why versions cannot be served.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
+    /// A socket cannot be bound.
     #[error(
         "cannot listen on {addr} for weight transfers: {error}; choose another address or port"
     )]
     Listen { addr: SocketAddr, error: io::Error },
+    /// A host to advertise is no HOST or HOST:PORT.
     #[error(
         "`{host}` cannot be advertised: write HOST or HOST:PORT, with an IPv6 host in brackets"
     )]
     Advertise { host: String },
+    /// The socket for this host cannot be bound.
     #[error("cannot listen at {path} for weight transfers within this host: {error}")]
     Local { path: PathBuf, error: io::Error },
+    /// No certificate can be made.
     #[error("cannot make a certificate for the data plane: {0}")]
     Certificate(String),
+    /// The fabric cannot be used.
     #[error("cannot offer rdma: {0}")]
     Rdma(LinkError),
+    /// No thread can be started.
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
 }
@@ -115,12 +125,12 @@ impl fmt::Display for LinkKind {
 // === impl Listen ===
 
 impl Listen {
-    /// With the links that are safe there.
+    /// An order to listen at `at` with the links that are safe there.
     pub fn at(at: SocketAddr) -> Listen {
         Listen { at, links: Vec::new(), advertise: Vec::new() }
     }
 
-    /// Whether receivers elsewhere are told an address that they can dial.
+    /// True if receivers elsewhere are told an address that they can dial.
     pub fn is_dialable(&self) -> bool {
         !self.at.ip().is_unspecified() || !self.advertise.is_empty()
     }
@@ -140,6 +150,7 @@ impl Listen {
 // === impl Listener ===
 
 impl Listener {
+    /// Binds the sockets, and makes a certificate if a link needs one.
     pub fn bind(listen: &Listen) -> Result<Listener, ServeError> {
         let links = listen.links();
         let has = |link| links.contains(&link);
@@ -165,7 +176,7 @@ impl Listener {
         Ok(Listener { tcp, udp, identity, at, addresses, door })
     }
 
-    /// For a server that is found within its host only.
+    /// A listener without sockets, for a server that is found within its host only.
     pub(crate) fn nowhere() -> Listener {
         let (tcp, udp, identity, addresses) = (None, None, None, Vec::new());
         let (at, door) =
@@ -173,12 +184,12 @@ impl Listener {
         Listener { tcp, udp, identity, at, addresses, door }
     }
 
-    /// Where it listens: with port 0, the port that was chosen.
+    /// The address listened on, with the port that the system chose for port 0.
     pub fn addr(&self) -> SocketAddr {
         self.at
     }
 
-    /// What receivers dial, best first: one address for each link and advertised host.
+    /// Addresses for receivers, best first: one for each link and advertised host.
     pub fn addresses(&self) -> Vec<Address> {
         self.addresses.clone()
     }
@@ -190,7 +201,7 @@ impl Listener {
 
 type Sockets = (Option<TcpListener>, Option<UdpSocket>, SocketAddr);
 
-/// Both on the same port.
+/// Binds the sockets, both on the same port.
 fn bind(at: SocketAddr, tcp: bool, udp: bool) -> io::Result<Sockets> {
     let mut last = None;
     // The port that the system chose for one protocol may be taken in the other.

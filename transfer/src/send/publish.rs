@@ -27,54 +27,64 @@ mod part;
 use offer::Offers;
 pub use part::{Part, PartError, PartInfo, PartInfoError, PieceRef, PublishingPart, Sender};
 
+/// Settings of a publisher.
 #[derive(Clone, Debug)]
 pub struct PublisherConfig {
+    /// Name of the job: grants for others are refused.
     pub job: String,
+    /// Epoch of the trainer: version numbers grow within it.
     pub epoch: u32,
-    /// Where receivers connect; port 0 lets the system choose.
+    /// Socket address to listen on; port 0 lets the system choose.
     pub listen: SocketAddr,
     /// Addresses that receivers should dial, if not the one listened on (host or host:port).
     pub advertise: Vec<String>,
-    /// How the weights go out, best first; empty: tcp on loopback, tls anywhere else.
+    /// Links by which the weights go out, best first. Empty: tcp on loopback, tls anywhere else.
     pub links: Vec<LinkKind>,
+    /// Length of a chunk in bytes.
     pub chunk_bytes: u32,
     /// Threads that hash a published version and code its delta.
     pub hash_threads: usize,
-    /// Also offer each version as a delta to the one before, and as a chain of deltas to older ones.
+    /// True to offer each version also as a delta to the one before, and as a chain of deltas to older ones.
     pub delta: bool,
-    /// Only one version will be published: no memory is got for a second before it comes.
+    /// True if only one version will be published: no memory is got for a second before it comes.
     pub single: bool,
-    /// Give the memory names, so that receivers of this host take it over instead of copying it.
+    /// Directory that gives the memory names, so that receivers of this host take it over instead of copying it.
     pub shm: Option<ShmArena>,
-    /// Also write each version into this directory of a shared file system: `file:` receivers read it
+    /// Directory of a shared file system into which each version is written as well: `file:` receivers read it
     /// there, while this process lives and after.
     pub export: Option<PathBuf>,
-    /// The newest so many stay in it.
+    /// Number of exported versions that stay, the newest ones.
     pub export_keep: usize,
+    /// Bounds of the server.
     pub limits: ServeLimits,
 }
 
 /// A tensor in the trainer's memory, in the engine's dtype.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorRef<'a> {
+    /// Name, unique within the version.
     pub name: &'a str,
+    /// Element type.
     pub dtype: DType,
+    /// Dimensions, outermost first.
     pub shape: &'a [u64],
+    /// Elements, in row-major order.
     pub data: &'a [u8],
 }
 
+/// Publishes versions of one trainer and serves them.
 pub struct Publisher {
     server: Server,
     config: PublisherConfig,
     arena: Arena,
     export: Option<Arc<Export>>,
-    /// One publish at a time.
+    /// Held while a version is published: one at a time.
     publishing: Mutex<()>,
     last: Arc<Mutex<Last>>,
     offers: Arc<Offers>,
 }
 
-/// What later versions are compared with.
+/// The last version, with which later ones are compared.
 #[derive(Default)]
 struct Last {
     number: Option<u64>,
@@ -84,9 +94,11 @@ struct Last {
 /// A version that is in the arena; its hashes are still being made.
 #[derive(Debug)]
 pub struct Publishing {
+    /// Number of the version.
     pub number: u64,
+    /// Length of the image.
     pub bytes: u64,
-    /// How long the trainer was kept: the copy.
+    /// Time for which the trainer was kept: the copy.
     pub copied_in: Duration,
     /// Streams that were reading the version whose memory this one took.
     pub revoked_streams: u32,
@@ -98,50 +110,69 @@ pub struct Publishing {
 /// A version that receivers can fetch.
 #[derive(Clone, Debug)]
 pub struct Published {
+    /// The version, with its root.
     pub version: Version,
+    /// Layout and hashes of the image.
     pub manifest: Arc<Manifest>,
+    /// Length of the image.
     pub bytes: u64,
     /// Size of the delta to the version before, if there is one.
     pub delta_bytes: Option<u64>,
+    /// Time for which the trainer was kept: the copy.
     pub copied_in: Duration,
-    /// From the start of the copy until all was hashed, the delta coded and the export written.
+    /// Time from the start of the copy until all was hashed, the delta coded and the export written.
     pub sealed_in: Duration,
-    /// Where it was exported to, or why it was not: it is served all the same.
+    /// Directory of the export, or why there is none: the version is served all the same. `None` without an export.
     pub export: Option<Result<PathBuf, Arc<ExportError>>>,
     held: Arc<Held>,
 }
 
+/// Why a version was not published.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
+    /// The server cannot be started.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// The tensors make no image.
     #[error("version {number}: {error}")]
     Layout { number: u64, error: LayoutError },
+    /// There is no memory for the version.
     #[error(transparent)]
     Arena(#[from] ArenaError),
+    /// The number does not grow.
     #[error(
         "version {number} after {last}: numbers grow within epoch {epoch}; a restarted trainer opens a new epoch"
     )]
     Regression { number: u64, last: u64, epoch: u32 },
+    /// A tensor has another length than its shape and dtype say.
     #[error("tensor `{name}`: {have} bytes given, its shape and dtype need {want}")]
     Data { name: String, have: u64, want: u64 },
+    /// A piece lies outside its tensor.
     #[error(
         "{len} bytes at {offset} of tensor `{name}`, which has {of} bytes in the version's layout"
     )]
     Piece { name: String, offset: u64, len: u64, of: u64 },
+    /// Two pieces overlap.
     #[error("the same bytes of tensor `{name}` are given twice")]
     Twice { name: String },
+    /// A part cannot be exported.
     #[error(
         "version {number}: a part of a version cannot be exported; switch the export off, or let a sender that \
          has all of it write it"
     )]
     PartExport { number: u64 },
+    /// The export directory cannot be used.
     #[error(transparent)]
     Export(#[from] ExportError),
+    /// The directory is no checkpoint.
     #[error("version {number}: {error}")]
     Checkpoint { number: u64, error: CheckpointError },
+    /// The version was given up before its seal.
     #[error("version {number} was given up before it was sealed")]
     Abandoned { number: u64 },
+    /// No thread can be started.
     #[error("cannot start the sealing thread: {0}")]
     Thread(std::io::Error),
 }
@@ -172,6 +203,7 @@ impl PublisherConfig {
 // === impl Publisher ===
 
 impl Publisher {
+    /// Starts the server. Nobody can read before [`Publisher::set_serve_key`].
     pub fn start(config: PublisherConfig) -> Result<Publisher, PublishError> {
         let holder = Holder::new(&config.job);
         let home = config.shm.as_ref().map(|at| Home::open(at, &config.job)).transpose();
@@ -194,13 +226,14 @@ impl Publisher {
         self.server.holder().set_key(key);
     }
 
-    /// Where receivers find the versions, best first.
+    /// Addresses at which receivers find the versions, best first.
     pub fn addresses(&self) -> Vec<Address> {
         let exported = self.export.iter().map(|export| export.address());
         let local = self.server.local_address().into_iter();
         local.chain(self.server.addresses()).chain(exported).collect()
     }
 
+    /// The server, for its streams and for dialling receivers.
     pub fn server(&self) -> &Server {
         &self.server
     }
@@ -353,7 +386,7 @@ impl Drop for Publisher {
     }
 }
 
-/// All that the versions after the first need, so that none of it is got while one of them is published.
+/// Gets all memory that the versions after the first need, so that none is got while one of them is published.
 fn prepare_next(arena: &Arena, offers: &Offers, config: &PublisherConfig, manifest: &Manifest) {
     arena.prepare(manifest.image_bytes, std::slice::from_ref(&(0..manifest.image_bytes)));
     if config.delta {
@@ -404,7 +437,7 @@ impl Publishing {
         Ok(Published { copied_in: self.copied_in, ..published })
     }
 
-    /// As [`Publishing::sealed`], for a trainer without a runtime.
+    /// Like [`Publishing::sealed`], for a trainer without a runtime.
     pub fn wait(self) -> Result<Published, PublishError> {
         let number = self.number;
         let published =

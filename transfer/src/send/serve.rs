@@ -28,6 +28,7 @@ pub use feed::FeedOrder;
 use local::LocalDoor;
 use session::{Ended, StreamEnd};
 
+/// Bounds of a server.
 #[derive(Clone, Debug)]
 pub struct ServeLimits {
     /// Streams at once: one thread each.
@@ -73,7 +74,7 @@ struct Streams {
 // === impl Server ===
 
 impl Server {
-    /// With the links that are safe at `listen`.
+    /// Serves what `holder` lends, with the links that are safe at `listen`.
     pub fn start(
         listen: SocketAddr,
         holder: Holder,
@@ -82,6 +83,7 @@ impl Server {
         Server::serve(Listener::bind(&Listen::at(listen))?, holder, limits)
     }
 
+    /// Serves what `holder` lends at the sockets of `listener`.
     pub fn serve(
         mut listener: Listener,
         holder: Holder,
@@ -103,7 +105,7 @@ impl Server {
         Ok(server)
     }
 
-    /// For those that it is shared with only (see [`Server::share`]).
+    /// A server without sockets, for processes that it is shared with (see [`Server::share`]).
     pub fn within_host(holder: Holder, limits: ServeLimits) -> Result<Server, ServeError> {
         Server::serve(Listener::nowhere(), holder, limits)
     }
@@ -115,20 +117,22 @@ impl Server {
         Ok(())
     }
 
-    /// Where it listens: with port 0, the port that was chosen.
+    /// The address listened on, with the port that the system chose for port 0.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// What receivers dial, best first.
+    /// Addresses that receivers dial, best first.
     pub fn addresses(&self) -> Vec<Address> {
         self.addresses.clone()
     }
 
+    /// The versions that are served.
     pub fn holder(&self) -> &Holder {
         &self.shared.holder
     }
 
+    /// Streams that are open now.
     pub fn open_streams(&self) -> usize {
         self.shared.lock().open.len()
     }
@@ -245,7 +249,7 @@ fn stream_task(shared: &Shared, id: u64, arrived: Arrived) {
     }
 }
 
-/// Until the stream ends, or its dialler offers it as a source: then it is returned.
+/// Serves a stream until it ends. Returns it with the source's name if its dialler offers it as a source.
 fn serve_link(shared: &Shared, mut link: Box<dyn Link>) -> Option<(String, Box<dyn Link>)> {
     let peer = link.peer();
     match session::converse(shared, &mut *link, false) {

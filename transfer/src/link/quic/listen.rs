@@ -30,7 +30,7 @@ struct Open {
     _accepting: JoinSet<()>,
 }
 
-/// For the last packets of closed connections.
+/// Time for the last packets of closed connections.
 const CLOSING: Duration = Duration::from_secs(1);
 
 // === impl QuicListener ===

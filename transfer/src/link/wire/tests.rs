@@ -26,7 +26,7 @@ fn every_message_comes_back_as_it_was() {
         Message::WantFile { blob },
         Message::File { blob, len: 1 << 50 },
         Message::Fail { code: FailCode::Revoked, text: "v7 went".into() },
-        Message::Place { at: 1 << 46, key: u64::MAX, address: vec![2; 33] },
+        Message::Remote { at: 1 << 46, key: u64::MAX, address: vec![2; 33] },
         Message::Taken { index: 12 },
     ] {
         assert_eq!(round_trip(&message), message);

@@ -14,7 +14,7 @@ use anabranch_proto::address::Address;
 use anabranch_proto::manifest::Manifest;
 use anabranch_proto::version::Root;
 
-use super::pool::Session;
+use super::pool::SourceStream;
 use super::{FetchError, FetchProgress, FetchReport, FetchRequest, Shared, SourceRef, StreamError};
 use crate::link::wire::{BlobId, Message};
 use crate::receive::staging::{Adopting, StageError, StagedSlot};
@@ -89,7 +89,7 @@ fn sources_here(request: &FetchRequest) -> Vec<SourceRef> {
     request.sources.iter().filter_map(one).collect()
 }
 
-/// Where memory of this host can be had from it.
+/// The address at which the source passes memory of this host, if it has one that exists here.
 pub(super) fn address_here(source: &SourceRef) -> Option<&Address> {
     source.addrs.iter().find(|addr| addr.socket().is_some_and(Path::exists))
 }
@@ -127,7 +127,7 @@ fn adopt(
     }
 }
 
-/// Its memory. Only the patient wait for one that does not have it all.
+/// Asks `source` for its memory file. Waits for a source that is still receiving only if `patient`.
 fn ask_file(
     shared: &Shared,
     request: &FetchRequest,
@@ -181,10 +181,10 @@ fn begun(
     request: &FetchRequest,
     source: &SourceRef,
     patient: bool,
-) -> Result<Session, NotAdopted> {
+) -> Result<SourceStream, NotAdopted> {
     let until = Instant::now() + shared.rules.slot_wait;
     loop {
-        match Session::open(shared, source, Root::default()) {
+        match SourceStream::open(shared, source, Root::default()) {
             Err(error) if !error.is_early() => return Err(error.into()),
             Err(_) if !patient => return Err(NotAdopted::Incomplete),
             Err(error) if Instant::now() > until => return Err(error.into()),
@@ -204,7 +204,7 @@ fn tell(request: &FetchRequest, manifest: &Manifest, bytes: u64) {
     }
 }
 
-/// What the threads that verify have in common.
+/// State that the verifying threads share.
 struct Check<'a> {
     request: &'a FetchRequest,
     manifest: &'a Manifest,

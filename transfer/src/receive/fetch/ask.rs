@@ -9,15 +9,15 @@ use std::time::{Duration, Instant};
 
 use super::{FetchRequest, Shared, SourceRef, Tried, adopt};
 
-/// Of those that were asked. Then the next one is asked as well.
+/// Time without an answer after which the next source is asked as well.
 const SILENCE: Duration = Duration::from_millis(200);
-/// How late a cancel is noticed.
+/// Time until a cancel is noticed.
 const TICK: Duration = Duration::from_millis(50);
 
 /// Why there is no answer.
 pub(super) enum Unanswered {
     Cancelled,
-    /// By all of them.
+    /// Every source failed.
     Failed(Vec<Tried>),
 }
 
@@ -82,7 +82,7 @@ where
     }
 }
 
-/// Who is asked together: those of this host, all planned parents (one of each origin: its senders know the
+/// Sources that are asked together: those of this host, all planned parents (one of each origin: its senders know the
 /// same), then each other one by itself.
 fn waves(sources: &[SourceRef]) -> Vec<Vec<SourceRef>> {
     let mut origins = BTreeSet::new();

@@ -10,8 +10,8 @@ use anabranch_proto::manifest::{Kind, Manifest};
 use anabranch_proto::version::Root;
 
 use super::ask::first_answer;
-use super::pool::Session;
-use super::pull::{self, Job, Sink};
+use super::pool::SourceStream;
+use super::pull::{self, PullOrder, Sink};
 use super::{FetchError, FetchReport, FetchRequest, Shared, SourceRef, StreamError};
 use crate::delta::choice::{Rates, Way, choose};
 use crate::delta::memory::{DeltaMemory, blobs, room, trim};
@@ -29,7 +29,7 @@ use apply::{Applied, Arriving, apply};
 /// Rates of less than this are of the beginning of a transfer, not of the link.
 const TELLING_BYTES: u64 = 64 << 20;
 
-/// What a fetcher keeps for its deltas.
+/// Memory and rates that a fetcher keeps for its deltas.
 #[derive(Default)]
 pub(super) struct Deltas {
     memory: Arc<DeltaMemory>,
@@ -102,7 +102,7 @@ fn pull_and_apply(
     let sink =
         Sink::Memory { map: Arc::clone(&arriving.map), ledger: Arc::clone(&arriving.ledger) };
     let manifest = Arc::clone(&arriving.manifest);
-    let job = Job { blob: BlobId::Delta, base: base.root, manifest, sink };
+    let job = PullOrder { blob: BlobId::Delta, base: base.root, manifest, sink };
     let (before, started) = (report.received_bytes, Instant::now());
     let (pulled, applied) = std::thread::scope(|scope| {
         let applier = scope.spawn(|| {
@@ -166,7 +166,7 @@ fn ask(
     missing: u64,
     rates: Rates,
 ) -> Result<Option<Offered>, StreamError> {
-    let mut session = Session::open(shared, source, base)?;
+    let mut session = SourceStream::open(shared, source, base)?;
     if choose(session.delta_bytes, missing, rates) == Way::Full {
         session.keep(shared);
         return Ok(None);
@@ -186,7 +186,7 @@ fn ask(
 // === impl Deltas ===
 
 impl Deltas {
-    /// For a delta of `bytes`, and a little more: the next one may be larger.
+    /// Takes a buffer for a delta of `bytes`, with a little more memory: the next one may be larger.
     fn take(&self, version: &Manifest, bytes: u64) -> io::Result<(Arc<SharedMap>, Stamp)> {
         let room = room(version.image_bytes);
         if bytes > room {
@@ -202,7 +202,7 @@ impl Deltas {
         &self.memory
     }
 
-    /// That `bytes` came over the link in `took`.
+    /// Records the rate at which `bytes` came over the link.
     pub(super) fn note_link(&self, bytes: u64, took: Duration) {
         if bytes >= TELLING_BYTES && !took.is_zero() {
             self.lock().link_bytes_per_s = Some(bytes as f64 / took.as_secs_f64());

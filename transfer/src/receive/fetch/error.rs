@@ -10,34 +10,48 @@ use crate::link::LinkError;
 use crate::link::wire::{FailCode, Message};
 use crate::receive::staging::StageError;
 
+/// Why a version is not here.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
+    /// The version has no root yet.
     #[error("{0} has no root yet: it can be fetched after its seal")]
     Unsealed(Version),
+    /// No source could be asked, or all failed.
     #[error("no path to any holder of {version}: {}", story(.tried))]
     NoSource { version: Version, tried: Vec<Tried> },
+    /// A manifest with the right root is malformed.
     #[error("{version}: the manifest from {holder} is bad: {error}")]
     Manifest { version: Version, holder: String, error: ManifestError },
+    /// The tensors differ from the engine's.
     #[error("{version} does not fit this engine, which keeps its old weights: {diff}")]
     Layout { version: Version, diff: LayoutDiff },
+    /// The staging area cannot take the version.
     #[error("{version}: {error}")]
     Stage { version: Version, error: StageError },
+    /// No chunk was verified for too long.
     #[error(
         "{version}: no chunk arrived for {waited:?}, {verified} of {chunks} are here: {}",
         story(.tried)
     )]
     Stalled { version: Version, waited: Duration, verified: u32, chunks: u32, tried: Vec<Tried> },
+    /// The fetch was cancelled.
     #[error("{0}: the fetch was cancelled")]
     Cancelled(Version),
+    /// A thread of the fetch failed.
     #[error("{0}: the fetch ended early because its thread failed")]
     Thread(Version),
 }
 
-/// What was tried and how it went.
+/// A source that was tried, and why that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tried {
+    /// Name of the holder.
     pub holder: String,
+    /// Addresses that were tried.
     pub addr: String,
+    /// The failure, for people.
     pub why: String,
 }
 

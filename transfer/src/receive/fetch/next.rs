@@ -1,4 +1,4 @@
-//! What the next version will need, made ready on a thread of its own while the engine loads the first. Decides
+//! Memory for the next version, made ready on a thread of its own while the engine loads the first. Decides
 //! nothing about memory that is in use.
 
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use crate::delta::memory::{DeltaMemory, KEPT_BYTES, room};
 use crate::receive::staging::Staging;
 
-/// At most one thread, which ends with this: a staging area must not be held by something left behind.
+/// The thread that prepares, at most one. It ends with this value, so that nothing left behind holds a staging area.
 #[derive(Default)]
 pub(super) struct Next {
     thread: Mutex<Option<JoinHandle<()>>>,

@@ -22,7 +22,7 @@ pub(super) struct Pool {
 }
 
 /// A stream bound to the version that its grant names.
-pub(super) struct Session {
+pub(super) struct SourceStream {
     pub(super) link: Box<dyn Link>,
     /// The one of the source's addresses that it goes to.
     pub(super) addr: Address,
@@ -72,18 +72,18 @@ impl Pool {
     }
 }
 
-// === impl Session ===
+// === impl SourceStream ===
 
-impl Session {
-    /// On a kept stream if one lives, else on a new one to the first address that answers.
+impl SourceStream {
+    /// Binds a kept stream if one lives, else a new one to the first address that answers.
     pub(super) fn open(
         shared: &Shared,
         source: &SourceRef,
         base: Root,
-    ) -> Result<Session, StreamError> {
+    ) -> Result<SourceStream, StreamError> {
         let mut first = None;
         for addr in shared.pool.in_order(&source.addrs) {
-            let opened = Session::open_at(shared, addr, &source.grant, base);
+            let opened = SourceStream::open_at(shared, addr, &source.grant, base);
             shared.pool.note(addr, !matches!(opened, Err(StreamError::Link(_))));
             match opened {
                 Err(StreamError::Link(error)) => first = first.or(Some(error)),
@@ -98,7 +98,7 @@ impl Session {
         addr: &Address,
         grant: &[u8],
         base: Root,
-    ) -> Result<Session, StreamError> {
+    ) -> Result<SourceStream, StreamError> {
         if let Some(link) = shared.pool.take(addr) {
             match greet(shared, link, addr, grant, base) {
                 // The peer may have closed it a moment ago: only a new stream tells.
@@ -127,12 +127,12 @@ fn greet(
     addr: &Address,
     grant: &[u8],
     base: Root,
-) -> Result<Session, StreamError> {
+) -> Result<SourceStream, StreamError> {
     link.set_patience(shared.rules.progress)?;
     link.send(&Message::Hi { proto: PROTO, base, grant: grant.to_vec() })?;
     match link.receive()? {
         Message::Welcome { complete, delta_complete, delta_bytes } => {
-            Ok(Session { link, addr: addr.clone(), complete, delta_complete, delta_bytes })
+            Ok(SourceStream { link, addr: addr.clone(), complete, delta_complete, delta_bytes })
         }
         other => Err(StreamError::from_reply(other)),
     }

@@ -10,8 +10,8 @@ use anabranch_proto::manifest::Manifest;
 use anabranch_proto::version::Root;
 
 use super::{
-    FetchError, FetchProgress, FetchReport, FetchRequest, Session, Shared, SourceRef, StreamError,
-    Tried,
+    FetchError, FetchProgress, FetchReport, FetchRequest, Shared, SourceRef, SourceStream,
+    StreamError, Tried,
 };
 use crate::link::Closer;
 use crate::link::wire::{BlobId, FailCode, Message};
@@ -26,11 +26,11 @@ pub(super) use sink::Sink;
 /// Wakes idle streams to look at the clock; also bounds how late a cancel is noticed.
 const TICK: Duration = Duration::from_millis(50);
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-/// With more senders of parts than this, streams go from one to the next as they have given all.
+/// Senders of parts above which streams go from one sender to the next when it has given all.
 const MOST_SENDERS: usize = 16;
 
-/// What is pulled, and where to.
-pub(super) struct Job {
+/// One pull: the blob that is fetched, and where its chunks go.
+pub(super) struct PullOrder {
     pub(super) blob: BlobId,
     pub(super) base: Root,
     pub(super) manifest: Arc<Manifest>,
@@ -42,17 +42,17 @@ pub(super) struct Job {
 struct Pull {
     shared: Arc<Shared>,
     request: FetchRequest,
-    job: Job,
+    job: PullOrder,
     state: Mutex<State>,
     changed: Condvar,
-    /// In this fetch, by an earlier pull (of a delta).
+    /// Bytes received in this fetch by an earlier pull (of a delta).
     received_before: u64,
     received_bytes: AtomicU64,
 }
 
 struct State {
     queue: ChunkQueue,
-    /// For closing a stream from outside: cancel, rescue, the end.
+    /// Closers of the open streams, for a cancel, a rescue and the end.
     handles: BTreeMap<usize, Closer>,
     next_handle: usize,
     of_stream: BTreeMap<StreamId, usize>,
@@ -76,19 +76,19 @@ enum Outcome {
     Over,
 }
 
-/// What a stream ended with.
+/// The way a stream ended.
 enum StreamEnd {
     Done,
     /// No more from this source now.
     Left,
-    /// As `Left`, with answers still on their way.
+    /// The stream left with answers still on their way.
     Cut,
 }
 
 pub(super) fn pull(
     shared: &Arc<Shared>,
     request: &FetchRequest,
-    job: Job,
+    job: PullOrder,
     report: &mut FetchReport,
 ) -> Result<(), FetchError> {
     let held = job.sink.ledger().snapshot();
@@ -252,10 +252,10 @@ impl Pull {
         }
     }
 
-    /// Until there is nothing left to do with this source.
+    /// Pulls chunks over one stream until there is nothing left to do with this source.
     fn stream(self: &Arc<Self>, id: StreamId, source: SourceId) -> Result<StreamEnd, StreamError> {
         let at = &self.request.sources[source];
-        let mut session = Session::open(&self.shared, at, self.job.base)?;
+        let mut session = SourceStream::open(&self.shared, at, self.job.base)?;
         let complete = match self.job.blob {
             BlobId::Image => session.complete,
             BlobId::Delta if session.delta_bytes == self.job.manifest.image_bytes => {
@@ -280,7 +280,7 @@ impl Pull {
         ended
     }
 
-    fn register(&self, session: &Session, id: Option<StreamId>) -> Result<usize, StreamError> {
+    fn register(&self, session: &SourceStream, id: Option<StreamId>) -> Result<usize, StreamError> {
         let handle = session.link.closer()?;
         let mut state = self.lock();
         let key = state.next_handle;
@@ -304,7 +304,7 @@ impl Pull {
         &self,
         id: StreamId,
         source: SourceId,
-        session: &mut Session,
+        session: &mut SourceStream,
     ) -> Result<StreamEnd, StreamError> {
         let mut asked: VecDeque<u32> = VecDeque::new();
         loop {
@@ -333,7 +333,7 @@ impl Pull {
         window.min(self.shared.rules.window.max(1)) as usize
     }
 
-    /// What the stream does next. With nothing in flight it waits here for work.
+    /// The stream's next step. With nothing in flight it waits here for work.
     fn next(&self, id: StreamId, source: SourceId, idle: bool) -> Next {
         let mut state = self.lock();
         loop {
@@ -370,7 +370,7 @@ impl Pull {
         id: StreamId,
         source: SourceId,
         index: u32,
-        session: &mut Session,
+        session: &mut SourceStream,
     ) -> Result<(), StreamError> {
         let range = self.job.manifest.chunk_range(index);
         let len = range.end - range.start;

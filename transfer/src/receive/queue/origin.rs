@@ -9,11 +9,11 @@ pub(super) type OriginId = SourceId;
 
 #[derive(Debug)]
 pub(super) struct Origins {
-    /// By source.
+    /// Origin of each source.
     of: Vec<OriginId>,
-    /// By source: it has a part, and says at once which.
+    /// True for each source that has a part, and says at once which.
     part: Vec<bool>,
-    /// By origin; empty for a source that is not the first of one.
+    /// Sources of each origin; empty for a source that is not the first of one.
     members: Vec<Vec<SourceId>>,
 }
 
@@ -38,12 +38,12 @@ impl Origins {
         self.of[source]
     }
 
-    /// Whether it has a part, and not all or ever more of it.
+    /// True if the source has a part of the version, neither all nor ever more of it.
     pub(super) fn is_part(&self, source: SourceId) -> bool {
         self.part[source]
     }
 
-    /// Whether one of its sources lives that has something for the stripe, or may have.
+    /// True if a live source of the origin has something for the stripe, or may have.
     pub(super) fn is_live(&self, origin: OriginId, stripe: usize, sources: &[Source]) -> bool {
         let serves = |ix: &SourceId| sources[*ix].is_live() && sources[*ix].may_give(stripe);
         self.members[origin].iter().any(serves)

@@ -1,4 +1,4 @@
-//! What the receiver thinks of its sources: what they have, whether they live, and when one is given up.
+//! The receiver's view of its sources: the chunks that they have, whether they live, when one is given up.
 //!
 //! ```text
 //!   source:  Live ── failed, not ready ──► Resting{until} ── until ──► Live
@@ -17,12 +17,12 @@ pub(super) struct Source {
     /// Chunks that it has and that are not verified here, by stripe (by none, in one number). Empty
     /// where more is always expected of it.
     left: Vec<u32>,
-    /// It said what it has.
+    /// True once the source said which chunks it has.
     told: bool,
     state: SourceState,
     /// Failures in a row, without a verified chunk between them.
     pub(super) strikes: u32,
-    /// Of those, chunks with a wrong hash.
+    /// Chunks with a wrong hash, among the failures.
     wrong_chunks: u32,
     last_failure: String,
 }
@@ -43,7 +43,7 @@ enum SourceState {
 // === impl Source ===
 
 impl Source {
-    /// Of which nothing is known yet; `stripes`: 0 where more is always expected.
+    /// A source of which nothing is known yet. `stripes` is 0 if more is always expected of it.
     pub(super) fn new(chunks: u32, stripes: usize) -> Source {
         Source {
             has: ChunkSet::empty(chunks),
@@ -80,12 +80,12 @@ impl Source {
         }
     }
 
-    /// It has something for the stripe that is not verified here, or may have.
+    /// True if the source has, or may have, a chunk of the stripe that is not verified here.
     pub(super) fn may_give(&self, stripe: usize) -> bool {
         self.left.get(stripe).is_none_or(|left| *left > 0 || !self.told)
     }
 
-    /// It said that it has these chunks; `is_verified`: they are here.
+    /// Notes that the source has these chunks; `is_verified` says of each whether it is here already.
     pub(super) fn learned(&mut self, range: Range<u32>, is_verified: impl Fn(u32) -> bool) {
         self.told = true;
         if let count @ 1.. = self.left.len() {
@@ -113,7 +113,7 @@ impl Source {
         (self.strikes, self.wrong_chunks) = (0, 0);
     }
 
-    /// It rests, for longer with each failure in a row. What cost us silence is not tried again soon while
+    /// Lets the source rest, longer with each failure in a row. A source that was silent is not tried soon while
     /// others live: the next try may cost as much.
     pub(super) fn strike(&mut self, rules: &QueueRules, now: Instant, silent: Duration, why: &str) {
         self.strikes += 1;
@@ -127,7 +127,7 @@ impl Source {
         self.wrong_chunks += 1;
     }
 
-    /// Without blame.
+    /// Lets the source rest without blame.
     pub(super) fn rest_until(&mut self, until: Instant) {
         self.state = SourceState::Resting { until, at_need: until };
     }
@@ -152,7 +152,7 @@ pub(super) fn wake(sources: &mut [Source], now: Instant) {
     }
 }
 
-/// One that failed often is dropped only with all the others: it may be the only one that has what is
+/// Drops sources that failed often, but only all at once: one of them may be the only one that has what is
 /// missing, and come back. One whose chunks were wrong so often is dropped at once.
 pub(super) fn drop_hopeless(sources: &mut [Source], strikes: u32) {
     let all = sources.iter().all(|s| s.strikes >= strikes || s.is_dropped());

@@ -16,11 +16,11 @@ use super::origin::{OriginId, Origins};
 pub struct StripePlan {
     /// 0: no plan, any source is as good.
     pub stripe_count: u32,
-    /// By source: the stripes that it is the planned parent of.
+    /// Stripes of which each source is the planned parent.
     pub stripes: Vec<Vec<u32>>,
-    /// By source: the stripes that it may stand in for; it gets others only when nobody else is left.
+    /// Stripes for which each source may stand in; it gets others only when no other source is left.
     pub fallbacks: Vec<Vec<u32>>,
-    /// By source: what it is a part of, together with the others of that name. Empty: it is on its own.
+    /// Origin of each source: sources of one name have the version between them. Empty for a source on its own.
     pub origins: Vec<String>,
 }
 
@@ -33,14 +33,14 @@ pub(super) struct Stripe {
     pub(super) left: u32,
     /// When it last got a chunk, or another source.
     moved: Instant,
-    /// Those that were stuck with it, and when they may have another try.
+    /// Sources that were stuck with the stripe, and when they may have another try.
     stuck: BTreeMap<OriginId, Instant>,
 }
 
 // === impl StripePlan ===
 
 impl StripePlan {
-    /// Of at most `chunks` stripes, each with its planned parent in charge.
+    /// The stripes, at most `chunks` of them, each with its planned parent in charge.
     pub(super) fn stripes(
         &self,
         chunks: u32,

@@ -321,7 +321,7 @@ fn senders(chunks: u32, stripes: u32) -> ChunkQueue {
     q
 }
 
-/// What the stream gets until it gets no chunk, verified at once.
+/// Takes chunks for the stream, each verified at once, until there is none.
 fn drain(q: &mut ChunkQueue, stream: StreamId, now: Instant) -> (Vec<u32>, Take) {
     let mut got = Vec::new();
     loop {

@@ -12,7 +12,7 @@ pub(crate) struct Filling {
     pub(super) stamp: Stamp,
 }
 
-/// What a receiving thread needs. A fetch ends only when none of its threads writes any more.
+/// A receiving thread's handle on the slot. A fetch ends only when none of its threads writes any more.
 #[derive(Clone)]
 pub(crate) struct Filler {
     pub(super) memory: Arc<Memory>,
@@ -35,7 +35,7 @@ impl Filling {
         &self.filler
     }
 
-    /// What peers may read while it grows.
+    /// The blob that peers may read while it grows.
     pub(crate) fn blob(&self, encoded: Arc<[u8]>) -> Blob {
         Blob {
             file: Backing::Own(Arc::clone(self.filler.memory.map.backing())),
@@ -86,11 +86,11 @@ impl Filling {
         }
         let (staging, slot) = (self.staging.clone(), self.slot);
         let io = |error| staging.io(error);
-        let place = staging.place(version, &format!("s{slot}"))?;
+        let named = staging.version_dir(version, &format!("s{slot}"))?;
         let readable = fs::Permissions::from_mode(0o644);
         fs::set_permissions(staging.slot_path(slot), readable).map_err(io)?;
-        fs::hard_link(staging.slot_path(slot), place.model()).map_err(io)?;
-        let dir = place.publish().map_err(io)?;
+        fs::hard_link(staging.slot_path(slot), named.model()).map_err(io)?;
+        let dir = named.publish().map_err(io)?;
         let (memory, manifest) =
             (Arc::clone(&self.filler.memory), Arc::clone(&self.filler.manifest));
         let staged = SlotState::Staged { root: version.root, manifest: Arc::clone(&manifest) };

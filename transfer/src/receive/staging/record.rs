@@ -31,7 +31,7 @@ impl Record {
         Ok(Record { file, state: Mutex::new(State { hashes, inherited: true }) })
     }
 
-    /// How many chunks of `manifest` the slot holds already.
+    /// Number of chunks of `manifest` that the slot holds already.
     pub(super) fn matching(&self, manifest: &Manifest) -> u32 {
         self.equal(manifest).count()
     }

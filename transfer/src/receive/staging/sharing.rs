@@ -17,7 +17,7 @@ const SOCKET: &str = "socket";
 const MAX_LEFT: usize = 2;
 
 impl Staging {
-    /// Where agents of this host can be passed its memory, and what tells this host from others: the same for
+    /// The socket at which agents of this host are passed memory, and a name of the host, which is the same for
     /// all agents of one user whose staging areas lie on one tmpfs. `None` where the kernel cannot say
     /// whether memory is still used.
     pub fn sharing(&self) -> Option<(PathBuf, String)> {
@@ -51,13 +51,13 @@ impl Staging {
         self.shared.shared.load(Ordering::Acquire)
     }
 
-    /// Whether another agent of this host has it, or an engine of one.
+    /// True if another agent of this host, or the engine of one, uses the slot's memory.
     pub(super) fn is_with_others(&self, slot: &Slot) -> bool {
         let used = |memory: &Arc<Memory>| is_used(&memory.map);
         self.is_shared() && slot.memory.as_ref().is_some_and(used)
     }
 
-    /// Its memory stays with those who use it; the slot has none then.
+    /// Leaves the slot's memory to those who use it, if anybody does; the slot has none then.
     pub(super) fn leave_if_used(&self, slot: &mut Slot, ix: usize) -> Result<(), StageError> {
         let Some(memory) = slot.memory.take() else { return Ok(()) };
         if !is_used(&memory.map) {
@@ -89,7 +89,7 @@ impl Staging {
     }
 }
 
-/// Where it cannot be told, it counts as used.
+/// True if somebody else uses the memory, or if the kernel cannot tell.
 fn is_used(map: &SharedMap) -> bool {
     !map.is_exclusive().unwrap_or_else(|error| {
         tracing::warn!(%error, "cannot tell whether memory is still used: it is left alone");

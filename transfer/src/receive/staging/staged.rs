@@ -35,14 +35,14 @@ enum Kept {
 }
 
 /// A version's directory under a temporary name, which goes away unless it is published.
-pub(crate) struct Place {
+pub(crate) struct VersionDir {
     temporary: PathBuf,
     dir: PathBuf,
 }
 
 /// Memory of another process under a name of ours, while it is verified.
 pub(crate) struct Adopting {
-    place: Place,
+    named: VersionDir,
     file: Arc<File>,
     manifest: Arc<Manifest>,
     pub(crate) ledger: Arc<Ledger>,
@@ -59,28 +59,28 @@ impl Staging {
         manifest: &Arc<Manifest>,
         file: File,
     ) -> Result<Adopting, StageError> {
-        let place = self.place(version, "adopted")?;
-        let (from, to) = (descriptor_path(&file), place.model());
+        let named = self.version_dir(version, "adopted")?;
+        let (from, to) = (descriptor_path(&file), named.model());
         rustix::fs::linkat(CWD, from, CWD, &to, AtFlags::SYMLINK_FOLLOW)
             .map_err(|error| StageError::Link { path: to, error: error.into() })?;
         let ledger = Arc::new(Ledger::new(ChunkSet::empty(manifest.chunk_count())));
         let (file, manifest, generation) = (Arc::new(file), Arc::clone(manifest), Arc::default());
-        Ok(Adopting { place, file, manifest, ledger, generation })
+        Ok(Adopting { named, file, manifest, ledger, generation })
     }
 }
 
-// === impl Place ===
+// === impl VersionDir ===
 
-impl Place {
-    pub(super) fn make(root: &Path, name: &str) -> io::Result<Place> {
+impl VersionDir {
+    pub(super) fn make(root: &Path, name: &str) -> io::Result<VersionDir> {
         let (temporary, dir) = (root.join(format!(".{name}")), root.join(name));
         fs::create_dir(&temporary)?;
-        let place = Place { temporary, dir };
-        fs::set_permissions(&place.temporary, fs::Permissions::from_mode(0o755))?;
-        Ok(place)
+        let named = VersionDir { temporary, dir };
+        fs::set_permissions(&named.temporary, fs::Permissions::from_mode(0o755))?;
+        Ok(named)
     }
 
-    /// Where the image's file belongs.
+    /// Path of the image's file.
     pub(super) fn model(&self) -> PathBuf {
         self.temporary.join(MODEL_FILE)
     }
@@ -91,7 +91,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for VersionDir {
     fn drop(&mut self) {
         fs::remove_dir_all(&self.temporary).ok();
     }
@@ -104,7 +104,7 @@ impl Adopting {
         &self.file
     }
 
-    /// What peers may read while it is verified, and until the memory is given back.
+    /// The blob that peers may read while it is verified, and until the memory is given back.
     pub(crate) fn blob(&self, encoded: Arc<[u8]>) -> Blob {
         Blob {
             file: Backing::Lent(Arc::downgrade(&self.file)),
@@ -118,16 +118,16 @@ impl Adopting {
     /// `holder` lends it until the guard is dropped.
     pub(crate) fn publish(self, holder: &Holder) -> Result<StagedSlot, StageError> {
         debug_assert!(self.ledger.is_full());
-        let Adopting { place, file, manifest, generation, .. } = self;
-        let io = |error| StageError::Io { path: place.dir.clone(), error };
+        let Adopting { named, file, manifest, generation, .. } = self;
+        let io = |error| StageError::Io { path: named.dir.clone(), error };
         let header = expected_header(&manifest)?;
         let mut have = vec![0; header.len()];
         file.read_exact_at(&mut have, 0).map_err(io)?;
         if have != header {
             return Err(LayoutError::Header.into());
         }
-        let path = place.dir.clone();
-        let dir = place.publish().map_err(|error| StageError::Io { path, error })?;
+        let path = named.dir.clone();
+        let dir = named.publish().map_err(|error| StageError::Io { path, error })?;
         let holder = holder.clone();
         let kept = Kept::Adopted { file, generation, holder };
         Ok(StagedSlot { dir, manifest, kept })
@@ -147,6 +147,7 @@ impl StagedSlot {
         StagedSlot { dir, manifest, kept: Kept::Slot { staging, slot, memory } }
     }
 
+    /// The directory that the engine loads.
     pub fn dir(&self) -> &Path {
         &self.dir
     }

@@ -25,7 +25,7 @@ pub(crate) struct SlotWriter {
 pub(crate) struct Sealer {
     arena: Arena,
     slot: SlotId,
-    /// Of the slot, as it was given to the writer.
+    /// Stamp of the slot at the time when the writer got it.
     stamp: Stamp,
     map: Arc<SharedMap>,
     progress: Arc<Progress>,
@@ -33,7 +33,7 @@ pub(crate) struct Sealer {
     sealed: bool,
 }
 
-/// How far the writer came. The hashing threads follow.
+/// Progress of the writer, which the hashing threads follow.
 struct Progress {
     state: Mutex<Written>,
     moved: Condvar,
@@ -103,7 +103,7 @@ impl Sealer {
         Some(self.lend(epoch, number, layout, chunk_hashes, all))
     }
 
-    /// In the chunks' order, as the writer goes.
+    /// Hashes `chunks` in their order, as the writer goes.
     pub(crate) fn hash(&self, chunks: &ChunkSet, threads: usize) -> Option<Vec<ChunkHash>> {
         let chunks: Vec<u32> = chunks.iter().collect();
         let threads = threads.max(1);

@@ -17,7 +17,7 @@ use crate::send::holder::Held;
 
 /// After so many bytes it is clear whether a version is worth a delta.
 const DELTA_TRIAL_BYTES: u64 = 8 << 20;
-/// What a trial may write, with the blocks that threads had in work at its end.
+/// Bytes that a trial may write, with the blocks that threads had in work at its end.
 const PREPARED_BYTES: u64 = 10 << 20;
 
 /// The anchor: a receiver so far behind that its chain would cost more than one part in so many of the

@@ -35,28 +35,32 @@ use join::{check_here, join};
 /// Bytes of a tensor in the trainer's memory: all of them, or a run of them (a shard along dimension 0).
 #[derive(Clone, Copy, Debug)]
 pub struct PieceRef<'a> {
+    /// Name of the tensor.
     pub tensor: &'a str,
-    /// From the start of the tensor, in bytes.
+    /// Offset from the start of the tensor, in bytes.
     pub offset: u64,
+    /// The bytes.
     pub data: &'a [u8],
 }
 
 /// One of several senders of a version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sender {
-    /// From 0.
+    /// Number of the sender, from 0.
     pub index: u32,
+    /// Number of senders.
     pub count: u32,
 }
 
 /// A part that is in the arena; its hashes are still being made.
 pub struct PublishingPart {
+    /// Number of the version.
     pub number: u64,
-    /// Of the whole version.
+    /// Bytes of the whole version.
     pub image_bytes: u64,
-    /// Of this part.
+    /// Bytes of this part.
     pub bytes: u64,
-    /// How long the trainer was kept: the copy.
+    /// Time for which the trainer was kept: the copy.
     pub copied_in: Duration,
     hashed: oneshot::Receiver<Part>,
 }
@@ -234,7 +238,7 @@ impl PublishingPart {
         self.hashed.await.map_err(|_| PublishError::Abandoned { number })
     }
 
-    /// As [`PublishingPart::hashed`], for a trainer without a runtime.
+    /// Like [`PublishingPart::hashed`], for a trainer without a runtime.
     pub fn wait(self) -> Result<Part, PublishError> {
         let number = self.number;
         self.hashed.blocking_recv().map_err(|_| PublishError::Abandoned { number })
@@ -244,7 +248,7 @@ impl PublishingPart {
 // === impl Part ===
 
 impl Part {
-    /// What the other senders must know of this part.
+    /// The message that the other senders need of this part.
     pub fn info(&self) -> &PartInfo {
         &self.info
     }

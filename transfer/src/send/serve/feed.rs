@@ -16,15 +16,16 @@ use crate::send::listen::ServeError;
 const TRIES: u32 = 5;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
-/// Whom to dial.
+/// An order to dial a receiver that cannot dial this source.
 #[derive(Clone, Debug)]
 pub struct FeedOrder {
     /// The receiver's addresses, best first.
     pub addrs: Vec<Address>,
-    /// Of role `Feed`, made with the receiver's key, in the name of this source.
+    /// Grant of role `Feed`, made with the receiver's key, in the name of this source.
     pub grant: Vec<u8>,
-    /// How many streams the receiver may ask on at once.
+    /// Number of streams on which the receiver may ask at once.
     pub streams: usize,
+    /// A connection that is not up after so long is given up.
     pub connect: Duration,
 }
 

@@ -19,7 +19,7 @@ use crate::link::{Link, LinkError};
 use crate::memory::map::descriptor_path;
 use crate::send::holder::Lease;
 
-/// How a stream ended that was not refused.
+/// Way in which a stream ended that was not refused.
 pub(super) enum Ended {
     Closed,
     /// The peer is a source and this is its stream: ask it.
@@ -43,7 +43,7 @@ struct Bound {
     base: Root,
 }
 
-/// Until the peer is silent for too long: sooner when nothing is known of it, unless we dialled it.
+/// Answers requests until the peer is silent for too long: sooner when it showed no grant, unless we dialled it.
 pub(super) fn converse(
     shared: &Shared,
     link: &mut dyn Link,

@@ -28,13 +28,13 @@ pub(super) struct Arriving {
     pub(super) ended: AtomicBool,
 }
 
-/// What applying took, waits for chunks left out.
+/// Cost of applying a delta, without the waits for chunks.
 pub(super) struct Applied {
     pub(super) bytes: u64,
     pub(super) busy: Duration,
-    /// How often as fast it would be for one delta on all threads: threads times links.
+    /// Speed of one delta on all threads, as a multiple of this chain's: threads times links.
     pub(super) speedup: u32,
-    /// Of the chain, and where each one's part ends.
+    /// Bases of the chain, with the offset at which each one's part ends.
     pub(super) bases: Vec<(Root, u64)>,
 }
 
@@ -70,7 +70,7 @@ struct Work<'a> {
     /// Chunks that were verified before.
     kept: &'a ChunkSet,
     next: AtomicUsize,
-    /// Of each chunk, the blocks that are not in place yet.
+    /// Number of blocks of each chunk that are not in place yet.
     pending: Vec<AtomicU32>,
     bytes: AtomicU64,
     busy_ns: AtomicU64,

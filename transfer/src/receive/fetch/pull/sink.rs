@@ -1,4 +1,4 @@
-//! Where verified chunks go: a staging slot, or plain memory (a delta).
+//! Destination of verified chunks: a staging slot, or plain memory (a delta).
 
 use std::sync::Arc;
 

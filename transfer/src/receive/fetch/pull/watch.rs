@@ -1,11 +1,11 @@
-//! What a source has: asked once if it has all, watched while it is itself still receiving.
+//! Learning which chunks a source has: a source that is still receiving is watched.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Outcome, Pull};
 use crate::link::wire::Message;
-use crate::receive::fetch::{Session, StreamError};
+use crate::receive::fetch::{SourceStream, StreamError};
 use crate::receive::queue::SourceId;
 
 impl Pull {
@@ -41,7 +41,7 @@ impl Pull {
 
     fn watch(&self, source: SourceId) -> Result<(), StreamError> {
         let at = &self.request.sources[source];
-        let mut session = Session::open(&self.shared, at, self.job.base)?;
+        let mut session = SourceStream::open(&self.shared, at, self.job.base)?;
         let handle = self.register(&session, None)?;
         let told = session
             .link
@@ -52,7 +52,7 @@ impl Pull {
         ended
     }
 
-    fn take_haves(&self, source: SourceId, session: &mut Session) -> Result<(), StreamError> {
+    fn take_haves(&self, source: SourceId, session: &mut SourceStream) -> Result<(), StreamError> {
         let mut had = 0;
         while had < self.job.manifest.chunk_count() {
             match session.link.receive()? {

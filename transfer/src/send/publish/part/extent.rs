@@ -1,4 +1,4 @@
-//! Where a part lies in the image: which chunks it has as a whole, and of which it has pieces. Pure.
+//! The part of an image that a sender has: whole chunks, and pieces of others. Pure.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -9,11 +9,11 @@ use super::overlap;
 use crate::image::chunks::ChunkSet;
 use crate::image::layout::Layout;
 
-/// Where a part lies in the image.
+/// The ranges of the image that a part covers.
 pub(super) struct Extent {
     /// Runs of its bytes, in order, that do not touch.
     runs: Vec<Range<u64>>,
-    /// Of the image's header, which everyone has.
+    /// Length of the image's header, which every sender has.
     header_bytes: u64,
     chunk_bytes: u32,
     image_bytes: u64,
@@ -22,7 +22,7 @@ pub(super) struct Extent {
 // === impl Extent ===
 
 impl Extent {
-    /// Of ranges that are in order and do not overlap.
+    /// The extent of ranges that are in order and do not overlap.
     pub(super) fn new(layout: &Layout, ranges: &[Range<u64>], chunk_bytes: u32) -> Extent {
         let mut runs: Vec<Range<u64>> = Vec::new();
         for range in ranges {
@@ -63,7 +63,7 @@ impl Extent {
         self.set(self.touched().into_keys().chain(0..header_only))
     }
 
-    /// What the part needs memory for.
+    /// Ranges for which the part needs memory.
     pub(super) fn memory(&self) -> Vec<Range<u64>> {
         let bytes = |run: &Range<u32>| self.chunk(run.start).start..self.chunk(run.end - 1).end;
         self.held().ranges().iter().map(bytes).collect()

@@ -1,4 +1,4 @@
-//! What one sender tells the others of its part, and its form in bytes.
+//! The message in which a sender tells the others of its part, and its form in bytes.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use crate::image::layout::Layout;
 
 const MAGIC: [u8; 4] = *b"ABP1";
 
-/// What one sender has of a version: hashes of the chunks that lie in its part, and the bytes it has of
+/// One sender's part of a version: hashes of the chunks that lie in it, and the bytes that the sender has of
 /// chunks that do not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PartInfo {
@@ -26,31 +26,39 @@ pub(super) struct Whole {
     pub chunk_bytes: u32,
     pub image_bytes: u64,
     pub tensors: u32,
-    /// Of the image's header, which says all of the layout.
+    /// Hash of the image's header, which says all of the layout.
     pub layout: Root,
 }
 
 /// Bytes of one chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Piece {
-    /// In the image.
+    /// Offset in the image.
     pub at: u64,
     pub bytes: Vec<u8>,
 }
 
 /// Why bytes are not what another sender tells.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PartInfoError {
+    /// The bytes are of another format.
     #[error("not what a sender tells of its part, or of another format (starts with {0:02x?})")]
     Magic(Vec<u8>),
+    /// The bytes end early.
     #[error("ends after {0} bytes, in the middle of a part")]
     Short(usize),
+    /// The bytes go on after the end.
     #[error("{0} bytes after the end")]
     Trailing(usize),
+    /// The length of chunks is out of bounds.
     #[error("chunks of {0} bytes: must be {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES}")]
     ChunkBytes(u32),
+    /// A chunk is outside the image, or comes again.
     #[error("chunk {index} is outside the image of {image_bytes} bytes, or comes again")]
     Chunk { index: u32, image_bytes: u64 },
+    /// A piece is outside its chunk.
     #[error("a piece of {len} bytes at {at} is not inside one chunk of an image of {image_bytes}")]
     Piece { at: u64, len: u64, image_bytes: u64 },
 }

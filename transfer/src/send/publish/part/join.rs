@@ -18,10 +18,14 @@ pub(super) struct Joined {
 }
 
 /// Why the parts do not make one version. Senders are numbered as in the list, in texts from 1.
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
+#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PartError {
+    /// The own part is missing in the list.
     #[error("what this sender tells is not among the {senders} given")]
     NotAmong { senders: usize },
+    /// A part is of another version.
     #[error(
         "sender {} has a part of version {epoch}.{number}, sender {} (this one) of {our_epoch}.{our_number}",
         sender + 1,
@@ -35,6 +39,7 @@ pub enum PartError {
         our_epoch: u32,
         our_number: u64,
     },
+    /// A part is of other tensors.
     #[error(
         "sender {} has another layout ({theirs}) than sender {}, this one ({ours}): all must give the same \
          tensors in the same order",
@@ -42,12 +47,14 @@ pub enum PartError {
         us + 1
     )]
     OtherLayout { sender: usize, theirs: String, us: usize, ours: String },
+    /// Two senders have different bytes at one place.
     #[error(
         "senders {} and {} both have bytes of {tensors}, and not the same",
         first + 1,
         second + 1
     )]
     Differ { first: usize, second: usize, tensors: String },
+    /// Nobody has some of the bytes.
     #[error("no sender has {tensors} ({bytes} bytes)")]
     Missing { tensors: String, bytes: u64 },
 }
@@ -140,7 +147,7 @@ fn names(layout: &Layout, ranges: &[Range<u64>]) -> String {
     format!("{}{more}", named.join(", "))
 }
 
-/// What is known of each chunk.
+/// The hashes and pieces that are known of each chunk.
 struct Table<'a> {
     layout: &'a Layout,
     chunk_bytes: u32,
