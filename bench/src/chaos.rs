@@ -240,7 +240,7 @@ fn load_spec(args: &ChaosArgs, cluster: &Cluster) -> Spec {
     Spec {
         job: Job { seed: args.seed, model: config.model, engines: config.engine_ids() },
         in_flight: capacity + capacity / 8,
-        pack: Pack { min: 8, max_wait: Duration::from_millis(100), ..Pack::default() },
+        pack: Pack { min: 8, max_wait: Some(Duration::from_millis(100)), ..Pack::default() },
         make: Box::new(make),
     }
 }

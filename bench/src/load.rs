@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anabranch_runtime::Drain;
 use anabranch_trainer::{
-    Batch, Consumer, Delivery, Group, Job as TrainerJob, JobConfig, OnRunning, Outcome, Pack,
-    Sampling, Shard, Staleness, Trainer, Version,
+    Batch, Client, Consumer, Delivery, Group, Job as TrainerJob, JobConfig, OnRunning, Pack,
+    Sampling, Shard, Staleness, Version,
 };
 use anyhow::{Context, bail};
 use tokio::sync::Semaphore;
@@ -67,10 +67,10 @@ impl Load {
         spec: Spec,
         drain: &Drain,
     ) -> anyhow::Result<Self> {
-        let client = Trainer::connect(manager, None).await?;
+        let client = Client::connect(manager, None).await?;
         let config = JobConfig {
             seed: spec.job.seed,
-            staleness: Staleness::Unbounded,
+            staleness: Staleness::UNBOUNDED,
             on_running: OnRunning::Continue,
             ..JobConfig::new(format!("bench-{}", std::process::id()))
         };
@@ -221,18 +221,18 @@ impl Submitter {
         }
         self.submits += 1;
         let (step, last) = (self.step(), self.submits.is_multiple_of(STEP_SUBMITS));
-        let groups = asked.into_iter().map(group).collect();
-        for result in self.job.submit(step, groups, last, SUBMIT_WITHIN).await? {
-            if result.outcome != Outcome::Accepted {
-                bail!("group {}: {:?}", result.key, result.outcome);
-            }
+        let submit = self.job.submit(step).groups(asked.into_iter().map(group));
+        let submit = if last { submit.last() } else { submit };
+        let submitted = submit.timeout(SUBMIT_WITHIN).send().await?;
+        if let Some(key) = submitted.duplicates().next() {
+            bail!("group {key} was submitted before");
         }
         Ok(())
     }
 
     async fn close_step(&mut self) -> anyhow::Result<()> {
         if !self.submits.is_multiple_of(STEP_SUBMITS) {
-            self.job.submit(self.step(), Vec::new(), true, SUBMIT_WITHIN).await?;
+            self.job.submit(self.step()).last().timeout(SUBMIT_WITHIN).send().await?;
         }
         Ok(())
     }
@@ -275,10 +275,9 @@ impl Receiver {
                     progress.steps_done += 1;
                     if !done.short.is_empty() || !done.dropped.is_empty() {
                         let (short, dropped) = (&done.short, &done.dropped);
-                        tracing::debug!(step = done.step, ?short, ?dropped, "a step came short");
+                        tracing::debug!(step = done.step.0, ?short, ?dropped, "a step came short");
                     }
                 }
-                Delivery::Advice(_) => {}
             }
         }
     }

@@ -3,11 +3,11 @@
 
 use std::path::Path;
 
-use anabranch_trainer::{Job, Published};
+use anabranch_trainer::{Job, LoadStage, OnEngine, Published};
 use anyhow::Context;
 
 use crate::records::WeightsLog;
-use crate::weights;
+use crate::weights::{self, Tensor};
 
 pub struct Publishing {
     job: Job,
@@ -29,7 +29,8 @@ impl Publishing {
         self.number += 1;
         let (tensors, line) = weights::version(self.seed, self.number, self.bytes);
         self.log.append(&line)?;
-        let published = self.job.publish(self.number, tensors).await;
+        let tensors: Vec<_> = tensors.iter().map(Tensor::borrow).collect();
+        let published = self.job.publish(self.number, &tensors).await;
         self.newest = Some(published.context("publishing")?);
         Ok(())
     }
@@ -42,9 +43,7 @@ impl Publishing {
     /// Whether, by the manager's last word, this engine's agent fetches the newest version right now.
     pub fn is_fetching(&self, engine: &str) -> bool {
         let status = self.newest.as_ref().and_then(Published::status);
-        status
-            .is_some_and(|s| s.engines.iter().any(|on| on.engine == engine && on.stage == FETCHING))
+        let fetches = |on: &OnEngine| on.engine == engine && on.stage == LoadStage::Fetching;
+        status.is_some_and(|status| status.engines.iter().any(fetches))
     }
 }
-
-const FETCHING: &str = "fetching";

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anabranch_engine::synthetic::SyntheticParams;
 use anabranch_proto::{pb, tokens};
-use anabranch_trainer::{AttestedBy, Finish, Span, Trajectory};
+use anabranch_trainer::{Span, Trajectory};
 use bytes::Bytes;
 use prost::Message;
 use serde::{Deserialize, Serialize};
@@ -216,21 +216,14 @@ fn io(path: &Path, source: std::io::Error) -> RecordError {
 // === a trajectory as a message ===
 
 fn message(t: &Trajectory) -> pb::Trajectory {
-    use pb::trajectory::Finish as Pb;
-    let (finish, detail) = match &t.finish {
-        Finish::Stop { matched } => (Pb::Stop, matched.as_str()),
-        Finish::Length => (Pb::Length, ""),
-        Finish::Cancelled => (Pb::Cancelled, ""),
-        Finish::Abandoned { why } => (Pb::Abandoned, why.as_str()),
-    };
     pb::Trajectory {
         key: t.key.clone(),
         index: t.index,
         tokens: tokens::encode_ids(&t.tokens),
         logprobs: tokens::encode_logprobs(&t.logprobs),
         spans: t.spans.iter().map(span).collect(),
-        finish: finish as i32,
-        finish_detail: detail.to_owned(),
+        finish: t.finish.code().into(),
+        finish_detail: t.finish.detail().to_owned(),
         attempts: t.attempts,
         seed: t.seed,
         offered_at: Some(t.offered_at.into()),
@@ -240,13 +233,7 @@ fn message(t: &Trajectory) -> pb::Trajectory {
 }
 
 fn span(s: &Span) -> pb::Span {
-    use pb::AttestedBy as Pb;
-    let attested_by = match s.attested_by {
-        AttestedBy::Transfer => Pb::Transfer,
-        AttestedBy::Trainer => Pb::Trainer,
-        AttestedBy::Engine => Pb::Engine,
-        AttestedBy::Unknown => Pb::Unspecified,
-    };
+    let attested_by = s.attested_by.map_or(pb::AttestedBy::Unspecified, Into::into);
     pb::Span {
         start: s.start,
         len: s.len,
@@ -258,7 +245,7 @@ fn span(s: &Span) -> pb::Span {
         version: Some(s.version.into()),
         exact: s.exact,
         kv_recomputed: s.kv_recomputed,
-        attested_by: attested_by as i32,
+        attested_by: attested_by.into(),
         numerics: s.numerics,
     }
 }

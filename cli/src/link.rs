@@ -3,7 +3,7 @@
 use anabranch_proto::limits::MAX_SUBMIT_BYTES;
 use anabranch_proto::pb::{self, admin_client::AdminClient};
 use anabranch_runtime::{Endpoint, JoinToken, connect_to};
-use anabranch_trainer::{Client, Trainer};
+use anabranch_trainer::Client;
 use tonic::transport::Channel;
 use tonic::{Request, Streaming};
 
@@ -31,7 +31,7 @@ pub struct Admin {
 
 impl ManagerArgs {
     pub async fn trainer(&self) -> Result<Client, Failure> {
-        Ok(Trainer::connect(&self.manager, self.token.as_deref()).await?)
+        Ok(Client::connect(&self.manager, self.token.as_deref()).await?)
     }
 
     pub async fn admin(&self) -> Result<Admin, Failure> {

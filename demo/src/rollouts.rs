@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use anabranch_trainer::{
-    Batch, Consumer, Delivery, Error, Group, Job, Outcome, Pack, Sampling, Shard, StepDone,
+    Batch, BatchSeq, Consumer, Delivery, Error, Group, Job, Pack, Sampling, Shard, StepDone,
     Trajectory, Version,
 };
 
@@ -22,8 +22,6 @@ const MICRO_BATCH: u32 = 32;
 pub enum RolloutError {
     #[error(transparent)]
     Sdk(#[from] Error),
-    #[error("the manager does not take {key}: {why}")]
-    Refused { key: String, why: String },
     #[error("step {step}: nothing came for {} s; the logs of the engines may tell why", PATIENCE.as_secs())]
     Stuck { step: u64 },
 }
@@ -55,7 +53,7 @@ impl Rollouts {
         let pack = Pack {
             min: MICRO_BATCH,
             whole_groups: true,
-            max_wait: Duration::from_millis(500),
+            max_wait: Some(Duration::from_millis(500)),
             ..Pack::default()
         };
         let consumer = job.consume(pack, Shard::ALL)?;
@@ -77,15 +75,9 @@ impl Rollouts {
     /// Submits a whole step.
     pub async fn submit(&mut self, step: u64, asks: Vec<Ask>) -> Result<(), RolloutError> {
         asks.iter().for_each(|ask| self.book.asked(&ask.key, ask.n));
-        let groups = asks.into_iter().map(Ask::group).collect();
-        for result in self.job.submit(step, groups, true, PATIENCE).await? {
-            match result.outcome {
-                Outcome::Accepted | Outcome::Duplicate => {}
-                Outcome::Rejected { why } | Outcome::Full { why } => {
-                    return Err(RolloutError::Refused { key: result.key, why });
-                }
-            }
-        }
+        let groups = asks.into_iter().map(Ask::group);
+        let submit = self.job.submit(step).groups(groups).last().timeout(PATIENCE);
+        submit.send().await?;
         Ok(())
     }
 
@@ -103,9 +95,8 @@ impl Rollouts {
             match next.map_err(|_| RolloutError::Stuck { step })?? {
                 Delivery::Batch(batch) => self.receive(batch),
                 Delivery::StepDone(done) => {
-                    self.done.insert(done.step, done);
+                    self.done.insert(done.step.0, done);
                 }
-                Delivery::Advice(_) => {}
             }
         }
     }
@@ -113,18 +104,18 @@ impl Rollouts {
     /// All of `step` is in a checkpoint whose weights are `version`.
     pub async fn commit(&mut self, step: u64, version: Version) -> Result<(), RolloutError> {
         let later: BTreeSet<u64> =
-            self.inbox.values().flatten().filter(|b| b.step > step).map(|b| b.seq).collect();
+            self.inbox.values().flatten().filter(|b| b.step.0 > step).map(|b| b.seq.0).collect();
         self.open.retain(|seq| later.contains(seq));
         let upto = self.open.first().map_or(self.newest, |first| first - 1);
         self.done.remove(&step);
-        Ok(self.consumer.commit(upto, version).await?)
+        Ok(self.consumer.commit(BatchSeq(upto), version).await?)
     }
 
     fn receive(&mut self, batch: Batch) {
-        batch.trajectories.iter().for_each(|t| self.book.received(batch.step, t));
-        self.open.insert(batch.seq);
-        self.newest = self.newest.max(batch.seq);
-        self.inbox.entry(batch.step).or_default().push_back(batch);
+        batch.trajectories.iter().for_each(|t| self.book.received(batch.step.0, t));
+        self.open.insert(batch.seq.0);
+        self.newest = self.newest.max(batch.seq.0);
+        self.inbox.entry(batch.step.0).or_default().push_back(batch);
     }
 }
 

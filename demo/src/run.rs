@@ -194,7 +194,7 @@ async fn begin(
     let watcher = Watcher::start(cluster.url(), started, drain).await?;
     view.follow(watcher.clone(), drain);
     introduce(&plan, &cluster, &view);
-    let job = sdk::Trainer::connect(cluster.url(), None).await?.open(plan.job()).await?;
+    let job = sdk::Client::connect(cluster.url(), None).await?.open(plan.job()).await?;
     cluster.attach(COLOCATED, Place::Colocated).await?;
     for id in FIRST {
         cluster.attach(id, Place::Spare).await?;

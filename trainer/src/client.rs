@@ -1,33 +1,24 @@
-//! The link to one manager: the channel, the token on every call, and trying again. Knows no job.
+//! The link to one manager: its channel, the token on every call, and calls that are tried again. Knows no
+//! job.
 
 use std::future::Future;
-use std::net::{IpAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::sync::{Arc, RwLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anabranch_proto::limits::{MAX_MESSAGE_BYTES, MAX_SUBMIT_BYTES};
 use anabranch_proto::pb::trainer_client::TrainerClient;
 use anabranch_runtime::connect::{ConnectError, connect_to};
 use anabranch_runtime::endpoint::Endpoint;
 use anabranch_runtime::token::JoinToken;
-use anabranch_runtime::{Backoff, BackoffConfig};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Request, Status};
 
-use crate::config::JobConfig;
 use crate::error::{Error, Failure};
-use crate::job::Job;
-use crate::publish::address_facing;
-
-/// Quick at first: most losses are a restart of the manager on the same machine.
-const RETRY: BackoffConfig =
-    BackoffConfig { first: Duration::from_millis(100), max: Duration::from_secs(3), factor: 2.0 };
-
-/// Where everything starts.
-pub struct Trainer;
+use crate::retry::Tries;
 
 /// A connected manager. Cheap to clone; all clones share one connection.
 #[derive(Clone, Debug)]
@@ -50,20 +41,14 @@ pub(crate) type Rpc = TrainerClient<InterceptedService<Channel, Bearer>>;
 #[derive(Clone, Debug)]
 pub(crate) struct Bearer(Option<MetadataValue<Ascii>>);
 
-/// Bounds a series of tries by a deadline.
-pub(crate) struct Tries {
-    call: &'static str,
-    started: Instant,
-    within: Duration,
-    backoff: Backoff,
-}
+// === impl Client ===
 
-// === impl Trainer ===
-
-impl Trainer {
-    /// Dials `manager`: `http://HOST:PORT`, `https://HOST:PORT` (TLS, needs the token) or
+impl Client {
+    /// Dials `manager`: `http://HOST:PORT`, `https://HOST:PORT` (TLS; needs the join token `token`) or
     /// `file:PATH`, the announce file of a manager, which is read again after a loss.
-    pub async fn connect(manager: &str, token: Option<&str>) -> Result<Client, Error> {
+    ///
+    /// Fails at once if nobody answers there: [`Error::Unreachable`], which may be tried again.
+    pub async fn connect(manager: &str, token: Option<&str>) -> Result<Self, Error> {
         let bad = |why: String| Error::Address { manager: manager.to_owned(), why };
         let endpoint = Endpoint::parse(manager).map_err(|error| bad(error.to_string()))?;
         let token = token.map(JoinToken::parse).transpose().map_err(|e| bad(e.to_string()))?;
@@ -81,17 +66,8 @@ impl Trainer {
         let shared = Shared { manager: manager.to_owned(), endpoint, token, channel };
         Ok(Client { shared: Arc::new(shared) })
     }
-}
 
-// === impl Client ===
-
-impl Client {
-    /// Starts the job, takes it up again, or joins it where another process opened it.
-    pub async fn open(&self, config: JobConfig) -> Result<Job, Error> {
-        Job::open(self.clone(), config).await
-    }
-
-    /// As it was given to [`Trainer::connect`].
+    /// Address of the manager, as it was given to [`Client::connect`].
     pub fn manager(&self) -> &str {
         &self.shared.manager
     }
@@ -151,6 +127,18 @@ impl Client {
     }
 }
 
+/// The address of this host that a connection to `to` would come from.
+fn address_facing(to: SocketAddr) -> std::io::Result<IpAddr> {
+    let any: IpAddr = match to {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    // Connecting a UDP socket sends nothing; it only picks the route.
+    let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
+    socket.connect(to)?;
+    Ok(socket.local_addr()?.ip())
+}
+
 async fn dial(endpoint: &Endpoint, token: Option<&JoinToken>) -> Result<Rpc, ConnectError> {
     let channel = connect_to(endpoint, token).await?;
     let announced = endpoint.resolve().ok().and_then(|(_, token)| token);
@@ -182,38 +170,39 @@ impl Interceptor for Bearer {
     }
 }
 
-// === impl Tries ===
+#[cfg(test)]
+impl Client {
+    /// A client whose manager cannot be reached; needs a runtime.
+    pub(crate) fn offline() -> Self {
+        let manager = "http://127.0.0.1:1";
+        let channel = tonic::transport::Endpoint::from_static(manager).connect_lazy();
+        let rpc = TrainerClient::with_interceptor(channel, Bearer::new(None));
+        let endpoint = Endpoint::parse(manager).expect("an address");
+        let channel = RwLock::new(rpc);
+        let shared = Shared { manager: manager.to_owned(), endpoint, token: None, channel };
+        Self { shared: Arc::new(shared) }
+    }
+}
 
-impl Tries {
-    pub(crate) fn new(call: &'static str, within: Duration) -> Self {
-        let backoff = Backoff::new(RETRY).expect("the bounds are constants and sound");
-        Self { call, started: Instant::now(), within, backoff }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_facing_address_is_of_the_same_kind_as_the_managers() {
+        let facing = |to: &str| address_facing(to.parse().expect("an address"));
+        assert_eq!(facing("127.0.0.1:5000").expect("a route"), IpAddr::from([127, 0, 0, 1]));
+        // A host without IPv6 has no route.
+        assert!(facing("[::1]:5000").is_ok_and(|at| at.is_ipv6()) || facing("[::1]:5000").is_err());
     }
 
-    /// Nothing failed since the last success.
-    pub(crate) fn is_first(&self) -> bool {
-        self.backoff.tries() == 0
-    }
-
-    pub(crate) fn left(&self) -> Duration {
-        self.within.saturating_sub(self.started.elapsed())
-    }
-
-    /// It worked: the next loss starts with its own deadline.
-    pub(crate) fn reset(&mut self) {
-        self.started = Instant::now();
-        self.backoff.reset();
-    }
-
-    /// Waits before the next try, or says that the time is up.
-    pub(crate) async fn pause(&mut self, detail: &str) -> Result<(), Error> {
-        let delay = self.backoff.next_delay();
-        if delay >= self.left() {
-            let (call, within) = (self.call, self.within);
-            return Err(Error::Unreachable { call, within, detail: detail.to_owned() });
-        }
-        tracing::debug!(call = self.call, ?delay, detail, "trying again");
-        tokio::time::sleep(delay).await;
-        Ok(())
+    #[test]
+    fn the_token_goes_with_every_call_and_is_not_shown() {
+        let value = MetadataValue::try_from("Bearer ab1.x").expect("ASCII");
+        let mut bearer = Bearer(Some(value));
+        let request = bearer.call(Request::new(())).expect("no check here");
+        assert_eq!(request.metadata().get("authorization").expect("there"), "Bearer ab1.x");
+        let bare = Bearer::new(None).call(Request::new(())).expect("no check here");
+        assert!(bare.metadata().get("authorization").is_none());
     }
 }

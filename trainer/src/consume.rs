@@ -1,168 +1,167 @@
-//! The stream of finished trajectories, each exactly once. A task of its own keeps credit topped up,
-//! acknowledges and re-attaches, while the trainer computes; dropping the consumer stops it.
+//! The stream of finished trajectories, each exactly once. A task behind the consumer grants credit,
+//! acknowledges, and attaches again after a loss while the trainer computes; dropping the consumer ends it.
 
 mod assembly;
+mod attachment;
 mod credit;
-mod link;
+mod due;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use anabranch_proto::{Version, pb};
+use anabranch_proto::{BatchSeq, Invalid, Pack, Shard, Step, Version, pb};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::config::millis;
 use crate::error::Error;
-use crate::job::Job;
+use crate::session::Session;
+use crate::stream::Link;
 use crate::trajectory::Trajectory;
+use attachment::Attachment;
 use credit::Amount;
-use link::Link;
 
-/// How samples are packed to micro-batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pack {
-    /// Samples of a batch, over all shards. Default 1.
-    pub min: u32,
-    /// Batches have a multiple of so many samples; the rest is carried over. Default 1.
-    pub multiple_of: u32,
-    /// A group's samples come in one batch. Default false.
-    pub whole_groups: bool,
-    /// A smaller batch is sent after so long. Default zero: never.
-    pub max_wait: Duration,
-}
-
-/// Which part of every batch this process takes. All shards see the same sequence of batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shard {
-    pub index: u32,
-    pub count: u32,
-}
-
-/// What may wait here, received and not yet taken. One batch more than this may.
+/// Bounds on what waits here: received, and not yet taken from the [`Consumer`]. One batch may exceed them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
+    /// Bytes of trajectories, at least 1. Default 64 MiB.
     pub bytes: u64,
+    /// Samples, at least 1. Default 4096.
     pub samples: u64,
-    /// How long a lost manager is looked for before [`Consumer::next`] gives up.
+    /// Time that a lost manager is looked for before [`Consumer::next`] fails. Default 5 minutes.
     pub lost_after: Duration,
 }
 
+/// What a consumer gets: micro-batches, and news of their steps.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Delivery {
+    /// A micro-batch.
     Batch(Batch),
-    /// Comes after the step's last batch.
+    /// The end of a step; comes after the step's last batch.
     StepDone(StepDone),
-    Advice(Advice),
 }
 
 /// A micro-batch, or this shard's part of one.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
-    /// Counts up by one. What [`Consumer::commit`] takes.
-    pub seq: u64,
-    pub step: u64,
+    /// Number in the job's sequence, which counts up by one: what [`Consumer::commit`] takes.
+    pub seq: BatchSeq,
+    /// Step that the samples were submitted for.
+    pub step: Step,
+    /// No other batch of the step comes after this one.
     pub last_of_step: bool,
+    /// Finished samples, in no order that matters.
     pub trajectories: Vec<Trajectory>,
+    /// Samples of the whole batch, over all shards.
     pub samples_of_all_shards: u32,
 }
 
-#[derive(Clone, Debug, Default, PartialEq)]
+/// Report on a step that is over.
+#[derive(Clone, Debug, PartialEq)]
 pub struct StepDone {
-    pub step: u64,
-    /// Samples.
+    /// The step.
+    pub step: Step,
+    /// Samples that were delivered.
     pub delivered: u64,
     /// Groups with fewer samples than asked for.
     pub short: Vec<Short>,
     /// Groups of which nothing was delivered.
     pub dropped: Vec<Short>,
     /// The step's last batch.
-    pub last_seq: u64,
+    pub last_seq: BatchSeq,
+    /// Tokens of the delivered samples.
     pub tokens: u64,
+    /// Tokens that were made and thrown away.
     pub discarded_tokens: u64,
+    /// Highest lag of a delivered token, in versions.
     pub max_lag: u32,
 }
 
+/// A group that did not come whole.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Short {
+    /// Key of the group.
     pub key: String,
+    /// Samples that were delivered.
     pub delivered: u32,
+    /// Samples that were asked for.
     pub n: u32,
+    /// Reason, for people.
     pub why: String,
-    /// Tokens of the samples that are missing: dropping long ones biases what is learned.
+    /// Tokens of each missing sample: leaving long ones out biases what is learned.
     pub lengths: Vec<u32>,
 }
 
-/// The manager's view on when to switch mode. Nothing has to follow it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Advice {
-    pub mode: String,
-    pub why: String,
-}
-
-/// One attachment to the job's stream.
+/// One attachment to the job's stream of trajectories. Dropping it detaches.
 pub struct Consumer {
     // Unbounded in type only: batches are bounded by credit, and the rest is small and per step.
     inbox: mpsc::UnboundedReceiver<Result<(Delivery, Amount), Error>>,
-    shared: Arc<Shared>,
-    commits: watch::Sender<Option<(u64, Version)>>,
-    sent: watch::Receiver<u64>,
+    taken: Arc<Taken>,
+    commits: watch::Sender<Option<(BatchSeq, Version)>>,
+    committed: watch::Receiver<BatchSeq>,
     /// Aborts the task when dropped.
     _task: JoinSet<()>,
 }
 
-/// What the caller took since the link last looked.
+/// What the caller took since the attachment last looked.
 #[derive(Debug, Default)]
-struct Shared {
-    taken: Mutex<Amount>,
+struct Taken {
+    amount: Mutex<Amount>,
     changed: Notify,
 }
 
 // === impl Consumer ===
 
 impl Consumer {
-    pub(crate) fn start(job: Job, pack: Pack, shard: Shard, window: Window) -> Result<Self, Error> {
+    pub(crate) fn start(
+        session: &Session,
+        pack: Pack,
+        shard: Shard,
+        window: Window,
+    ) -> Result<Self, Error> {
         shard.check()?;
         window.check()?;
         let (outbox, inbox) = mpsc::unbounded_channel();
         let (commits, commits_seen) = watch::channel(None);
-        let (sent_out, sent) = watch::channel(0);
-        let shared = Arc::new(Shared::default());
-        let link = Link::new(job, (pack, shard, window), shared.clone(), outbox);
+        let (committed_out, committed) = watch::channel(BatchSeq(0));
+        let taken = Arc::new(Taken::default());
+        let ends = (taken.clone(), outbox);
+        let attachment =
+            Attachment::new((pack, shard, window), ends, (commits_seen, committed_out));
+        let link = Link::new(session.clone(), attachment::CALL, window.lost_after);
         let mut task = JoinSet::new();
-        task.spawn(link.run(commits_seen, sent_out));
-        Ok(Self { inbox, shared, commits, sent, _task: task })
+        task.spawn_on(attachment.run(link), session.runtime());
+        Ok(Self { inbox, taken, commits, committed, _task: task })
     }
 
-    /// The next batch or piece of news. After an error the consumer is finished. Dropping the future
-    /// loses nothing.
+    /// Waits for the next batch or the end of a step. After an error the consumer is finished. Dropping
+    /// the future loses nothing.
     pub async fn next(&mut self) -> Result<Delivery, Error> {
         let (delivery, cost) = self.inbox.recv().await.unwrap_or(Err(Error::Closed))?;
-        self.shared.take(cost);
+        self.taken.add(cost);
         Ok(delivery)
     }
 
-    /// Says that batches up to `seq` are inside a checkpoint whose weights are `version`, so that the
+    /// Tells that the batches up to `seq` are inside a checkpoint whose weights are `version`, so that the
     /// manager may forget them. Returns when that is on its way.
-    pub async fn commit(&self, seq: u64, version: Version) -> Result<(), Error> {
+    pub async fn commit(&self, seq: BatchSeq, version: Version) -> Result<(), Error> {
         self.commits.send_modify(|newest| {
             if newest.is_none_or(|(at, _)| at <= seq) {
                 *newest = Some((seq, version));
             }
         });
-        let mut sent = self.sent.clone();
-        sent.wait_for(|sent| *sent >= seq).await.map_err(|_| Error::Closed)?;
+        let mut committed = self.committed.clone();
+        committed.wait_for(|at| *at >= seq).await.map_err(|_| Error::Closed)?;
         Ok(())
     }
 }
 
-// === impl Shared ===
+// === impl Taken ===
 
-impl Shared {
-    fn take(&self, cost: Amount) {
-        let mut taken = self.lock();
-        *taken = taken.plus(cost, 1);
-        drop(taken);
+impl Taken {
+    fn add(&self, cost: Amount) {
+        let mut amount = self.lock();
+        *amount = amount.plus(cost, 1);
+        drop(amount);
         self.changed.notify_one();
     }
 
@@ -170,42 +169,16 @@ impl Shared {
         std::mem::take(&mut *self.lock())
     }
 
+    async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
     fn lock(&self) -> MutexGuard<'_, Amount> {
-        self.taken.lock().expect("no code panics while it holds this lock")
+        self.amount.lock().expect("no code panics while it holds this lock")
     }
 }
 
-// === impl Pack, Shard, Window ===
-
-impl Default for Pack {
-    fn default() -> Self {
-        Self { min: 1, multiple_of: 1, whole_groups: false, max_wait: Duration::ZERO }
-    }
-}
-
-impl From<Pack> for pb::Pack {
-    fn from(pack: Pack) -> Self {
-        Self {
-            min: pack.min,
-            multiple_of: pack.multiple_of,
-            whole_groups: pack.whole_groups,
-            max_wait_ms: millis(pack.max_wait),
-        }
-    }
-}
-
-impl Shard {
-    /// One process takes everything.
-    pub const ALL: Self = Self { index: 0, count: 1 };
-
-    fn check(self) -> Result<(), Error> {
-        let Self { index, count } = self;
-        if index < count {
-            return Ok(());
-        }
-        Err(Error::Invalid(format!("shard {index} of {count} does not exist; shards count from 0")))
-    }
-}
+// === impl Window ===
 
 impl Default for Window {
     fn default() -> Self {
@@ -216,7 +189,8 @@ impl Default for Window {
 impl Window {
     fn check(self) -> Result<(), Error> {
         if self.bytes == 0 || self.samples == 0 {
-            return Err(Error::invalid("a window of zero would never let the manager send"));
+            let what = "zero bytes or samples would never let the manager send";
+            return Err(Invalid::rule("window", what).into());
         }
         Ok(())
     }
@@ -229,14 +203,14 @@ impl Window {
 
 // === conversions ===
 
-impl From<pb::StepDone> for StepDone {
-    fn from(done: pb::StepDone) -> Self {
+impl StepDone {
+    fn from_wire(done: pb::StepDone) -> Self {
         Self {
-            step: done.step,
+            step: Step(done.step),
             delivered: done.delivered,
-            short: done.short.into_iter().map(Short::from).collect(),
-            dropped: done.dropped.into_iter().map(Short::from).collect(),
-            last_seq: done.seq,
+            short: done.short.into_iter().map(Short::from_wire).collect(),
+            dropped: done.dropped.into_iter().map(Short::from_wire).collect(),
+            last_seq: BatchSeq(done.seq),
             tokens: done.tokens,
             discarded_tokens: done.discarded_tokens,
             max_lag: done.max_lag,
@@ -244,14 +218,39 @@ impl From<pb::StepDone> for StepDone {
     }
 }
 
-impl From<pb::step_done::Short> for Short {
-    fn from(s: pb::step_done::Short) -> Self {
+impl Short {
+    fn from_wire(s: pb::step_done::Short) -> Self {
         Self { key: s.key, delivered: s.delivered, n: s.n, why: s.why, lengths: s.lengths }
     }
 }
 
-impl From<pb::Advice> for Advice {
-    fn from(advice: pb::Advice) -> Self {
-        Self { mode: advice.mode, why: advice.why }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_could_never_deliver_is_refused_before_anything_is_sent() {
+        let session = Session::offline();
+        let refused = |shard, window| {
+            let consumer = Consumer::start(&session, Pack::default(), shard, window);
+            consumer.err().expect("refused").to_string()
+        };
+        let shard = Shard { index: 2, count: 2 };
+        assert!(refused(shard, Window::default()).contains("2 of 2 does not exist"));
+        let window = Window { samples: 0, ..Window::default() };
+        assert!(refused(Shard::ALL, window).contains("window: zero"));
+    }
+
+    #[test]
+    fn a_consumer_starts_outside_the_runtime_and_ends_with_the_job() {
+        let runtime = tokio::runtime::Runtime::new().expect("threads");
+        let session = runtime.block_on(async { Session::offline() });
+        let consumer = Consumer::start(&session, Pack::default(), Shard::ALL, Window::default());
+        let mut consumer = consumer.expect("the session knows its runtime");
+        session.closed().cancel();
+        let ended = runtime.block_on(consumer.next());
+        assert!(matches!(ended, Err(Error::Closed)));
+        let committed = runtime.block_on(consumer.commit(BatchSeq(1), Version::base(0)));
+        assert!(matches!(committed, Err(Error::Closed)));
     }
 }

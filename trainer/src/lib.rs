@@ -4,58 +4,68 @@
 //!
 //! ```no_run
 //! # async fn run() -> Result<(), anabranch_trainer::Error> {
-//! use std::time::Duration;
-//! use anabranch_trainer::{Delivery, Group, JobConfig, Pack, Sampling, Shard, Trainer};
+//! use anabranch_trainer::{Client, Delivery, Group, JobConfig, Pack, Sampling, Shard};
 //!
-//! let client = Trainer::connect("http://127.0.0.1:5000", None).await?;
+//! let client = Client::connect("http://127.0.0.1:5000", None).await?;
 //! let job = client.open(JobConfig::new("math")).await?;
 //! let mut stream = job.consume(Pack { min: 8, ..Pack::default() }, Shard::ALL)?;
 //! let group = Group::new("step1-a", vec![1, 2, 3], 4, Sampling::new(256));
-//! job.submit(1, vec![group], true, Duration::from_secs(60)).await?;
+//! job.submit(1).group(group).last().send().await?;
 //! loop {
 //!     match stream.next().await? {
 //!         Delivery::Batch(batch) => println!("{} trajectories", batch.trajectories.len()),
 //!         Delivery::StepDone(_) => break,
-//!         Delivery::Advice(_) => {}
 //!     }
 //! }
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! `examples/grpo_loop.rs` is a whole training loop, `examples/publish.rs` publishes a checkpoint, and
+//! `examples/several_senders.rs` publishes one version from several processes.
+//!
+//! Modules import only from lines above their own:
+#![warn(missing_docs)]
 
-// the link
-mod client;
+// results
 mod error;
-// the job
+mod trajectory;
+mod verdict;
+// the link, and the job's session over it
+mod client;
 mod config;
-mod job;
+mod retry;
+mod session;
+mod stream;
 // prompts in
 mod group;
-mod sampling;
 mod submit;
 // trajectories out
 mod consume;
-mod trajectory;
 // weights
-mod announce;
-mod part;
 mod publish;
 mod versions;
+// all of it, as a trainer uses it
+mod control;
+mod job;
 
-pub use anabranch_proto::Version;
 pub use anabranch_proto::manifest::DType;
-pub use anabranch_proto::pb::Model;
-
+pub use anabranch_proto::{
+    AttestedBy, BatchSeq, Finish, Invalid, LoadStage, LogprobsMode, Model, OnExceed, OnRunning,
+    Pack, Replay, Roll, Root, Sampling, Shard, Staleness, Step, Version, VersionState,
+};
 pub use anabranch_transfer::layout::TensorSpec;
-pub use anabranch_transfer::{LinkKind, Sender};
-pub use client::{Client, Trainer};
-pub use config::{Convention, JobConfig, OnExceed, OnRunning, Resume, Roll, Staleness};
-pub use consume::{Advice, Batch, Consumer, Delivery, Pack, Shard, Short, StepDone, Window};
+pub use anabranch_transfer::{LinkKind, PieceRef, Sender, TensorRef};
+
+pub use client::Client;
+pub use config::{JobConfig, Resume, Shm, WeightServer};
+pub use consume::{Batch, Consumer, Delivery, Short, StepDone, Window};
+pub use control::{Cancelled, Mode, PerEngine, Which};
 pub use error::Error;
-pub use group::{Group, Outcome, SubmitResult};
-pub use job::{Cancelled, Job, Mode, PerEngine, Which};
-pub use part::{NamedPiece, Part};
-pub use publish::{NamedTensor, Published, Shm, WeightServer};
-pub use sampling::{Replay, Sampling};
-pub use trajectory::{AttestedBy, Column, Finish, Span, Trajectory};
-pub use versions::{OnEngine, VersionState, VersionStatus, VersionWatch};
+pub use group::Group;
+pub use job::Job;
+pub use publish::{Part, Published};
+pub use submit::{Submit, Submitted};
+pub use trajectory::{Column, Span, Trajectory};
+pub use verdict::{Outcome, Verdict};
+pub use versions::{OnEngine, VersionStatus, VersionWatch};

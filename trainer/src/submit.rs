@@ -1,188 +1,229 @@
-//! Submitting until every group is settled: sends in bounded requests, waits where the manager is
-//! full, and closes the step only when no group of it is still open.
+//! Submitting prompt groups for a step: the builder, and the loop that sends until every group is settled.
+//! What is sent next, and what an answer means, is decided in `pending`.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod pending;
+
 use std::time::Duration;
 
-use anabranch_proto::pb;
-use pb::submitted::result::Kind;
+use anabranch_proto::{Step, pb};
 
 use crate::error::Error;
-use crate::group::{Group, Outcome, SubmitResult};
+use crate::group::Group;
+use crate::retry::Tries;
+use crate::session::{CALL_WITHIN, Session};
+use crate::verdict::{Outcome, Verdict};
+use pending::Pending;
 
-/// One request: small enough that a retry is cheap, far below the manager's limit.
-const REQUEST_BYTES: usize = 8 << 20;
+/// Name of the call in errors and logs.
+const CALL: &str = "submit";
 
-/// Where the manager names no delay.
-const FULL_PAUSE: Duration = Duration::from_millis(200);
-
-/// What is still to be sent of one submit call.
+/// A submit that is being put together. [`Submit::send`] sends it; until then nothing happens.
 ///
-/// ```text
-///   open ── accepted, duplicate, rejected ──► settled
-///     ▲── full for now ──┘                    (all settled: the step may be closed)
-/// ```
+/// Groups that do not fit into the manager now, and lost links, are tried again until the
+/// [`Submit::timeout`]. Sending the same groups again is safe: the manager knows their keys.
 #[derive(Debug)]
-pub(crate) struct Pending {
-    order: Vec<String>,
-    open: Vec<pb::Group>,
-    full: BTreeMap<String, String>,
-    settled: BTreeMap<String, Outcome>,
+#[must_use = "nothing is submitted before `send` is awaited"]
+pub struct Submit<'a> {
+    session: &'a Session,
+    step: Step,
+    groups: Vec<Group>,
+    last: bool,
+    timeout: Duration,
+    allow_rejected: bool,
 }
 
-// === impl Pending ===
+/// Result of a submit: a verdict on every group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Submitted {
+    /// The step.
+    pub step: Step,
+    /// One verdict for each group, in the order given.
+    pub verdicts: Vec<Verdict>,
+    /// The manager knows that no more groups come for the step.
+    pub closed: bool,
+}
 
-impl Pending {
-    pub(crate) fn new(groups: Vec<Group>) -> Result<Self, Error> {
-        let mut seen = BTreeSet::new();
-        for group in &groups {
-            group.check()?;
-            if !seen.insert(group.key()) {
-                let key = group.key();
-                return Err(Error::Invalid(format!("the key {key:?} stands twice in one submit")));
+// === impl Submit ===
+
+impl<'a> Submit<'a> {
+    pub(crate) fn new(session: &'a Session, step: Step) -> Self {
+        let (groups, timeout) = (Vec::new(), CALL_WITHIN);
+        Self { session, step, groups, last: false, timeout, allow_rejected: false }
+    }
+
+    /// Adds one group.
+    pub fn group(mut self, group: Group) -> Self {
+        self.groups.push(group);
+        self
+    }
+
+    /// Adds groups.
+    pub fn groups(mut self, groups: impl IntoIterator<Item = Group>) -> Self {
+        self.groups.extend(groups);
+        self
+    }
+
+    /// Closes the step once its groups are settled: no more groups come for it. Without groups it only
+    /// closes the step.
+    pub fn last(mut self) -> Self {
+        self.last = true;
+        self
+    }
+
+    /// Gives up on groups that the manager has no room for, and on a manager that is away, after
+    /// `timeout`. Default 60 s.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Makes groups that were not taken part of the result; without it they are
+    /// [`Error::Rejected`].
+    pub fn allow_rejected(mut self) -> Self {
+        self.allow_rejected = true;
+        self
+    }
+
+    /// Sends the groups, and closes the step if this is its [`Submit::last`] submit.
+    ///
+    /// The step stays open, for the caller to decide, in two cases: the call fails with
+    /// [`Error::Rejected`], or it is allowed to be rejected and some groups found no room
+    /// ([`Outcome::Full`]). [`Submitted::closed`] tells.
+    pub async fn send(self) -> Result<Submitted, Error> {
+        let Self { session, step, groups, last, timeout, allow_rejected } = self;
+        let mut pending = Pending::new(groups)?;
+        let tries = Tries::new(CALL, timeout);
+        while !pending.is_settled() {
+            let sent = pending.next_request();
+            let reply = request(session, step, sent.clone(), false, tries.left()).await?;
+            let pause = pending
+                .answered(&sent, reply)
+                .map_err(|what| Error::Protocol { call: CALL, what })?;
+            if !pause.is_zero() && pause >= tries.left() {
+                break;
             }
+            tokio::time::sleep(pause).await;
         }
-        Ok(Self {
-            order: groups.iter().map(|g| g.key().to_owned()).collect(),
-            open: groups.into_iter().map(pb::Group::from).collect(),
-            full: BTreeMap::new(),
-            settled: BTreeMap::new(),
-        })
-    }
-
-    pub(crate) fn is_settled(&self) -> bool {
-        self.open.is_empty()
-    }
-
-    /// The groups of the next request, in the order given.
-    pub(crate) fn next_request(&self) -> Vec<pb::Group> {
-        let mut bytes = 0;
-        let fits = self.open.iter().take_while(|group| {
-            bytes += group.prompt.len() + group.meta.len() + group.key.len() + 256;
-            bytes <= REQUEST_BYTES
-        });
-        let count = fits.count().max(1).min(self.open.len());
-        self.open[..count].to_vec()
-    }
-
-    /// Takes the answer to `sent`; returns how long to wait before the next request.
-    pub(crate) fn answered(
-        &mut self,
-        sent: &[pb::Group],
-        reply: pb::Submitted,
-    ) -> Result<Duration, String> {
-        let mut asked: BTreeSet<&str> = sent.iter().map(|group| group.key.as_str()).collect();
-        let mut pause = Duration::ZERO;
-        for result in reply.results {
-            if !asked.remove(result.key.as_str()) {
-                return Err(format!("an answer for {:?}, which was not asked", result.key));
-            }
-            pause = pause.max(self.settle(result)?);
+        let mut submitted = Submitted::new(step, pending.finish(), allow_rejected)?;
+        if last && submitted.is_settled() {
+            request(session, step, Vec::new(), true, tries.left().max(CALL_WITHIN)).await?;
+            submitted.closed = true;
         }
-        if let Some(key) = asked.first() {
-            return Err(format!("no answer for {key:?}"));
+        Ok(submitted)
+    }
+}
+
+async fn request(
+    session: &Session,
+    step: Step,
+    groups: Vec<pb::Group>,
+    last: bool,
+    within: Duration,
+) -> Result<pb::Submitted, Error> {
+    let call = session.call(CALL, within, |mut rpc, session| {
+        let (groups, step) = (groups.clone(), step.0);
+        async move { rpc.submit(pb::SubmitRequest { session, step, r#final: last, groups }).await }
+    });
+    call.await
+}
+
+// === impl Submitted ===
+
+impl Submitted {
+    fn new(step: Step, verdicts: Vec<Verdict>, allow_rejected: bool) -> Result<Self, Error> {
+        if allow_rejected || verdicts.iter().all(Verdict::is_taken) {
+            return Ok(Self { step, verdicts, closed: false });
         }
-        self.open.retain(|group| !self.settled.contains_key(&group.key));
-        Ok(pause)
+        let of = verdicts.len();
+        let not_taken = verdicts.into_iter().filter(|verdict| !verdict.is_taken()).collect();
+        Err(Error::Rejected { step, of, verdicts: not_taken })
     }
 
-    fn settle(&mut self, result: pb::submitted::Result) -> Result<Duration, String> {
-        let outcome = match result.kind() {
-            Kind::Accepted => Outcome::Accepted,
-            Kind::Duplicate => Outcome::Duplicate,
-            Kind::Rejected if result.retry_after_ms > 0 => {
-                self.full.insert(result.key, result.why);
-                return Ok(Duration::from_millis(result.retry_after_ms.into()).max(FULL_PAUSE / 4));
-            }
-            Kind::Rejected => Outcome::Rejected { why: result.why },
-            Kind::Unspecified => return Err(format!("no outcome for {:?}", result.key)),
-        };
-        self.settled.insert(result.key, outcome);
-        Ok(Duration::ZERO)
+    fn is_settled(&self) -> bool {
+        !self.verdicts.iter().any(|verdict| matches!(verdict.outcome, Outcome::Full { .. }))
     }
 
-    /// One result per group, in the order given.
-    pub(crate) fn finish(mut self) -> Vec<SubmitResult> {
-        let result = |key: String| {
-            let outcome = self.settled.remove(&key).unwrap_or_else(|| Outcome::Full {
-                why: self.full.remove(&key).unwrap_or_else(|| "not sent: the time was up".into()),
-            });
-            SubmitResult { key, outcome }
-        };
-        self.order.into_iter().map(result).collect()
+    /// Number of groups that the manager took with this submit.
+    pub fn accepted(&self) -> usize {
+        self.verdicts.iter().filter(|verdict| verdict.outcome == Outcome::Accepted).count()
+    }
+
+    /// Keys that the manager had already, from an earlier submit.
+    pub fn duplicates(&self) -> impl Iterator<Item = &str> {
+        let known = |verdict: &&Verdict| verdict.outcome == Outcome::Duplicate;
+        self.verdicts.iter().filter(known).map(|verdict| verdict.key.as_str())
+    }
+
+    /// Verdicts on the groups that were not taken: rejected, or without room. Empty unless the submit was
+    /// [allowed](Submit::allow_rejected) to be rejected.
+    pub fn rejected(&self) -> impl Iterator<Item = &Verdict> {
+        self.verdicts.iter().filter(|verdict| !verdict.is_taken())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use anabranch_proto::Sampling;
+
     use super::*;
-    use crate::sampling::Sampling;
 
-    fn pending(keys: &[&str], prompt: usize) -> Pending {
-        let group = |key: &&str| Group::new(*key, vec![7; prompt], 1, Sampling::new(4));
-        Pending::new(keys.iter().map(group).collect()).expect("sound")
+    fn verdict(key: &str, outcome: Outcome) -> Verdict {
+        Verdict { key: key.into(), outcome }
     }
 
-    fn answer(key: &str, kind: Kind, retry_after_ms: u32) -> pb::submitted::Result {
-        let why = "because".to_owned();
-        pb::submitted::Result { key: key.into(), kind: kind as i32, why, retry_after_ms }
-    }
-
-    fn reply(results: Vec<pb::submitted::Result>) -> pb::Submitted {
-        pb::Submitted { results }
-    }
-
-    #[test]
-    fn a_full_manager_is_asked_again_and_the_order_of_results_is_the_callers() {
-        let mut p = pending(&["b", "a", "c"], 1);
-        let sent = p.next_request();
-        let pause = p
-            .answered(
-                &sent,
-                reply(vec![
-                    answer("a", Kind::Accepted, 0),
-                    answer("b", Kind::Rejected, 500),
-                    answer("c", Kind::Rejected, 0),
-                ]),
-            )
-            .expect("sound");
-        assert_eq!(pause, Duration::from_millis(500));
-        assert!(!p.is_settled());
-        let sent = p.next_request();
-        assert_eq!(sent.iter().map(|g| g.key.as_str()).collect::<Vec<_>>(), ["b"]);
-        p.answered(&sent, reply(vec![answer("b", Kind::Duplicate, 0)])).expect("sound");
-        assert!(p.is_settled());
-        let results: Vec<(String, bool)> =
-            p.finish().into_iter().map(|r| (r.key, r.outcome.is_taken())).collect();
-        assert_eq!(results, [("b".into(), true), ("a".into(), true), ("c".into(), false)]);
+    fn mixed() -> Vec<Verdict> {
+        vec![
+            verdict("a", Outcome::Accepted),
+            verdict("b", Outcome::Rejected { why: "too long".into() }),
+            verdict("c", Outcome::Duplicate),
+            verdict("d", Outcome::Rejected { why: "no engine fits".into() }),
+        ]
     }
 
     #[test]
-    fn when_the_time_is_up_the_rest_is_reported_as_full() {
-        let mut p = pending(&["a"], 1);
-        let sent = p.next_request();
-        p.answered(&sent, reply(vec![answer("a", Kind::Rejected, 1)])).expect("sound");
-        let full = Outcome::Full { why: "because".into() };
-        assert_eq!(p.finish()[0].outcome, full);
+    fn rejections_are_an_error_that_names_the_groups() {
+        let error = Submitted::new(Step(7), mixed(), false).expect_err("two were rejected");
+        assert_eq!(
+            error.to_string(),
+            "step 7: the manager did not take 2 of 4 groups; group \"b\": too long; group \"d\": no engine fits"
+        );
+        assert!(!error.retry(), "rejected groups stay rejected");
+        let Error::Rejected { verdicts, .. } = error else { panic!("another error") };
+        assert_eq!(verdicts.len(), 2);
     }
 
     #[test]
-    fn requests_are_cut_by_bytes_and_a_large_group_goes_alone() {
-        let p = pending(&["a", "b", "c"], 1 << 20);
-        assert_eq!(p.next_request().len(), 1, "two of 4 MiB are more than a request with overhead");
-        assert_eq!(pending(&["a", "b", "c"], 1 << 19).next_request().len(), 3);
-        assert_eq!(pending(&["a", "b"], 4 << 20).next_request().len(), 1);
+    fn allowed_rejections_are_verdicts_and_duplicates_can_be_seen() {
+        let submitted = Submitted::new(Step(7), mixed(), true).expect("allowed");
+        assert_eq!(submitted.accepted(), 1);
+        assert_eq!(submitted.duplicates().collect::<Vec<_>>(), ["c"]);
+        let rejected: Vec<_> = submitted.rejected().map(|v| v.key.as_str()).collect();
+        assert_eq!(rejected, ["b", "d"]);
+        assert!(submitted.is_settled() && !submitted.closed);
     }
 
     #[test]
-    fn answers_that_do_not_fit_the_request_are_errors() {
-        let mut p = pending(&["a", "b"], 1);
-        let sent = p.next_request();
-        let foreign = reply(vec![answer("x", Kind::Accepted, 0)]);
-        assert!(p.answered(&sent, foreign).expect_err("foreign").contains("\"x\""));
-        let missing = reply(vec![answer("a", Kind::Accepted, 0)]);
-        assert!(p.answered(&sent, missing).expect_err("missing").contains("\"b\""));
-        let twice = vec![Group::new("a", vec![1], 1, Sampling::new(1)); 2];
-        assert!(Pending::new(twice).is_err());
+    fn a_group_without_room_keeps_the_step_open_and_may_be_tried_again() {
+        let full = || vec![verdict("a", Outcome::Full { why: "full".into() })];
+        let error = Submitted::new(Step(1), full(), false).expect_err("no room");
+        assert!(error.retry());
+        assert!(!Submitted::new(Step(1), full(), true).expect("allowed").is_settled());
+    }
+
+    #[tokio::test]
+    async fn the_builder_collects_groups_and_refuses_what_could_never_work() {
+        let session = Session::offline();
+        let group = |key: &str| Group::new(key, vec![1], 1, Sampling::new(4));
+        let submit = Submit::new(&session, Step(3))
+            .group(group("a"))
+            .groups([group("b"), group("c")])
+            .timeout(Duration::from_secs(5))
+            .last();
+        assert_eq!((submit.groups.len(), submit.last, submit.allow_rejected), (3, true, false));
+        assert_eq!(submit.timeout, Duration::from_secs(5));
+        let twice = submit.group(group("a")).send().await.expect_err("the key a, twice");
+        assert!(matches!(twice, Error::Invalid(_)), "{twice}");
+        let nothing = Submit::new(&session, Step(3)).send().await.expect("nothing to send");
+        assert_eq!((nothing.verdicts.len(), nothing.closed), (0, false));
     }
 }

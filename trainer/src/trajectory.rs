@@ -1,108 +1,96 @@
-//! One finished sample, typed and checked: a trajectory that contradicts itself never reaches the caller.
+//! Finished samples, typed and checked: a trajectory that contradicts itself never reaches the caller.
 
-use anabranch_proto::{Version, pb, tokens};
+use anabranch_proto::{AttestedBy, Finish, Version, pb, tokens};
 use bytes::Bytes;
 
+/// A finished sample: its tokens, their log-probabilities, and who made them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Trajectory {
-    /// The group's, as submitted.
+    /// Key of the group, as submitted.
     pub key: String,
-    /// Which of the group's samples.
+    /// Number of the sample in its group, from 0.
     pub index: u32,
+    /// Generated token ids, without the prompt.
     pub tokens: Vec<u32>,
-    /// One per token, in the job's convention.
+    /// Log-probability of each token, in the job's logprobs mode.
     pub logprobs: Vec<f32>,
-    /// Who made which tokens with which weights; they tile `[0, tokens.len())`.
+    /// Makers of the tokens, in order; the spans tile `[0, tokens.len())`.
     pub spans: Vec<Span>,
-    /// Per-token extras.
+    /// Extra values per token.
     pub columns: Vec<Column>,
+    /// How the sample ended.
     pub finish: Finish,
-    /// Placements it took: 1 where it never moved.
+    /// Placements that the sample took: 1 if it never moved.
     pub attempts: u32,
-    /// As submitted with the group.
+    /// Bytes that were submitted with the group.
     pub meta: Bytes,
+    /// Seed of the sample, derived from the job's or the group's.
     pub seed: u64,
-    /// Current when its group was first offered.
+    /// Version that was current when the group was first offered: what lag is measured against.
     pub offered_at: Version,
-    /// What [`Span::numerics`] indexes.
+    /// Numerics of the engines, which [`Span::numerics`] is an index of.
     pub numerics: Vec<String>,
-    /// Made and thrown away by restarts from the prompt.
+    /// Tokens that were made and thrown away by restarts from the prompt.
     pub discarded_tokens: u32,
 }
 
+/// A run of tokens that one engine made with one version of the weights.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Span {
+    /// First token.
     pub start: u32,
+    /// Number of tokens, at least 1.
     pub len: u32,
+    /// Id of the engine.
     pub engine: String,
+    /// Life of the engine's process.
     pub incarnation: u64,
+    /// Version of the weights.
     pub version: Version,
-    /// False: the engine could not say where inside the version changed.
+    /// False if the engine could not say at which token inside the span its version changed.
     pub exact: bool,
-    /// False: KV of older weights was still in use.
+    /// False if KV of older weights was still in use.
     pub kv_recomputed: bool,
-    pub attested_by: AttestedBy,
+    /// Source of the version's label; `None` if the manager did not say.
+    pub attested_by: Option<AttestedBy>,
+    /// Index into [`Trajectory::numerics`].
     pub numerics: u32,
 }
 
-/// Whose word it is that the engine ran these weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AttestedBy {
-    /// Every chunk verified, sealed, loaded, probed.
-    Transfer,
-    /// The trainer loaded them and said so.
-    Trainer,
-    /// The engine's own start-up weights.
-    Engine,
-    /// The manager did not say.
-    Unknown,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub enum Finish {
-    /// EOS, a stop id (empty) or the stop string that matched.
-    Stop {
-        matched: String,
-    },
-    Length,
-    Cancelled,
-    Abandoned {
-        why: String,
-    },
-}
-
-/// Row-major, little endian; `width` elements of `dtype` a token.
+/// Extra values that an engine gave for each token: a matrix of one row per token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Column {
+    /// Name of the values.
     pub name: String,
+    /// Type of an element: `u8`, `u16`, `u32`, `i32`, `f16`, `bf16` or `f32`.
     pub dtype: String,
+    /// Elements of a row, at least 1.
     pub width: u32,
+    /// The rows, little endian.
     pub data: Bytes,
-    /// False: some tokens' rows were lost with their engine and are zero.
+    /// False if rows were lost with their engine; those are zero.
     pub complete: bool,
 }
 
 // === impl Trajectory ===
 
 impl Trajectory {
-    /// How far its oldest token is behind the version of its first offer; `None` where a span's
-    /// version is of another epoch.
+    /// Versions that the oldest token is behind [`Trajectory::offered_at`]; `None` if a span's version is
+    /// of another epoch.
     pub fn lag(&self) -> Option<u64> {
         self.spans
             .iter()
             .try_fold(0, |worst, span| Some(span.version.lag_behind(&self.offered_at)?.max(worst)))
     }
 
-    /// Times it went on elsewhere.
+    /// Number of times that the sample went on at another engine.
     pub fn migrations(&self) -> u32 {
         self.attempts.saturating_sub(1)
     }
 }
 
-impl TryFrom<pb::Trajectory> for Trajectory {
-    type Error = String;
-
-    fn try_from(t: pb::Trajectory) -> Result<Self, String> {
+impl Trajectory {
+    pub(crate) fn from_wire(t: pb::Trajectory) -> Result<Self, String> {
         let name = format!("trajectory {:?}/{}", t.key, t.index);
         typed(t).map_err(|why| format!("{name}: {why}"))
     }
@@ -110,8 +98,8 @@ impl TryFrom<pb::Trajectory> for Trajectory {
 
 fn typed(t: pb::Trajectory) -> Result<Trajectory, String> {
     let len = columns_len(&t.tokens, &t.logprobs)?;
-    let finish = Finish::new(t.finish(), t.finish_detail.clone())?;
-    let spans = t.spans.into_iter().map(Span::try_from).collect::<Result<Vec<_>, _>>()?;
+    let finish = Finish::from_wire(t.finish, t.finish_detail).map_err(|e| e.to_string())?;
+    let spans = t.spans.into_iter().map(Span::from_wire).collect::<Result<Vec<_>, _>>()?;
     check_tiling(&spans, len)?;
     if let Some(span) = spans.iter().find(|s| s.numerics as usize >= t.numerics.len().max(1)) {
         let (ix, rows) = (span.numerics, t.numerics.len());
@@ -164,16 +152,9 @@ pub(crate) fn version(pb: Option<pb::Version>) -> Result<Version, String> {
 
 // === impl Span ===
 
-impl TryFrom<pb::Span> for Span {
-    type Error = String;
-
-    fn try_from(span: pb::Span) -> Result<Self, String> {
-        let attested_by = match span.attested_by() {
-            pb::AttestedBy::Transfer => AttestedBy::Transfer,
-            pb::AttestedBy::Trainer => AttestedBy::Trainer,
-            pb::AttestedBy::Engine => AttestedBy::Engine,
-            pb::AttestedBy::Unspecified => AttestedBy::Unknown,
-        };
+impl Span {
+    fn from_wire(span: pb::Span) -> Result<Self, String> {
+        let attested_by = AttestedBy::from_wire("attested_by", span.attested_by);
         let engine = span.engine.ok_or("a span names no engine")?;
         Ok(Self {
             start: span.start,
@@ -183,33 +164,8 @@ impl TryFrom<pb::Span> for Span {
             version: version(span.version)?,
             exact: span.exact,
             kv_recomputed: span.kv_recomputed,
-            attested_by,
+            attested_by: attested_by.map_err(|invalid| invalid.to_string())?,
             numerics: span.numerics,
-        })
-    }
-}
-
-// === impl Finish ===
-
-impl Finish {
-    /// One word, for logs and files.
-    pub fn word(&self) -> &'static str {
-        match self {
-            Finish::Stop { .. } => "stop",
-            Finish::Length => "length",
-            Finish::Cancelled => "cancelled",
-            Finish::Abandoned { .. } => "abandoned",
-        }
-    }
-
-    fn new(finish: pb::trajectory::Finish, detail: String) -> Result<Self, String> {
-        use pb::trajectory::Finish as Pb;
-        Ok(match finish {
-            Pb::Stop => Finish::Stop { matched: detail },
-            Pb::Length => Finish::Length,
-            Pb::Cancelled => Finish::Cancelled,
-            Pb::Abandoned => Finish::Abandoned { why: detail },
-            Pb::Unspecified => return Err("it does not say how it finished".into()),
         })
     }
 }
@@ -261,16 +217,16 @@ pub(crate) mod tests {
     fn refused(change: impl FnOnce(&mut pb::Trajectory)) -> String {
         let mut t = sample("k", 3, &[1, 2, 3, 4]);
         change(&mut t);
-        Trajectory::try_from(t).expect_err("it contradicts itself")
+        Trajectory::from_wire(t).expect_err("it contradicts itself")
     }
 
     #[test]
     fn a_sound_trajectory_comes_through_typed() {
-        let t = Trajectory::try_from(sample("k", 3, &[1, 2, 3])).expect("sound");
+        let t = Trajectory::from_wire(sample("k", 3, &[1, 2, 3])).expect("sound");
         assert_eq!((t.key.as_str(), t.index, t.tokens.as_slice()), ("k", 3, &[1, 2, 3][..]));
         assert_eq!(t.logprobs, [-0.5; 3]);
-        assert_eq!((t.lag(), t.migrations(), t.finish.word()), (Some(0), 0, "length"));
-        assert!(Trajectory::try_from(sample("k", 0, &[])).is_ok());
+        assert_eq!((t.lag(), t.migrations(), t.finish.name()), (Some(0), 0, "length"));
+        assert!(Trajectory::from_wire(sample("k", 0, &[])).is_ok());
     }
 
     #[test]
@@ -306,7 +262,7 @@ pub(crate) mod tests {
         assert!(refused(|t| t.columns = vec![column("u8", 2, 7)]).contains("8 expected"));
         assert!(refused(|t| t.columns = vec![column("q4", 1, 4)]).contains("\"q4\""));
         assert!(refused(|t| t.columns = vec![column("u8", 0, 0)]).contains("\"experts\""));
-        assert!(refused(|t| t.finish = 0).contains("how it finished"));
-        assert!(refused(|t| t.finish = 99).contains("how it finished"));
+        assert!(refused(|t| t.finish = 0).contains("finish: "));
+        assert!(refused(|t| t.finish = 99).contains("finish: "));
     }
 }

@@ -9,7 +9,7 @@ use anabranch_proto::Root;
 use anabranch_runtime::Exit;
 use anabranch_runtime::signal::ShutdownSignals;
 use anabranch_trainer::{
-    JobConfig, LinkKind, Part, Published, Sender, Shm, VersionState, VersionStatus,
+    JobConfig, LinkKind, LoadStage, Part, Published, Sender, Shm, VersionState, VersionStatus,
 };
 use serde_json::json;
 
@@ -103,7 +103,7 @@ pub async fn run(args: Args) -> Outcome {
     let job = args.manager.trainer().await?.open(config).await?;
     let number = match args.number {
         Some(number) => number,
-        None => job.opened_at().await.number + 1,
+        None => job.version_at_open().await.number + 1,
     };
     // What it told goes away with it: by then all have sealed.
     let mut told = None;
@@ -132,7 +132,7 @@ pub async fn run(args: Args) -> Outcome {
         eprintln!("version {number}: {}", said_of(&published, args.once));
     }
     if args.detach {
-        return announced(&published, args.json).await;
+        return detach(&published, args.json).await;
     }
     let ended = tokio::select! {
         status = follow(published, args.json) => status,
@@ -168,15 +168,15 @@ fn said_of_part(part: &Part) -> String {
     )
 }
 
-/// The version needs us no more once the manager knows it.
-async fn announced(published: &Published, as_json: bool) -> Outcome {
-    let version = published.announced().await?;
+/// Ends once the manager has sealed the version: engines load it without this process.
+async fn detach(published: &Published, as_json: bool) -> Outcome {
+    let version = published.sealed().await?;
     let (number, epoch) = (version.number, version.epoch);
     if as_json {
         let (root, bytes) = (hex(&version.root), published.bytes);
         println!("{}", json!({"number": number, "epoch": epoch, "root": root, "bytes": bytes}));
     } else {
-        eprintln!("version {number} is announced; engines load it without this process");
+        eprintln!("version {number} is sealed; engines load it without this process");
     }
     Ok(Exit::Ok)
 }
@@ -190,10 +190,9 @@ async fn follow(mut published: Published, quiet: bool) -> Result<VersionStatus, 
     let mut progress = Progress::new("engines", 0, quiet);
     loop {
         let status = published.changed().await?;
-        let Some(status) = status else { continue };
         let total = status.engines.len() as u64;
         progress.set_total(total);
-        let active = status.engines.iter().filter(|on| on.stage == "active").count();
+        let active = status.engines.iter().filter(|on| on.stage == LoadStage::Active).count();
         progress.set(active as u64, &note(&status));
         let gone = matches!(status.state, VersionState::Superseded | VersionState::Retired);
         if status.settled || gone {
@@ -205,7 +204,7 @@ async fn follow(mut published: Published, quiet: bool) -> Result<VersionStatus, 
 
 /// What the engines that are not there yet are doing.
 fn note(status: &VersionStatus) -> String {
-    let open = status.engines.iter().filter(|on| on.stage != "active");
+    let open = status.engines.iter().filter(|on| on.stage != LoadStage::Active);
     let words: Vec<String> = open
         .map(|on| match status.bytes {
             0 => format!("{} {}", on.engine, on.stage),

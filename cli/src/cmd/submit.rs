@@ -8,8 +8,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anabranch_runtime::Exit;
 use anabranch_runtime::signal::ShutdownSignals;
 use anabranch_trainer::{
-    Consumer, Delivery, Finish, Group, Job, JobConfig, Outcome as Submitted, Pack, Sampling, Shard,
-    StepDone, SubmitResult, Trajectory, Version, Which,
+    Consumer, Delivery, Finish, Group, Job, JobConfig, Pack, Sampling, Shard, Step, StepDone,
+    Trajectory, Verdict, Version, Which,
 };
 use serde::Serialize;
 use tokenizers::Tokenizer;
@@ -109,7 +109,7 @@ struct SpanLine<'a> {
 
 /// What has come so far.
 struct Tally {
-    step: u64,
+    step: Step,
     started: Instant,
     samples: u64,
     tokens: u64,
@@ -154,23 +154,24 @@ async fn work(
 ) -> Result<bool, Failure> {
     let wanted = groups.len();
     // Written as they come, but not one by one.
-    let pack = Pack { min: 32, max_wait: Duration::from_millis(100), ..Pack::default() };
+    let pack = Pack { min: 32, max_wait: Some(Duration::from_millis(100)), ..Pack::default() };
     let consumer = job.consume(pack, Shard::ALL)?;
     let step = tally.step;
-    let current = job.opened_at().await;
-    let mut submit = std::pin::pin!(job.submit(step, groups, true, patience));
+    let current = job.version_at_open().await;
+    let submit = job.submit(step).groups(groups).last().timeout(patience).allow_rejected();
+    let mut submit = std::pin::pin!(submit.send());
     let mut receive = std::pin::pin!(receive(consumer, tally, current));
-    let results = tokio::select! {
-        results = &mut submit => results?,
+    let submitted = tokio::select! {
+        submitted = &mut submit => submitted?,
         done = &mut receive => return done.map(|done| report_step(&done)),
     };
-    let refused = report(&results);
+    let refused = report(submitted.rejected());
     if refused == wanted {
         return Err(Failure::new(Exit::Failed, "the manager took none of the prompts"));
     }
-    if results.iter().any(|result| matches!(result.outcome, Submitted::Full { .. })) {
+    if !submitted.closed {
         // No more will come: what was taken is all that the step has.
-        job.submit(step, Vec::new(), true, patience).await?;
+        job.submit(step).last().timeout(patience).send().await?;
     }
     let done = receive.await?;
     Ok(report_step(&done) && refused == 0)
@@ -193,21 +194,18 @@ async fn receive(
                 tally.progress.say(&format!("done: {}", tally.note()));
                 return Ok(done);
             }
-            Delivery::StepDone(_) | Delivery::Advice(_) => {}
+            Delivery::StepDone(_) => {}
         }
     }
 }
 
 /// Says which prompts were not taken; returns how many.
-fn report(results: &[SubmitResult]) -> usize {
-    let mut refused = 0;
-    for result in results {
-        if let Submitted::Rejected { why } | Submitted::Full { why } = &result.outcome {
-            eprintln!("prompt {:?} was refused: {why}", result.key);
-            refused += 1;
-        }
-    }
-    refused
+fn report<'a>(rejected: impl Iterator<Item = &'a Verdict>) -> usize {
+    let say = |verdict: &Verdict| {
+        let why = verdict.why_not().unwrap_or_default();
+        eprintln!("prompt {:?} was refused: {why}", verdict.key);
+    };
+    rejected.inspect(|verdict| say(verdict)).count()
 }
 
 /// Says what is missing; true where nothing is.
@@ -281,7 +279,7 @@ impl Tally {
     fn new(out: Box<dyn Write + Send>, tokenizer: Option<Tokenizer>, progress: Progress) -> Self {
         Self {
             // Unique among the runs that share a job; only its order matters.
-            step: since_1970().as_millis() as u64,
+            step: Step(since_1970().as_millis() as u64),
             started: Instant::now(),
             samples: 0,
             tokens: 0,
@@ -301,7 +299,7 @@ impl Tally {
             self.samples += 1;
             self.tokens += trajectory.tokens.len() as u64;
             self.moved += u64::from(trajectory.migrations());
-            self.abandoned += u64::from(matches!(trajectory.finish, Finish::Abandoned { .. }));
+            self.abandoned += u64::from(matches!(trajectory.finish, Finish::Abandoned(_)));
         }
         self.out.flush()?;
         self.progress.set(self.samples, &self.note());
@@ -327,11 +325,6 @@ impl Tally {
 impl<'a> Line<'a> {
     fn new(trajectory: &'a Trajectory, tokenizer: Option<&Tokenizer>) -> Self {
         let t = trajectory;
-        let detail = match &t.finish {
-            Finish::Stop { matched } => matched.as_str(),
-            Finish::Abandoned { why } => why.as_str(),
-            Finish::Length | Finish::Cancelled => "",
-        };
         let mut versions: Vec<u64> = t.spans.iter().map(|span| span.version.number).collect();
         versions.dedup();
         Self {
@@ -340,8 +333,8 @@ impl<'a> Line<'a> {
             tokens: &t.tokens,
             logprobs: &t.logprobs,
             text: tokenizer.and_then(|tokenizer| tokenizer.decode(&t.tokens, true).ok()),
-            finish: t.finish.word(),
-            detail,
+            finish: t.finish.name(),
+            detail: t.finish.detail(),
             attempts: t.attempts,
             seed: t.seed,
             discarded_tokens: t.discarded_tokens,

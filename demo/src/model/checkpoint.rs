@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use anabranch_trainer::{DType, TensorRef};
 use candle_core::{Device, Tensor, Var};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
@@ -39,8 +40,19 @@ pub enum CheckpointError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedTensor {
     pub name: String,
-    pub shape: Vec<usize>,
+    pub shape: Vec<u64>,
     pub bytes: Vec<u8>,
+}
+
+impl NamedTensor {
+    /// As the SDK publishes it.
+    pub fn borrow(&self) -> TensorRef<'_> {
+        TensorRef { name: &self.name, dtype: DType::F32, shape: &self.shape, data: &self.bytes }
+    }
+
+    fn dims(&self) -> Vec<usize> {
+        self.shape.iter().map(|n| *n as usize).collect()
+    }
 }
 
 impl Model {
@@ -59,7 +71,7 @@ impl Model {
         let tensors = self.tensors()?;
         let views: Vec<(&str, TensorView<'_>)> = tensors
             .iter()
-            .map(|t| Ok((t.name.as_str(), TensorView::new(Dtype::F32, t.shape.clone(), &t.bytes)?)))
+            .map(|t| Ok((t.name.as_str(), TensorView::new(Dtype::F32, t.dims(), &t.bytes)?)))
             .collect::<Result<_, _>>()
             .map_err(format_of(&path))?;
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
@@ -127,7 +139,7 @@ fn named_tensor(p: &Parameter) -> candle_core::Result<NamedTensor> {
         Layout::AsNamed => tensor,
         Layout::Transposed => tensor.t()?,
     };
-    let shape = tensor.dims().to_vec();
+    let shape = tensor.dims().iter().map(|n| *n as u64).collect();
     let values = tensor.flatten_all()?.to_vec1::<f32>()?;
     let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
     Ok(NamedTensor { name: p.name.clone(), shape, bytes })

@@ -53,7 +53,7 @@ impl Book {
             return;
         }
         totals.trajectories += 1;
-        totals.abandoned += u64::from(matches!(t.finish, Finish::Abandoned { .. }));
+        totals.abandoned += u64::from(matches!(t.finish, Finish::Abandoned(_)));
         totals.tokens += t.tokens.len() as u64;
         totals.migrations += u64::from(t.migrations());
         totals.restarted_tokens += u64::from(t.discarded_tokens);
@@ -123,7 +123,7 @@ mod tests {
                 version: Version { number: *number, ..Version::default() },
                 exact: true,
                 kv_recomputed: true,
-                attested_by: AttestedBy::Transfer,
+                attested_by: Some(AttestedBy::Transfer),
                 numerics: 0,
             };
             start += len;
@@ -155,7 +155,7 @@ mod tests {
         book.received(1, &trajectory("a", 0, &[("e1", 0, 7)]));
         book.received(1, &trajectory("a", 3, &[("e1", 0, 7)]));
         book.received(1, &trajectory("b", 0, &[("e1", 0, 7)]));
-        let given_up = Finish::Abandoned { why: "poison".into() };
+        let given_up = Finish::Abandoned("poison".into());
         book.received(1, &Trajectory { finish: given_up, ..trajectory("a", 1, &[("e1", 0, 1)]) });
         assert_eq!((book.lost(), book.duplicated()), (2, 3));
         let totals = book.totals();

@@ -1,6 +1,6 @@
 //! What a run will do, derived from its flags: task, recipe, engines' pace, script. Pure.
 
-use anabranch_trainer::{JobConfig, OnExceed, OnRunning, Roll, Sampling, Staleness, Trajectory};
+use anabranch_trainer::{JobConfig, OnRunning, Roll, Sampling, Staleness, Trajectory};
 
 use super::DemoArgs;
 use crate::cluster::EngineFlags;
@@ -55,8 +55,8 @@ impl Plan {
 
     pub fn job(&self) -> JobConfig {
         let staleness = match self.deterministic {
-            true => Staleness::OnPolicy,
-            false => Staleness::Bounded { max_lag: 1, on_exceed: OnExceed::Wait },
+            true => Staleness::ON_POLICY,
+            false => Staleness::bounded(1),
         };
         JobConfig {
             staleness,
@@ -147,7 +147,7 @@ mod tests {
     fn the_deterministic_mode_is_on_policy_and_kills_nobody() {
         let plan = plan(true);
         assert!(plan.cues.iter().all(|cue| cue.act == Act::Attach));
-        assert_eq!(plan.job().staleness, Staleness::OnPolicy);
+        assert_eq!(plan.job().staleness, Staleness::ON_POLICY);
         assert_eq!(plan.steps(), 9);
     }
 }

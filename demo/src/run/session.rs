@@ -3,13 +3,13 @@
 
 use std::time::{Duration, Instant};
 
-use anabranch_trainer::{DType, Finish, Job, NamedTensor, Trajectory, Version};
-use bytes::Bytes;
+use anabranch_trainer::{Finish, Job, TensorRef, Trajectory, Version};
 
 use super::{DemoError, Learner, Plan};
 use crate::cluster::Cluster;
 use crate::colocated::Colocated;
 use crate::evaluate::exact_match;
+use crate::model::NamedTensor;
 use crate::progress::View;
 use crate::rollouts::Rollouts;
 use crate::script::{Script, Stage};
@@ -72,7 +72,7 @@ pub struct Publication {
     pub at_s: f64,
     /// How long the trainer was kept.
     pub kept: Duration,
-    /// Until all of it was hashed.
+    /// Until the manager had sealed it.
     pub sealed: Duration,
 }
 
@@ -143,7 +143,7 @@ impl Session {
     }
 
     fn learn(&mut self, step: u64, mut samples: Vec<Trajectory>) -> Result<(), DemoError> {
-        samples.retain(|t| !matches!(t.finish, Finish::Abandoned { .. }));
+        samples.retain(|t| !matches!(t.finish, Finish::Abandoned(_)));
         if self.plan.deterministic {
             samples.sort_by(|a, b| (&a.key, a.index).cmp(&(&b.key, b.index)));
         }
@@ -182,8 +182,9 @@ impl Session {
             return Ok(());
         }
         let (begun, at_s) = (Instant::now(), self.started.elapsed().as_secs_f64());
-        let tensors = self.learner.tensors()?.into_iter().map(named).collect();
-        let published = self.job.publish(number, tensors).await?;
+        let tensors = self.learner.tensors()?;
+        let tensors: Vec<TensorRef<'_>> = tensors.iter().map(NamedTensor::borrow).collect();
+        let published = self.job.publish(number, &tensors).await?;
         self.version = published.sealed().await?;
         let (bytes, kept, sealed) = (published.bytes, published.copied_in, begun.elapsed());
         self.published.push(Publication { number, bytes, at_s, kept, sealed });
@@ -245,14 +246,5 @@ impl Collected {
         self.tokens += batch.iter().map(|t| t.tokens.len() as u64).sum::<u64>();
         self.lag = batch.iter().filter_map(Trajectory::lag).fold(self.lag, u64::max);
         self.rest.extend(batch);
-    }
-}
-
-fn named(tensor: crate::model::NamedTensor) -> NamedTensor {
-    NamedTensor {
-        name: tensor.name,
-        dtype: DType::F32,
-        shape: tensor.shape.into_iter().map(|n| n as u64).collect(),
-        data: Bytes::from(tensor.bytes),
     }
 }

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 
-use anabranch_proto::pb;
+use anabranch_proto::{BatchSeq, Step, pb};
 
 use super::credit::Amount;
 use super::{Batch, StepDone};
@@ -72,11 +72,11 @@ impl Assembly {
         }
         let cost = so_far.plus(cost, 1);
         for trajectory in part.trajectories {
-            batch.trajectories.push(Trajectory::try_from(trajectory)?);
+            batch.trajectories.push(Trajectory::from_wire(trajectory)?);
         }
         batch.last_of_step |= part.last_of_step;
         if part.last_part {
-            self.last = Some(batch.seq);
+            self.last = Some(batch.seq.0);
             return Ok(Took::Whole { batch, cost });
         }
         self.state = State::Open { batch, next_part: next_part + 1, cost };
@@ -91,7 +91,7 @@ impl Assembly {
         if self.steps.len() > STEPS_REMEMBERED {
             self.steps.pop_first();
         }
-        Some(StepDone::from(done))
+        Some(StepDone::from_wire(done))
     }
 
     fn open(&mut self, part: &pb::Part) -> Result<(Batch, u32, Amount), String> {
@@ -102,11 +102,11 @@ impl Assembly {
                 }
                 Ok((Batch::open(part), 0, Amount::default()))
             }
-            State::Open { batch, next_part, cost } if batch.seq == part.seq => {
+            State::Open { batch, next_part, cost } if batch.seq.0 == part.seq => {
                 Ok((batch, next_part, cost))
             }
             State::Open { batch, .. } => {
-                Err(format!("it began before batch {} had its last part", batch.seq))
+                Err(format!("it began before batch {} had its last part", batch.seq.0))
             }
         }
     }
@@ -115,8 +115,8 @@ impl Assembly {
 impl Batch {
     fn open(part: &pb::Part) -> Self {
         Self {
-            seq: part.seq,
-            step: part.step,
+            seq: BatchSeq(part.seq),
+            step: Step(part.step),
             last_of_step: false,
             trajectories: Vec::new(),
             samples_of_all_shards: part.batch_samples,
@@ -145,7 +145,7 @@ mod tests {
 
     fn whole(took: Result<Took, String>) -> (u64, usize, i64) {
         match took.expect("sound") {
-            Took::Whole { batch, cost } => (batch.seq, batch.trajectories.len(), cost.bytes),
+            Took::Whole { batch, cost } => (batch.seq.0, batch.trajectories.len(), cost.bytes),
             other => panic!("expected a whole batch, got {other:?}"),
         }
     }

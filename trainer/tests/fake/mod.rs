@@ -54,6 +54,8 @@ struct Shared {
     epoch: AtomicU64,
     /// Publish streams so far; the first is cut at its seal.
     cut_publish: AtomicU32,
+    /// Watches so far.
+    watches: AtomicU32,
 }
 
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -119,6 +121,7 @@ impl Fake {
             session: AtomicU64::new(1),
             epoch: AtomicU64::new(1),
             cut_publish: AtomicU32::new(0),
+            watches: AtomicU32::new(0),
         });
         let fake = Fake { shared, port };
         let service = TrainerServer::new(fake.clone());
@@ -187,7 +190,7 @@ impl Fake {
     async fn listen(self, mut from: Streaming<pb::FromConsumer>) {
         while let Some(Ok(message)) = from.next().await {
             self.hear(match message.kind.expect("a kind") {
-                In::Attach(_) => Heard::Attach,
+                In::Attach(_) => panic!("attached twice on one stream"),
                 In::Credit(credit) => Heard::Credit(credit.samples),
                 In::Ack(ack) => Heard::Ack(ack.seq),
                 In::Commit(commit) => Heard::Commit(commit.seq),
@@ -221,18 +224,15 @@ impl Trainer for Fake {
             .full
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1))
             .is_ok();
-        let result = |group: pb::Group| match full {
-            true => pb::submitted::Result {
-                key: group.key,
-                kind: Kind::Rejected as i32,
-                why: "full".into(),
-                retry_after_ms: 100,
-            },
-            false => pb::submitted::Result {
-                key: group.key,
-                kind: Kind::Accepted as i32,
-                ..Default::default()
-            },
+        let result = |group: pb::Group| {
+            let (kind, why, retry_after_ms) = match group.key.as_str() {
+                _ if full => (Kind::Rejected, "full", 100),
+                "bad" => (Kind::Rejected, "never", 0),
+                "old" => (Kind::Duplicate, "", 0),
+                _ => (Kind::Accepted, "", 0),
+            };
+            let (kind, why) = (kind.into(), why.to_owned());
+            pb::submitted::Result { key: group.key, kind, why, retry_after_ms }
         };
         let results = request.groups.into_iter().map(result).collect();
         Ok(Response::new(pb::Submitted { results }))
@@ -243,9 +243,14 @@ impl Trainer for Fake {
         request: Request<Streaming<pb::FromConsumer>>,
     ) -> Result<Response<Self::ConsumeStream>, Status> {
         let (out, stream) = mpsc::channel(1);
-        let fake = self.clone();
+        let (fake, mut from) = (self.clone(), request.into_inner());
+        match from.message().await?.and_then(|first| first.kind) {
+            Some(In::Attach(attach)) => self.check(attach.session)?,
+            other => panic!("the first message is Attach, not {other:?}"),
+        }
+        self.hear(Heard::Attach);
         #[allow(clippy::disallowed_methods)] // ends with the stream
-        tokio::spawn(fake.listen(request.into_inner()));
+        tokio::spawn(fake.listen(from));
         let shared = self.shared.clone();
         #[allow(clippy::disallowed_methods)] // ends at a cut
         tokio::spawn(async move {
@@ -321,9 +326,14 @@ impl Trainer for Fake {
 
     async fn watch_versions(
         &self,
-        _: Request<pb::WatchRequest>,
+        request: Request<pb::WatchRequest>,
     ) -> Result<Response<Self::WatchVersionsStream>, Status> {
-        Err(Status::unimplemented("not in this fake"))
+        self.check(request.into_inner().session)?;
+        // The first stream ends after one status; the second has settled.
+        let settled = self.shared.watches.fetch_add(1, Ordering::SeqCst) > 0;
+        let state = "current".to_owned();
+        let status = pb::VersionStatus { state, settled, ..Default::default() };
+        Ok(Response::new(Box::pin(tokio_stream::once(Ok(status)))))
     }
 
     async fn close(&self, _: Request<pb::CloseRequest>) -> Result<Response<pb::Closed>, Status> {

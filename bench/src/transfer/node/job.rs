@@ -2,9 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use anabranch_trainer::{Job, JobConfig, LinkKind, NamedTensor, Published, Shm, Trainer};
+use anabranch_trainer::{Client, Job, JobConfig, LinkKind, LoadStage, Published, Shm};
 use anyhow::{Context, bail};
-use bytes::Bytes;
 
 use super::super::model::Model;
 use super::super::order::{Activated, Publish};
@@ -23,7 +22,7 @@ impl Training {
     pub async fn open(manager: &str, engines: usize) -> anyhow::Result<Training> {
         let until = Instant::now() + START;
         let client = loop {
-            match Trainer::connect(manager, None).await {
+            match Client::connect(manager, None).await {
                 Ok(client) => break client,
                 Err(error) if Instant::now() > until => return Err(error).context(START_WORDS),
                 Err(_) => tokio::time::sleep(RETRY).await,
@@ -40,16 +39,9 @@ impl Training {
     pub async fn publish(&mut self, order: &Publish) -> anyhow::Result<Activated> {
         let old = self.model.take();
         let (model, changed_share) = Model::next(old, order.bytes, order.seed, order.changed);
-        let named = |t: anabranch_transfer::TensorRef<'_>| NamedTensor {
-            name: t.name.to_owned(),
-            dtype: t.dtype,
-            shape: t.shape.to_vec(),
-            data: Bytes::copy_from_slice(t.data),
-        };
-        let tensors = model.refs().into_iter().map(named).collect();
-        self.model = Some(model);
         let started = Instant::now();
-        let published = self.job.publish(order.number, tensors).await?;
+        let published = self.job.publish(order.number, &model.refs()).await?;
+        self.model = Some(model);
         self.active(published, started, changed_share).await
     }
 
@@ -60,20 +52,19 @@ impl Training {
         started: Instant,
         changed_share: f64,
     ) -> anyhow::Result<Activated> {
-        let mut sealed_ms = None;
+        published.sealed().await?;
+        let sealed_ms = started.elapsed().as_secs_f64() * 1e3;
         loop {
             let status = published.changed().await?;
             let now_ms = started.elapsed().as_secs_f64() * 1e3;
-            sealed_ms = sealed_ms.or(Some(now_ms));
-            let Some(status) = status else { continue };
             if let Some(on) = status.engines.iter().find(|on| !on.error.is_empty()) {
                 bail!("{} did not take version {}: {}", on.engine, published.number, on.error);
             }
-            let active = status.engines.iter().filter(|on| on.stage == "active").count();
+            let active = status.engines.iter().filter(|on| on.stage == LoadStage::Active).count();
             if active == self.engines {
                 return Ok(Activated {
                     copied_ms: published.copied_in.as_secs_f64() * 1e3,
-                    sealed_ms: sealed_ms.unwrap_or(now_ms),
+                    sealed_ms,
                     active_ms: now_ms,
                     changed_share,
                     trainer_link_bytes: 0,
