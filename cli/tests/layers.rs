@@ -20,20 +20,38 @@ struct House {
     circles: &'static [&'static [&'static str]],
 }
 
-const HOUSES: &[House] = &[House {
-    dir: "transfer",
-    layers: &[
-        &["image"],
-        &["memory"],
-        &["link"],
-        &["delta"],
-        &["send"],
-        &["receive"],
-        &["external"],
-    ],
-    // What a block is, and the loops over it that are compiled once for each kind of CPU.
-    circles: &[&["delta::block", "delta::cpu", "delta::masks"]],
-}];
+const HOUSES: &[House] = &[
+    House {
+        dir: "transfer",
+        layers: &[
+            &["image"],
+            &["memory"],
+            &["link"],
+            &["delta"],
+            &["send"],
+            &["receive"],
+            &["external"],
+        ],
+        // What a block is, and the loops over it that are compiled once for each kind of CPU.
+        circles: &[&["delta::block", "delta::cpu", "delta::masks"]],
+    },
+    House {
+        dir: "trainer",
+        layers: &[
+            &["verdict"],
+            &["error"],
+            &["trajectory", "retry", "config"],
+            &["client"],
+            &["session"],
+            &["stream"],
+            &["group"],
+            &["submit", "consume", "versions", "control"],
+            &["publish"],
+            &["job"],
+        ],
+        circles: &[],
+    },
+];
 
 #[test]
 fn imports_run_from_higher_layers_to_lower_ones() {

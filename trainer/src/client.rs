@@ -28,13 +28,14 @@ pub struct Client {
 
 #[derive(Debug)]
 struct Shared {
-    /// As the caller wrote it.
+    /// Address as the caller wrote it.
     manager: String,
     endpoint: Endpoint,
     token: Option<JoinToken>,
     channel: RwLock<Rpc>,
 }
 
+/// The generated stub, with the token on every call.
 pub(crate) type Rpc = TrainerClient<InterceptedService<Channel, Bearer>>;
 
 /// Puts `authorization: Bearer TOKEN` on every call.
@@ -72,6 +73,7 @@ impl Client {
         &self.shared.manager
     }
 
+    /// Stub for one call.
     pub(crate) fn rpc(&self) -> Rpc {
         self.shared.channel.read().expect("no code panics while it holds this lock").clone()
     }
@@ -89,7 +91,8 @@ impl Client {
         address_facing(to).map_err(|error| bad(format!("no route to it: {error}")))
     }
 
-    /// The channel dials a URL again by itself; an announce file may name a new one.
+    /// Reads an announce file again, which may name a new address. A URL needs nothing: the channel dials it
+    /// again by itself.
     pub(crate) async fn after_loss(&self) {
         if !matches!(self.shared.endpoint, Endpoint::File(_)) {
             return;

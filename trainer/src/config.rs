@@ -20,7 +20,7 @@ pub struct JobConfig {
     pub job: String,
     /// Epoch of the job: a trainer restarted from an older checkpoint opens the next one. Default 0.
     pub epoch: u32,
-    /// What is known of the model. Default nothing: the job takes it from its first engine.
+    /// Known facts about the model. Default none: the job takes them from its first engine.
     pub model: Model,
     /// Meaning of the log-probabilities. An engine that cannot give them is refused. Default tempered.
     pub logprobs_mode: LogprobsMode,

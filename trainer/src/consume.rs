@@ -31,7 +31,7 @@ pub struct Window {
     pub lost_after: Duration,
 }
 
-/// What a consumer gets: micro-batches, and news of their steps.
+/// One item of the stream: a micro-batch, or news of a step.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Delivery {
     /// A micro-batch.
@@ -102,7 +102,7 @@ pub struct Consumer {
     _task: JoinSet<()>,
 }
 
-/// What the caller took since the attachment last looked.
+/// Sum of the deliveries that the caller took since the attachment last looked.
 #[derive(Debug, Default)]
 struct Taken {
     amount: Mutex<Amount>,

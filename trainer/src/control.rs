@@ -18,7 +18,7 @@ pub enum Mode {
     Generate,
 }
 
-/// What became of one engine in a mode switch.
+/// Result of a mode switch at one engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PerEngine {
     /// Id of the engine.
@@ -29,7 +29,7 @@ pub struct PerEngine {
     pub memory_released: bool,
     /// Samples that continue on other engines.
     pub moved_samples: u32,
-    /// What went wrong; empty if nothing did.
+    /// Description of a failure; empty if all is well.
     pub error: String,
 }
 

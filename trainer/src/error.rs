@@ -7,7 +7,7 @@ use tonic::{Code, Status};
 
 use crate::verdict::{Outcome, Verdict};
 
-/// What can go wrong between a trainer and its manager. Each message says what was wrong and what to do.
+/// Failures between a trainer and its manager. Each message says what was wrong and what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -32,7 +32,7 @@ pub enum Error {
         call: &'static str,
         /// Time that it had.
         within: Duration,
-        /// What the last try ended with.
+        /// Result of the last try.
         detail: String,
     },
     /// The manager refuses the call; it will refuse it again.
@@ -87,7 +87,7 @@ pub enum Error {
     Protocol {
         /// Call that was made.
         call: &'static str,
-        /// What was wrong.
+        /// The breach.
         what: String,
     },
     /// A version was not published.

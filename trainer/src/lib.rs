@@ -24,17 +24,20 @@
 //! `examples/grpo_loop.rs` is a whole training loop, `examples/publish.rs` publishes a checkpoint, and
 //! `examples/several_senders.rs` publishes one version from several processes.
 //!
-//! Modules import only from lines above their own:
+//! In reading order; a module imports only from modules above it:
 #![warn(missing_docs)]
 
-// results
+// verdicts, errors, trajectories: read by all the others
+mod verdict;
+// fails with verdicts
 mod error;
 mod trajectory;
-mod verdict;
-// the link, and the job's session over it
+// the link
+mod retry;
+// one manager
 mod client;
 mod config;
-mod retry;
+// the job at that manager, and its streams
 mod session;
 mod stream;
 // prompts in
@@ -43,8 +46,9 @@ mod submit;
 // trajectories out
 mod consume;
 // weights
-mod publish;
 mod versions;
+// weights out
+mod publish;
 // all of it, as a trainer uses it
 mod control;
 mod job;

@@ -51,7 +51,7 @@ impl Link {
         Self { session, call, tries: Tries::new(call, lost_after), named: SessionId(0) }
     }
 
-    /// What a new attachment needs: the manager, and the session to name.
+    /// Starts a new attachment: the manager to call, and the session to name.
     pub(crate) async fn begin(&mut self) -> (Rpc, Opened) {
         let opened = self.session.opened().await;
         self.named = opened.id;

@@ -1,5 +1,5 @@
 //! Submitting prompt groups for a step: the builder, and the loop that sends until every group is settled.
-//! What is sent next, and what an answer means, is decided in `pending`.
+//! The next request and the meaning of an answer are decided in `pending`.
 
 mod pending;
 

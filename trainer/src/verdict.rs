@@ -1,15 +1,15 @@
-//! What the manager says about each submitted group.
+//! Verdicts: what the manager says about each submitted group.
 
 /// Answer of the manager on one submitted group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
     /// Key of the group.
     pub key: String,
-    /// What became of it.
+    /// Fate of the group.
     pub outcome: Outcome,
 }
 
-/// What became of a submitted group.
+/// Fate of a submitted group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The manager took it with this submit.
@@ -36,7 +36,7 @@ impl Verdict {
         self.why_not().is_none()
     }
 
-    /// Why the manager does not have the group; `None` if it has.
+    /// Reason why the manager does not have the group; `None` if it has.
     pub fn why_not(&self) -> Option<&str> {
         match &self.outcome {
             Outcome::Accepted | Outcome::Duplicate => None,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anabranch_transfer::{LinkKind, Sender};
 
-/// Where and how this process serves the weights that it publishes.
+/// Server of the weights that this process publishes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WeightServer {
     /// Address to listen on. Default: a free port, on loopback if the manager is there, else on the
@@ -39,7 +39,7 @@ pub enum Shm {
     /// Shares if /dev/shm has room for the version; else the version lies in anonymous memory.
     #[default]
     Auto,
-    /// As `Auto`, for one of several processes of this host that publish for the job: processes of
+    /// Shares like `Auto`, in one of several processes of this host that publish for the job: processes of
     /// different scopes are different trainers.
     AutoAt {
         /// Name of the scope.

@@ -1,5 +1,5 @@
-//! Puts parts together to batches, each exactly once: a batch offered again after a lost link is known
-//! by its number. Decides only; the link feeds it.
+//! Assembly of parts into batches, each exactly once: a batch that is offered again after a lost link is
+//! recognized by its number. Decides only; the attachment feeds it.
 //!
 //! ```text
 //!   Idle ── part 0 ──► Open{seq, next part} ── last part ──► Idle (batch given out)
@@ -16,10 +16,13 @@ use crate::trajectory::Trajectory;
 /// Steps whose end was told, so that telling it again is not seen; older ones are forgotten.
 const STEPS_REMEMBERED: usize = 4096;
 
+/// Batches of one consumer, over all its attachments.
 #[derive(Debug, Default)]
 pub(crate) struct Assembly {
+    /// Number of the last whole batch.
     last: Option<u64>,
     state: State,
+    /// Steps whose end was told; at most [`STEPS_REMEMBERED`].
     steps: BTreeSet<u64>,
 }
 
@@ -34,15 +37,21 @@ enum State {
     },
 }
 
+/// Result of taking a part.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Took {
+    /// The batch is incomplete.
     More,
-    /// A batch that was given out before: to be acknowledged again.
+    /// The batch was given out before; it is to be acknowledged again.
     Again {
+        /// Number of the batch.
         seq: u64,
     },
+    /// The batch is complete.
     Whole {
+        /// The batch.
         batch: Batch,
+        /// Sum over its parts.
         cost: Amount,
     },
 }
@@ -50,11 +59,12 @@ pub(crate) enum Took {
 // === impl Assembly ===
 
 impl Assembly {
-    /// The link was lost: a batch that was incomplete is sent again from its first part.
+    /// Starts a new attachment, on which an incomplete batch comes again from its first part.
     pub(crate) fn reattached(&mut self) {
         self.state = State::Idle;
     }
 
+    /// Takes a part that cost `cost`. The error says how the part contradicts what came before.
     pub(crate) fn part(&mut self, part: pb::Part, cost: Amount) -> Result<Took, String> {
         if part.seq == 0 {
             return Err("batches count from 1".into());
@@ -83,7 +93,7 @@ impl Assembly {
         Ok(Took::More)
     }
 
-    /// `None`: this step's end was told before.
+    /// Takes the end of a step; `None` if it was told before.
     pub(crate) fn step_done(&mut self, done: pb::StepDone) -> Option<StepDone> {
         if !self.steps.insert(done.step) {
             return None;
@@ -190,5 +200,42 @@ mod tests {
         let done = pb::StepDone { step: 4, delivered: 8, ..Default::default() };
         assert_eq!(assembly.step_done(done.clone()).map(|d| d.delivered), Some(8));
         assert_eq!(assembly.step_done(done), None);
+    }
+
+    #[test]
+    fn a_new_attachment_begins_an_incomplete_batch_again() {
+        let mut assembly = Assembly::default();
+        assembly.part(part(1, 0, false), COST).expect("sound");
+        assembly.reattached();
+        let why = assembly.part(part(1, 1, true), COST).expect_err("part 0 is missing");
+        assert!(why.contains("part 1 came where part 0"), "{why}");
+        assembly.reattached();
+        assembly.part(part(1, 0, false), COST).expect("sound");
+        assert_eq!(whole(assembly.part(part(1, 1, true), COST)), (1, 2, 20));
+    }
+
+    #[test]
+    fn a_batch_tells_its_step_and_whether_it_is_the_steps_last() {
+        let mut assembly = Assembly::default();
+        let last = pb::Part { last_of_step: true, ..part(1, 0, true) };
+        match assembly.part(last, COST).expect("sound") {
+            Took::Whole { batch, .. } => {
+                assert_eq!((batch.step, batch.last_of_step), (Step(1), true));
+                assert_eq!(batch.samples_of_all_shards, 2);
+            }
+            other => panic!("expected a whole batch, got {other:?}"),
+        }
+        assert!(assembly.part(part(0, 0, true), COST).expect_err("no 0").contains("from 1"));
+    }
+
+    #[test]
+    fn ends_of_steps_are_remembered_up_to_a_bound() {
+        let mut assembly = Assembly::default();
+        let done = |step| pb::StepDone { step, ..Default::default() };
+        for step in 0..=STEPS_REMEMBERED as u64 {
+            assert!(assembly.step_done(done(step)).is_some());
+        }
+        assert_eq!(assembly.steps.len(), STEPS_REMEMBERED);
+        assert!(assembly.step_done(done(STEPS_REMEMBERED as u64)).is_none());
     }
 }

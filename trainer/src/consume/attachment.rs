@@ -29,11 +29,13 @@ const OUTBOX: usize = 16;
 /// About what a trajectory costs beside its tokens and log-probabilities.
 const TRAJECTORY_BYTES: usize = 256;
 
+/// Way to the caller: deliveries with their cost, and the last word.
 pub(super) type Outbox = mpsc::UnboundedSender<Result<(Delivery, Amount), Error>>;
 
 /// Ends an attachment: well, or with what went wrong.
 type Flow = ControlFlow<Result<(), Failure>>;
 
+/// One consumer's side of the stream, over all its attachments.
 pub(super) struct Attachment {
     pack: Pack,
     shard: Shard,
@@ -46,7 +48,7 @@ pub(super) struct Attachment {
     due: Due,
 }
 
-/// What woke an attachment up.
+/// Event that wakes an attachment up.
 enum Turn<'a> {
     /// There is room for a message to the manager.
     Room(Permit<'a, pb::FromConsumer>),
@@ -214,7 +216,7 @@ impl Attach for Attachment {
     }
 }
 
-/// What a part takes from the credit. The manager's egress counts the same way, or the two would drift.
+/// Credit that a part takes. The manager's egress counts the same way, or the two would drift.
 fn cost(part: &pb::Part) -> Amount {
     let bytes = |t: &pb::Trajectory| t.tokens.len() + t.logprobs.len() + TRAJECTORY_BYTES;
     let bytes: usize = part.trajectories.iter().map(bytes).sum();

@@ -1,49 +1,53 @@
-//! How much the manager may send. The window bounds what waits here for the caller; parts of a batch
-//! that is still incomplete are replaced at once, so a batch larger than the window still completes.
+//! Credit: how much the manager may send. The window bounds what waits here for the caller. Credit for the
+//! parts of an incomplete batch is granted again at once, so a batch larger than the window still completes.
 
-/// What a batch costs: bytes and samples, both bounded.
+/// Cost of a batch, in bytes and samples. Both are bounded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Amount {
     pub bytes: i64,
     pub samples: i64,
 }
 
-/// Per attachment: `outstanding` was granted and not used, `held` was received and not yet taken.
+/// Account of one consumer.
 #[derive(Debug)]
 pub(crate) struct Credit {
     window: Amount,
+    /// Granted on this attachment and not used.
     outstanding: Amount,
+    /// Received as whole batches and not yet taken by the caller.
     held: Amount,
 }
 
 // === impl Credit ===
 
 impl Credit {
+    /// An account with nothing granted and nothing held.
     pub(crate) fn new(window: Amount) -> Self {
         Self { window, outstanding: Amount::default(), held: Amount::default() }
     }
 
-    /// A new attachment starts without credit; what waits for the caller still counts.
+    /// Starts a new attachment, which has no credit. Batches that wait for the caller still count.
     pub(crate) fn reattached(&mut self) {
         self.outstanding = Amount::default();
     }
 
-    /// A part arrived. May go below zero: the manager may send one batch beyond its credit.
+    /// Takes a part that arrived from the credit, which may go below zero: the manager may send one batch
+    /// beyond it.
     pub(crate) fn spent(&mut self, cost: Amount) {
         self.outstanding = self.outstanding.plus(cost, -1);
     }
 
-    /// A whole batch now waits for the caller.
+    /// Adds a whole batch that now waits for the caller.
     pub(crate) fn held(&mut self, cost: Amount) {
         self.held = self.held.plus(cost, 1);
     }
 
-    /// The caller took it.
+    /// Removes a batch that the caller took.
     pub(crate) fn taken(&mut self, cost: Amount) {
         self.held = self.held.plus(cost, -1);
     }
 
-    /// What to grant now; nothing until a quarter of the window is due, so that grants stay few.
+    /// Credit to grant now. `None` until a quarter of the window is free, so that grants stay few.
     pub(crate) fn due(&self) -> Option<Amount> {
         let (window, used) = (self.window, self.outstanding.plus(self.held, 1));
         let bytes = (window.bytes - used.bytes).max(0);
@@ -52,6 +56,7 @@ impl Credit {
             .then_some(Amount { bytes, samples })
     }
 
+    /// Adds credit that was granted.
     pub(crate) fn granted(&mut self, amount: Amount) {
         self.outstanding = self.outstanding.plus(amount, 1);
     }
@@ -60,6 +65,7 @@ impl Credit {
 // === impl Amount ===
 
 impl Amount {
+    /// `self` and `sign` times `other`.
     pub(crate) fn plus(self, other: Amount, sign: i64) -> Amount {
         Amount {
             bytes: self.bytes.saturating_add(sign * other.bytes),

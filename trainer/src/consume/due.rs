@@ -1,4 +1,4 @@
-//! What the manager has still to hear of one consumer: acknowledgements and the newest commit. Decides only;
+//! Messages that one consumer still owes to the manager: acknowledgements and the newest commit. Decides only;
 //! the attachment sends.
 
 use anabranch_proto::{BatchSeq, Version, pb};

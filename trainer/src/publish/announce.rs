@@ -1,5 +1,5 @@
 //! The stream that tells the manager of one version: where its bytes are, and its root once they are hashed.
-//! It stays open while the bytes can be fetched here.
+//! The stream stays open while the bytes can be fetched here.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -21,8 +21,7 @@ use tokio::task::spawn_blocking;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::publications::failed;
-use super::published::Progress;
+use super::published::{Progress, failed};
 use crate::error::{Error, Failure};
 use crate::session::Session;
 use crate::stream::{Attach, Link};
@@ -62,7 +61,7 @@ pub(super) enum Source {
 /// Stream of one version.
 pub(super) struct Announcement {
     source: Source,
-    /// Which of several senders this is.
+    /// Number of this process among several senders.
     sender: Option<SenderOf>,
     /// Receivers cannot reach this process.
     dials: bool,
@@ -74,7 +73,7 @@ pub(super) struct Announcement {
     progress: watch::Sender<Progress>,
 }
 
-/// What woke an announcement up.
+/// Event that wakes an announcement up.
 enum Turn {
     Hashed(Result<Version, String>),
     Event(Result<Option<pb::PublishEvent>, Status>),

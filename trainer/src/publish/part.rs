@@ -12,8 +12,8 @@ use std::time::Duration;
 use anabranch_transfer::{PartInfo, PublishingPart, Sender};
 use tokio::task::spawn_blocking;
 
-use super::publications::{Publications, failed};
-use super::published::Published;
+use super::publications::Publications;
+use super::published::{Published, failed};
 use crate::error::Error;
 use crate::session::Session;
 
@@ -56,7 +56,7 @@ impl Part {
         session.config().weights.sender.ok_or_else(|| failed(number, why))
     }
 
-    /// What every other sender must get from this one: hashes, and a chunk or two for each run of tensors.
+    /// Message for every other sender: the part's hashes, and a chunk or two for each run of tensors.
     pub fn info(&self) -> &[u8] {
         &self.info
     }

@@ -17,7 +17,7 @@ use tokio::sync::{Mutex, watch};
 use tokio::task::{JoinSet, spawn_blocking};
 
 use super::announce::{Announcement, Offer, Source};
-use super::published::{Progress, Published};
+use super::published::{Progress, Published, failed};
 use crate::config::{Shm, WeightServer};
 use crate::error::Error;
 use crate::session::Session;
@@ -156,10 +156,6 @@ fn check_number(number: u64) -> Result<(), Error> {
         0 => Err(failed(number, "number 0 means the engines' start-up weights; count from 1")),
         _ => Ok(()),
     }
-}
-
-pub(crate) fn failed(number: u64, error: impl ToString) -> Error {
-    Error::Publish { number, why: error.to_string() }
 }
 
 // === impl State ===

@@ -116,8 +116,13 @@ impl Published {
     }
 
     fn failed(&self, why: &str) -> Error {
-        Error::Publish { number: self.number, why: why.to_owned() }
+        failed(self.number, why)
     }
+}
+
+/// Error of a version that is not published.
+pub(crate) fn failed(number: u64, error: impl ToString) -> Error {
+    Error::Publish { number, why: error.to_string() }
 }
 
 #[cfg(test)]

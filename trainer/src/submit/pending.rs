@@ -1,5 +1,5 @@
-//! What is still to be sent of one submit: requests of bounded size, and the verdicts so far. Decides only;
-//! the builder sends.
+//! Groups of one submit that are still to be sent, in requests of bounded size, and the verdicts so far.
+//! Decides only; the builder sends.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
