@@ -4,11 +4,12 @@ use anabranch_proto::limits::MAX_SUBMIT_BYTES;
 use anabranch_proto::pb::{self, admin_client::AdminClient};
 use anabranch_runtime::{Endpoint, JoinToken, connect_to};
 use anabranch_trainer::Client;
+use anabranch_views::StateView;
+use serde::de::DeserializeOwned;
 use tonic::transport::Channel;
 use tonic::{Request, Streaming};
 
 use crate::failure::{Failure, OrExit};
-use crate::state::State;
 use anabranch_runtime::Exit;
 
 #[derive(Clone, Debug, clap::Args)]
@@ -25,6 +26,14 @@ pub struct ManagerArgs {
 pub struct Admin {
     rpc: AdminClient<Channel>,
     token: Option<JoinToken>,
+}
+
+/// A page of the state, of which only the engines count.
+#[derive(serde::Deserialize)]
+struct RawPage {
+    engines: Vec<serde_json::Value>,
+    #[serde(default)]
+    next: Option<u64>,
 }
 
 // === impl ManagerArgs ===
@@ -47,14 +56,34 @@ impl ManagerArgs {
 // === impl Admin ===
 
 impl Admin {
-    /// As JSON text, for scripts.
-    pub async fn state_text(&mut self) -> Result<String, Failure> {
-        let request = self.request(pb::StateRequest { token: self.token_text() });
-        Ok(self.rpc.state(request).await?.into_inner().text)
+    /// The manager's whole state, asked for page by page.
+    pub async fn state(&mut self) -> Result<StateView, Failure> {
+        let mut all: StateView = self.page(0).await?;
+        while let Some(from) = all.next {
+            all.extend(self.page(from).await?);
+            check_order(from, all.next)?;
+        }
+        Ok(all)
     }
 
-    pub async fn state(&mut self) -> Result<State, Failure> {
-        let text = self.state_text().await?;
+    /// All engines as the manager writes them, with fields that this version does not know: for scripts.
+    pub async fn engines_json(&mut self) -> Result<Vec<serde_json::Value>, Failure> {
+        let mut all = Vec::new();
+        let mut next = Some(0);
+        while let Some(from) = next {
+            let page: RawPage = self.page(from).await?;
+            all.extend(page.engines);
+            check_order(from, page.next)?;
+            next = page.next;
+        }
+        Ok(all)
+    }
+
+    /// The page of the state that begins with session `from`.
+    async fn page<T: DeserializeOwned>(&mut self, from: u64) -> Result<T, Failure> {
+        let request = pb::StateRequest { token: self.token_text(), from, limit: 0 };
+        let request = self.request(request);
+        let text = self.rpc.state(request).await?.into_inner().text;
         serde_json::from_str(&text).map_err(|error| {
             let text =
                 format!("the manager's state cannot be read ({error}); is it the same version?");
@@ -63,7 +92,8 @@ impl Admin {
     }
 
     pub async fn events(&mut self) -> Result<Streaming<pb::Json>, Failure> {
-        let request = self.request(pb::StateRequest { token: self.token_text() });
+        let request = pb::StateRequest { token: self.token_text(), ..Default::default() };
+        let request = self.request(request);
         Ok(self.rpc.events(request).await?.into_inner())
     }
 
@@ -85,5 +115,16 @@ impl Admin {
 
     fn token_text(&self) -> String {
         self.token.as_ref().map(JoinToken::to_string).unwrap_or_default()
+    }
+}
+
+/// Refuses pages that do not come to an end.
+fn check_order(from: u64, next: Option<u64>) -> Result<(), Failure> {
+    match next {
+        Some(next) if next <= from => {
+            let text = format!("the manager's page from session {from} is followed by {next}");
+            Err(Failure::new(Exit::Protocol, text))
+        }
+        _ => Ok(()),
     }
 }

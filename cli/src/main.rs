@@ -6,7 +6,6 @@ mod failure;
 mod link;
 mod progress;
 mod prompts;
-mod state;
 mod table;
 
 use std::process::ExitCode;

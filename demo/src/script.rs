@@ -170,7 +170,8 @@ async fn busy(watcher: &Watcher, engine: &str) -> Result<u64, WatchError> {
     let given_up = Instant::now() + NOTICE;
     loop {
         let state = watcher.state().await?;
-        let running = state.engines.iter().filter(|e| e.id == engine).map(|e| e.running).sum();
+        let here = state.engines.iter().filter(|e| e.id == engine);
+        let running = here.map(|e| e.running as u64).sum();
         if running >= WORTH_IT || Instant::now() > given_up {
             tokio::time::sleep(SOME_TOKENS).await;
             return Ok(running);

@@ -1,7 +1,6 @@
 //! What the manager tells while the demo runs: its events, followed to the end and kept as a story.
 //! Owns the stream, the story and waiting for a turn of it. Decides nothing.
 
-mod event;
 mod story;
 
 use std::sync::{Arc, Mutex};
@@ -10,11 +9,10 @@ use std::time::{Duration, Instant};
 use anabranch_proto::pb::{self, admin_client::AdminClient, engines_request::Kind};
 use anabranch_runtime::connect::ConnectError;
 use anabranch_runtime::{Drain, connect};
-use serde::Deserialize;
+use anabranch_views::{Notice, StateView};
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
-pub use event::{Event, Version};
 pub use story::{EngineStory, Move, Story, VersionStory};
 
 /// State and events are small, but /state names every group of two steps.
@@ -37,20 +35,6 @@ pub struct Watcher {
     story: Arc<Mutex<Story>>,
     /// Counts events.
     heard: watch::Receiver<u64>,
-}
-
-/// The part of `/state` that the demo looks at.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct State {
-    pub engines: Vec<EngineNow>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct EngineNow {
-    pub id: String,
-    pub running: u64,
 }
 
 impl Watcher {
@@ -94,7 +78,8 @@ impl Watcher {
         tokio::time::timeout(within, looked).await.map_err(late)
     }
 
-    pub async fn state(&self) -> Result<State, WatchError> {
+    /// The manager's state; the demo's few engines fit on its first page.
+    pub async fn state(&self) -> Result<StateView, WatchError> {
         let refused = |why: String| WatchError::Refused { what: "show its state", why };
         let reply = self.rpc.clone().state(pb::StateRequest::default()).await;
         let text = reply.map_err(|status| refused(status.message().to_owned()))?.into_inner().text;
@@ -143,12 +128,12 @@ impl Follower {
 
     fn hear(&mut self, text: &str) {
         let at_s = self.started.elapsed().as_secs_f64();
-        match serde_json::from_str::<Event>(text) {
-            Ok(event) => {
+        match serde_json::from_str::<Notice>(text) {
+            Ok(notice) => {
                 let mut story = self.story.lock().expect("no code panics while it holds this lock");
-                story.hear(at_s, event);
+                story.hear(at_s, notice);
             }
-            Err(error) => tracing::warn!(%error, text, "an event that cannot be read"),
+            Err(error) => tracing::warn!(%error, text, "a notice that cannot be read"),
         }
         self.count.send_modify(|count| *count += 1);
     }

@@ -211,7 +211,7 @@ async fn with_tls_each_door_asks_for_the_token_of_its_role() {
     let none = admin.state(pb::StateRequest::default()).await.expect_err("no token");
     assert_eq!(none.code(), Code::Unauthenticated);
     let token = tokens.admin.to_string();
-    admin.state(pb::StateRequest { token }).await.expect("shown");
+    admin.state(pb::StateRequest { token, ..Default::default() }).await.expect("shown");
 
     let mut trainer = pb::trainer_client::TrainerClient::new(channel);
     let open = || Request::new(pb::OpenRequest { job: "job".into(), ..Default::default() });

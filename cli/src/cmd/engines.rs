@@ -2,11 +2,11 @@
 
 use anabranch_proto::pb;
 use anabranch_runtime::Exit;
+use anabranch_views::EngineView;
 use serde_json::{Value, json};
 
-use crate::failure::{Failure, Outcome};
+use crate::failure::Outcome;
 use crate::link::ManagerArgs;
-use crate::state::Engine;
 use crate::table::{cells, table};
 
 #[derive(Debug, clap::Args)]
@@ -63,9 +63,7 @@ pub async fn run(args: Args) -> Outcome {
 async fn list(manager: &ManagerArgs, as_json: bool) -> Outcome {
     let mut admin = manager.admin().await?;
     if as_json {
-        let state: Value = serde_json::from_str(&admin.state_text().await?)
-            .map_err(|error| Failure::new(Exit::Protocol, format!("not JSON: {error}")))?;
-        println!("{}", state.get("engines").unwrap_or(&json!([])));
+        println!("{}", Value::from(admin.engines_json().await?));
         return Ok(Exit::Ok);
     }
     let state = admin.state().await?;
@@ -79,8 +77,8 @@ async fn list(manager: &ManagerArgs, as_json: bool) -> Outcome {
     Ok(Exit::Ok)
 }
 
-fn row(engine: &Engine) -> Vec<String> {
-    let mut note = engine.why.clone();
+fn row(engine: &EngineView) -> Vec<String> {
+    let mut note = engine.state.why().to_owned();
     if let Some(load) = &engine.load {
         note = format!("{} {}", load.stage, load.version);
         if !load.error.is_empty() {
@@ -89,7 +87,7 @@ fn row(engine: &Engine) -> Vec<String> {
     }
     vec![
         engine.id.clone(),
-        engine.state.clone(),
+        engine.state.to_string(),
         engine.version_text(),
         engine.running.to_string(),
         format!("{:.0}%", engine.kv_used * 100.0),

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use anabranch_proto::LoadStage;
 use anabranch_runtime::Exit;
+use anabranch_views::{StateView, VersionView};
 use serde::Serialize;
 
 use crate::failure::Outcome;
 use crate::link::ManagerArgs;
-use crate::state::{State, VersionRow};
 use crate::table::{bytes, cells, seconds, table};
 
 /// Between looks, and the span that a rate is measured over.
@@ -85,11 +86,11 @@ pub async fn run(args: Args) -> Outcome {
     }
 }
 
-fn is_moving(state: &State) -> bool {
+fn is_moving(state: &StateView) -> bool {
     newest(state).is_some_and(|newest| !newest.settled)
 }
 
-fn newest(state: &State) -> Option<&VersionRow> {
+fn newest(state: &StateView) -> Option<&VersionView> {
     state.versions.iter().max_by_key(|row| row.version.number)
 }
 
@@ -120,7 +121,7 @@ fn show(report: &Report, as_json: bool, again: bool) {
 // === impl Report ===
 
 impl Report {
-    fn new(now: &State, before: &State, between: Duration) -> Self {
+    fn new(now: &StateView, before: &StateView, between: Duration) -> Self {
         let row = newest(now);
         let engines = now.engines.iter().map(|engine| {
             let on = row.and_then(|row| row.engines.get(&engine.id));
@@ -130,11 +131,11 @@ impl Report {
             let mut line = Row {
                 engine: engine.id.clone(),
                 serves: engine.version_text(),
-                stage: on.map_or_else(|| "-".into(), |on| on.stage.clone()),
+                stage: on.map_or_else(|| "-".into(), |on| on.stage.to_string()),
                 bytes: on.map_or(0, |on| on.bytes),
                 bytes_per_s: 0,
                 left_ms: None,
-                took_ms: on.filter(|on| on.stage == "active").map(|on| on.since_sealed_ms),
+                took_ms: on.filter(|on| on.stage == LoadStage::Active).map(|on| on.since_sealed_ms),
                 parents: on.map(|on| on.parents.clone()).unwrap_or_default(),
                 fetched_from: on.map(|on| on.fetched_from.clone()).unwrap_or_default(),
                 error: on
@@ -156,7 +157,7 @@ impl Report {
             engines: engines.collect(),
             newest: row.map(|row| Newest {
                 version: row.version.to_string(),
-                state: row.state.clone(),
+                state: row.state.to_string(),
                 bytes: row.bytes,
                 settled: row.settled,
             }),
@@ -206,22 +207,34 @@ impl Row {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anabranch_proto::{Version, VersionState};
+    use anabranch_views::{EngineView, ProgressView};
 
-    fn state(bytes: u64, stage: &str) -> State {
-        let text = format!(
-            r#"{{"current": {{"number": 2}}, "engines": [{{"id": "e1", "version": {{"number": 2}}}}],
-                "versions": [{{"version": {{"number": 2}}, "bytes": 9}},
-                             {{"version": {{"number": 3}}, "bytes": 1000, "state": "available",
-                               "engines": {{"e1": {{"stage": "{stage}", "bytes": {bytes}, "since_sealed_ms": 7}}}}}}]}}"#
-        );
-        serde_json::from_str(&text).expect("sound")
+    fn state(bytes: u64, stage: LoadStage) -> StateView {
+        let version = |number| Version { number, ..Version::default() };
+        let (stage, since_sealed_ms) = (stage.into(), 7);
+        let on = ProgressView { stage, bytes, since_sealed_ms, ..ProgressView::default() };
+        let row = |number, bytes, on: Option<(String, ProgressView)>| VersionView {
+            version: version(number),
+            state: VersionState::Available.into(),
+            bytes,
+            engines: BTreeMap::from_iter(on),
+            ..VersionView::default()
+        };
+        let (id, serves) = ("e1".to_owned(), Some(version(2)));
+        StateView {
+            current: version(2),
+            engines: vec![EngineView { id: id.clone(), version: serves, ..EngineView::default() }],
+            versions: vec![row(2, 9, None), row(3, 1000, Some((id, on)))],
+            ..StateView::default()
+        }
     }
 
     #[test]
     fn rate_and_time_left_come_from_two_looks() {
         let report = Report::new(
-            &state(600, "fetching"),
-            &state(400, "fetching"),
+            &state(600, LoadStage::Fetching),
+            &state(400, LoadStage::Fetching),
             Duration::from_millis(500),
         );
         let row = &report.engines[0];
@@ -232,10 +245,10 @@ mod tests {
 
     #[test]
     fn a_row_says_whom_it_is_planned_to_fetch_from_and_then_from_whom_it_did() {
-        let mut state = state(600, "fetching");
+        let mut state = state(600, LoadStage::Fetching);
         let on = state.versions[1].engines.get_mut("e1").expect("it loads");
         on.parents = vec!["e7".into(), "e7".into(), "e2".into()];
-        let from = |state: &State| {
+        let from = |state: &StateView| {
             Report::new(state, state, Duration::from_secs(1)).engines[0].cells()[6].clone()
         };
         assert_eq!(from(&state), "e7, e2");
@@ -247,8 +260,11 @@ mod tests {
 
     #[test]
     fn an_active_engine_says_how_long_it_took() {
-        let report =
-            Report::new(&state(1000, "active"), &state(900, "fetching"), Duration::from_secs(1));
+        let report = Report::new(
+            &state(1000, LoadStage::Active),
+            &state(900, LoadStage::Fetching),
+            Duration::from_secs(1),
+        );
         assert_eq!((report.engines[0].took_ms, report.engines[0].left_ms), (Some(7), None));
     }
 }

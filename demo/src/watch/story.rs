@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::event::{Event, Version};
+use anabranch_proto::{EngineId, LoadStage, Version};
+use anabranch_views::Notice;
+
 use crate::report::Phase;
 
 /// All times are seconds since the demo began.
@@ -48,54 +50,57 @@ pub struct Move {
 }
 
 impl Story {
-    pub(super) fn hear(&mut self, at_s: f64, event: Event) {
-        match event {
-            Event::EngineAttached { engine, colocated } => self.attached(at_s, engine, colocated),
-            Event::EngineServing { engine, version } => self.serving(at_s, engine, version),
-            Event::EngineReleased { engine } => self.enter(at_s, &engine, Phase::Released),
-            Event::EngineDraining { engine, .. } => self.enter(at_s, &engine, Phase::Draining),
-            Event::EngineSuspect { engine, why } => {
+    pub(super) fn hear(&mut self, at_s: f64, notice: Notice) {
+        match notice {
+            Notice::EngineAttached { engine, colocated, .. } => {
+                self.attached(at_s, &engine, colocated)
+            }
+            Notice::EngineServing { engine, version, .. } => self.serving(at_s, &engine, version),
+            Notice::EngineReleased { engine } => self.enter(at_s, &engine, Phase::Released),
+            Notice::EngineDraining { engine, .. } => self.enter(at_s, &engine, Phase::Draining),
+            Notice::EngineSuspect { engine, why, .. } => {
                 self.enter(at_s, &engine, Phase::Suspect);
                 self.complaints.push(format!("{engine} is suspect: {why}"));
             }
-            Event::EngineGone { engine, why } => {
+            Notice::EngineGone { engine, why } => {
                 self.engine(at_s, &engine).left = Some((at_s, why));
             }
-            Event::SamplesMoved { from, samples, kept_tokens, why } => {
+            Notice::SamplesMoved { from, samples, kept_tokens, why } => {
+                let (from, samples) = (from.to_string(), samples.into());
                 self.moves.push(Move { at_s, from, samples, kept_tokens, why });
             }
-            Event::EngineQuarantined { engine, why } => {
+            Notice::EngineQuarantined { engine, why, .. } => {
                 self.complaints.push(format!("{engine} is quarantined: {why}"));
             }
-            Event::EngineRefused { engine, why } => {
+            Notice::EngineRefused { engine, why } => {
                 self.complaints.push(format!("{engine} was refused: {why}"));
             }
-            Event::SampleAbandoned { key, why } => {
+            Notice::SampleAbandoned { key, why, .. } => {
                 self.complaints.push(format!("a sample of {key} was abandoned: {why}"));
             }
-            Event::PeerMisbehaved { engine, what } => {
+            Notice::PeerMisbehaved { engine, what } => {
                 self.complaints.push(format!("{engine} broke the protocol: {what}"));
             }
-            Event::Missed { events } => self.missed_events += events,
+            Notice::Missed { events } => self.missed_events += events,
             other => self.hear_of_version(at_s, other),
         }
     }
 
-    fn hear_of_version(&mut self, at_s: f64, event: Event) {
-        match event {
-            Event::VersionAnnounced { version, bytes } => {
+    fn hear_of_version(&mut self, at_s: f64, notice: Notice) {
+        match notice {
+            Notice::VersionAnnounced { version, bytes } => {
                 let story = VersionStory { bytes, announced_s: at_s, ..VersionStory::default() };
                 self.versions.insert(version.number, story);
             }
-            Event::VersionAvailable { version } => self.version(version).sealed_s = Some(at_s),
-            Event::VersionCurrent { version } => self.version(version).current_s = Some(at_s),
-            Event::VersionSettled { version, .. } => self.version(version).settled_s = Some(at_s),
-            Event::LoadStage { engine, version, stage, error, .. } => match stage.as_str() {
-                "quiescing" => {
+            Notice::VersionAvailable { version } => self.version(version).sealed_s = Some(at_s),
+            Notice::VersionCurrent { version, .. } => self.version(version).current_s = Some(at_s),
+            Notice::VersionSettled { version, .. } => self.version(version).settled_s = Some(at_s),
+            Notice::LoadStage { engine, version, stage, error, .. } => match stage {
+                LoadStage::Quiescing => {
                     self.enter(at_s, &engine, Phase::Loading { version: version.number });
                 }
-                "probing" => self.engine(at_s, &engine).probes += 1,
-                "failed" => {
+                LoadStage::Probing => self.engine(at_s, &engine).probes += 1,
+                LoadStage::Failed => {
                     let number = version.number;
                     self.complaints.push(format!("{engine} could not load v{number}: {error}"));
                 }
@@ -105,30 +110,30 @@ impl Story {
         }
     }
 
-    fn attached(&mut self, at_s: f64, engine: String, colocated: bool) {
+    fn attached(&mut self, at_s: f64, engine: &EngineId, colocated: bool) {
         let phases = vec![(at_s, Phase::Joining)];
         let story = EngineStory { joined_s: at_s, colocated, phases, left: None, probes: 1 };
-        self.engines.insert(engine, story);
+        self.engines.insert(engine.to_string(), story);
     }
 
-    fn serving(&mut self, at_s: f64, engine: String, version: Version) {
+    fn serving(&mut self, at_s: f64, engine: &EngineId, version: Version) {
         let number = version.number;
-        self.enter(at_s, &engine, Phase::Serving { version: number });
+        self.enter(at_s, engine, Phase::Serving { version: number });
         if let Some(story) = self.versions.get_mut(&number) {
-            story.active_s.entry(engine).or_insert(at_s);
+            story.active_s.entry(engine.to_string()).or_insert(at_s);
         }
     }
 
-    fn enter(&mut self, at_s: f64, engine: &str, phase: Phase) {
+    fn enter(&mut self, at_s: f64, engine: &EngineId, phase: Phase) {
         let phases = &mut self.engine(at_s, engine).phases;
         if phases.last().is_none_or(|(_, last)| *last != phase) {
             phases.push((at_s, phase));
         }
     }
 
-    fn engine(&mut self, at_s: f64, id: &str) -> &mut EngineStory {
+    fn engine(&mut self, at_s: f64, id: &EngineId) -> &mut EngineStory {
         self.engines
-            .entry(id.to_owned())
+            .entry(id.to_string())
             .or_insert_with(|| EngineStory { joined_s: at_s, ..EngineStory::default() })
     }
 
@@ -167,35 +172,49 @@ impl EngineStory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anabranch_proto::Incarnation;
 
-    fn told(events: Vec<Event>) -> Story {
+    fn told(notices: Vec<Notice>) -> Story {
         let mut story = Story::default();
-        for (at, event) in events.into_iter().enumerate() {
-            story.hear(at as f64, event);
+        for (at, notice) in notices.into_iter().enumerate() {
+            story.hear(at as f64, notice);
         }
         story
     }
 
     #[test]
     fn an_engines_life_and_its_versions_are_kept_in_order() {
-        let v = |number| Version { number };
-        let engine = || "e1".to_owned();
+        let v = |number| Version { number, ..Version::default() };
+        let engine = || EngineId::new("e1");
+        let serving = |version| Notice::EngineServing { engine: engine(), version, probe: None };
+        let moved = |samples, kept_tokens| {
+            let why = "x".into();
+            Notice::SamplesMoved { from: engine(), samples, kept_tokens, why }
+        };
         let story = told(vec![
-            Event::EngineAttached { engine: engine(), colocated: false },
-            Event::EngineServing { engine: engine(), version: v(0) },
-            Event::VersionAnnounced { version: v(1), bytes: 10 },
-            Event::VersionAvailable { version: v(1) },
-            Event::LoadStage {
+            Notice::EngineAttached {
+                engine: engine(),
+                incarnation: Incarnation(1),
+                kind: String::new(),
+                kv_tokens: 0,
+                colocated: false,
+            },
+            serving(v(0)),
+            Notice::VersionAnnounced { version: v(1), bytes: 10 },
+            Notice::VersionAvailable { version: v(1) },
+            Notice::LoadStage {
                 engine: engine(),
                 version: v(1),
-                stage: "quiescing".into(),
+                stage: LoadStage::Quiescing,
                 bytes: 10,
+                ms: 5,
                 error: String::new(),
+                fetched_from: BTreeMap::new(),
             },
-            Event::EngineServing { engine: engine(), version: v(1) },
-            Event::SamplesMoved { from: engine(), samples: 2, kept_tokens: 9, why: "x".into() },
-            Event::SamplesMoved { from: engine(), samples: 1, kept_tokens: 4, why: "x".into() },
-            Event::EngineGone { engine: engine(), why: "killed".into() },
+            serving(v(1)),
+            moved(2, 9),
+            moved(1, 4),
+            Notice::EngineGone { engine: engine(), why: "killed".into() },
         ]);
         let e1 = &story.engines["e1"];
         let phases: Vec<Phase> = e1.phases.iter().map(|(_, phase)| *phase).collect();
@@ -209,8 +228,12 @@ mod tests {
     #[test]
     fn what_should_not_happen_is_a_complaint() {
         let story = told(vec![
-            Event::SampleAbandoned { key: "k".into(), why: "poison".into() },
-            Event::EngineSuspect { engine: "e1".into(), why: "silent".into() },
+            Notice::SampleAbandoned {
+                sample: "g1/0".into(),
+                key: "k".into(),
+                why: "poison".into(),
+            },
+            Notice::EngineSuspect { engine: EngineId::new("e1"), why: "silent".into(), running: 0 },
         ]);
         assert_eq!(story.complaints.len(), 2);
     }

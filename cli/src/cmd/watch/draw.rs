@@ -1,5 +1,7 @@
 //! Draws a [`Model`]: engines, versions, steps, events.
 
+use anabranch_proto::LoadStage;
+use anabranch_views::{EngineState, EngineView, VersionView};
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Style, Stylize};
@@ -7,7 +9,6 @@ use ratatui::text::Line;
 use ratatui::widgets::{Block, Paragraph, Row, Table};
 
 use super::model::Model;
-use crate::state::{Engine, VersionRow};
 use crate::table::{bytes, seconds};
 
 pub fn draw(frame: &mut Frame, model: &Model) {
@@ -40,10 +41,10 @@ fn draw_head(frame: &mut Frame, area: Rect, model: &Model) {
 }
 
 fn draw_engines(frame: &mut Frame, area: Rect, model: &Model) {
-    let row = |engine: &Engine| {
+    let row = |engine: &EngineView| {
         let rate = model.rates.get(&engine.id).copied().unwrap_or(0.0);
         let load = engine.load.as_ref().map_or_else(
-            || engine.why.clone(),
+            || engine.state.why().to_owned(),
             |load| match load.total {
                 0 => format!("{} {}", load.stage, load.version),
                 all => format!("{} {} {}%", load.stage, load.version, load.bytes * 100 / all),
@@ -51,7 +52,7 @@ fn draw_engines(frame: &mut Frame, area: Rect, model: &Model) {
         );
         Row::new(vec![
             engine.id.clone(),
-            engine.state.clone(),
+            engine.state.to_string(),
             engine.version_text(),
             engine.running.to_string(),
             format!("{rate:.0}"),
@@ -76,29 +77,30 @@ fn draw_engines(frame: &mut Frame, area: Rect, model: &Model) {
     frame.render_widget(table, area);
 }
 
-fn color(state: &str) -> Color {
+fn color(state: &EngineState) -> Color {
+    use EngineState::*;
     match state {
-        "serving" => Color::Green,
-        "joining" | "syncing" | "updating" => Color::Yellow,
-        "released" | "releasing" => Color::Blue,
-        _ => Color::Red,
+        Serving { .. } => Color::Green,
+        Joining | Syncing { .. } | Updating { .. } => Color::Yellow,
+        Released | Releasing => Color::Blue,
+        Suspect { .. } | Draining { .. } | Quarantined | Gone { .. } | Unknown => Color::Red,
     }
 }
 
 fn draw_versions(frame: &mut Frame, area: Rect, model: &Model) {
-    let row = |version: &VersionRow| {
-        let active = version.engines.values().filter(|on| on.stage == "active").count();
+    let row = |version: &VersionView| {
+        let active = version.engines.values().filter(|on| on.stage == LoadStage::Active).count();
         let failed = version.engines.values().filter(|on| !on.error.is_empty()).count();
         let mut spread = format!("{active}/{} active", version.engines.len());
         if failed > 0 {
             spread += &format!(", {failed} failed");
         }
         let cells =
-            [version.version.to_string(), version.state.clone(), bytes(version.bytes), spread];
+            [version.version.to_string(), version.state.to_string(), bytes(version.bytes), spread];
         let style = if version.settled { Style::new() } else { Style::new().fg(Color::Yellow) };
         Row::new(cells).style(style)
     };
-    let mut newest: Vec<&VersionRow> = model.state.versions.iter().collect();
+    let mut newest: Vec<&VersionView> = model.state.versions.iter().collect();
     newest.sort_by_key(|row| std::cmp::Reverse(row.version.number));
     let widths = [
         Constraint::Length(8),
@@ -137,7 +139,7 @@ fn draw_work(frame: &mut Frame, area: Rect, model: &Model) {
             "migrations {}, engine deaths {}",
             state.counters.migrations, state.counters.engine_deaths
         )),
-        Line::from(queue.blocked.clone().unwrap_or_default()).yellow(),
+        Line::from(queue.blocked.as_deref().unwrap_or_default()).yellow(),
     ];
     frame.render_widget(Paragraph::new(lines).block(Block::bordered().title("work")), area);
 }
@@ -151,20 +153,42 @@ fn draw_events(frame: &mut Frame, area: Rect, model: &Model) {
 
 #[cfg(test)]
 mod tests {
+    use anabranch_proto::{Version, VersionState};
+    use anabranch_views::{LoadView, ProgressView, StateView, StepView};
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
 
     use super::*;
 
+    fn state() -> StateView {
+        let version = Version { number: 3, ..Version::default() };
+        let stage = LoadStage::Fetching.into();
+        let load = LoadView { version, stage, bytes: 50, total: 200, ..LoadView::default() };
+        let on = ProgressView { stage: LoadStage::Fetching.into(), ..ProgressView::default() };
+        StateView {
+            engines: vec![EngineView {
+                id: "e1".into(),
+                state: EngineState::Updating { from: Version::base(0), to: version },
+                running: 7,
+                load: Some(load),
+                ..EngineView::default()
+            }],
+            versions: vec![VersionView {
+                version,
+                state: VersionState::Available.into(),
+                bytes: 200,
+                engines: [("e1".to_owned(), on)].into(),
+                ..VersionView::default()
+            }],
+            steps: vec![StepView { step: 4, groups: 8, open_groups: 9, ..StepView::default() }],
+            ..StateView::default()
+        }
+    }
+
     #[test]
     fn the_view_shows_engines_versions_work_and_events_at_any_size() {
         let mut model = Model::new("http://m:5000");
-        let text = r#"{"engines": [{"id": "e1", "state": "updating", "running": 7, "load":
-            {"version": {"number": 3}, "stage": "fetching", "bytes": 50, "total": 200}}],
-            "versions": [{"version": {"number": 3}, "state": "available", "bytes": 200,
-                          "engines": {"e1": {"stage": "fetching"}}}],
-            "steps": [{"step": 4, "groups": 8, "open_groups": 9}]}"#;
-        model.look(serde_json::from_str(text).expect("sound"));
+        model.look(state());
         model.event(r#"{"event": "engine_gone", "at_ms": 5, "engine": "e2"}"#);
         for (width, height) in [(100, 40), (20, 5), (1, 1)] {
             let mut terminal = Terminal::new(TestBackend::new(width, height)).expect("backend");

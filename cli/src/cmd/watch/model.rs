@@ -3,20 +3,17 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
+use anabranch_views::{Notice, StateView};
 use serde_json::{Map, Value};
 
-use crate::state::State;
 use crate::table::seconds;
 
 /// Events kept for the log.
 const EVENTS: usize = 200;
 
-/// Told many times a second, or said by another event as well.
-const QUIET: [&str; 3] = ["batch_acked", "load_stage", "samples_placed"];
-
 pub struct Model {
     pub manager: String,
-    pub state: State,
+    pub state: StateView,
     /// Tokens per second, by engine and of all.
     pub rates: BTreeMap<String, f64>,
     pub rate: f64,
@@ -30,7 +27,7 @@ impl Model {
     pub fn new(manager: &str) -> Self {
         Self {
             manager: manager.to_owned(),
-            state: State::default(),
+            state: StateView::default(),
             rates: BTreeMap::new(),
             rate: 0.0,
             events: VecDeque::new(),
@@ -39,7 +36,7 @@ impl Model {
         }
     }
 
-    pub fn look(&mut self, state: State) {
+    pub fn look(&mut self, state: StateView) {
         let now = Instant::now();
         if let Some(before) = self.looked.replace(now) {
             self.measure(&state, (now - before).as_secs_f64().max(0.001));
@@ -66,7 +63,7 @@ impl Model {
     /// All of it in one line.
     pub fn line(&self) -> String {
         let state = &self.state;
-        let serving = state.engines.iter().filter(|engine| engine.state == "serving").count();
+        let serving = state.engines.iter().filter(|engine| engine.state.is_serving()).count();
         let samples = &state.samples;
         format!(
             "{}: {serving}/{} engines serve, {:.0} tokens/s, {} running, {} waiting, {} delivered, current {}{}",
@@ -89,7 +86,7 @@ impl Model {
         }
     }
 
-    fn measure(&mut self, state: &State, seconds: f64) {
+    fn measure(&mut self, state: &StateView, seconds: f64) {
         let before: BTreeMap<&str, u64> =
             self.state.engines.iter().map(|engine| (engine.id.as_str(), engine.tokens)).collect();
         let rate = |id: &str, tokens: u64| {
@@ -109,10 +106,10 @@ impl Model {
 /// `12.3 s  samples moved: from e1, samples 4, kept_tokens 312`
 fn describe(json: &str) -> Option<String> {
     let event: Map<String, Value> = serde_json::from_str(json).ok()?;
-    let name = event.get("event")?.as_str()?;
-    if QUIET.contains(&name) {
+    if serde_json::from_str(json).is_ok_and(|notice| is_quiet(&notice)) {
         return None;
     }
+    let name = event.get("event")?.as_str()?;
     let name = name.replace('_', " ");
     let at = seconds(event.get("at_ms").and_then(Value::as_u64).unwrap_or(0));
     let told = |key: &str| matches!(key, "event" | "id" | "at_ms");
@@ -122,6 +119,12 @@ fn describe(json: &str) -> Option<String> {
         .filter_map(|(key, value)| Some(format!("{key} {}", plain(value)?)))
         .collect();
     Some(format!("{at:>10}  {name}: {}", facts.join(", ")))
+}
+
+/// True for what is told many times a second, or said by another event as well.
+fn is_quiet(notice: &Notice) -> bool {
+    use Notice::{BatchAcked, LoadStage, SamplesPlaced};
+    matches!(notice, BatchAcked { .. } | LoadStage { .. } | SamplesPlaced { .. })
 }
 
 fn plain(value: &Value) -> Option<String> {
@@ -142,6 +145,8 @@ fn plain(value: &Value) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anabranch_proto::Version;
+    use anabranch_views::{Counters, EngineState, EngineView};
 
     #[test]
     fn events_read_like_sentences_and_the_log_is_bounded() {
@@ -158,12 +163,15 @@ mod tests {
     #[test]
     fn rates_are_of_tokens_between_looks() {
         let mut model = Model::new("m");
-        let state = |tokens: u64| -> State {
-            let text = format!(
-                r#"{{"engines": [{{"id": "e1", "state": "serving", "tokens": {tokens}}}],
-                    "counters": {{"tokens": {tokens}}}}}"#
-            );
-            serde_json::from_str(&text).expect("sound")
+        let state = |tokens: u64| StateView {
+            engines: vec![EngineView {
+                id: "e1".into(),
+                state: EngineState::Serving { at: Version::default() },
+                tokens,
+                ..EngineView::default()
+            }],
+            counters: Counters { tokens, ..Counters::default() },
+            ..StateView::default()
         };
         model.look(state(100));
         assert_eq!(model.rate, 0.0);
