@@ -1,19 +1,18 @@
 //! Everything the deciding core can ask for, in the imperative. The driver carries it out in order.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use anabranch_proto::Finish;
-use anabranch_proto::{
-    Attempt, BatchSeq, EngineId, Incarnation, OrderId, SampleId, SessionId, Step, Version,
-};
+use anabranch_proto::{Attempt, BatchSeq, EngineId, OrderId, SampleId, SessionId, Step, Version};
 use bytes::Bytes;
 
 use super::event::{
     ConsumerId, Held, LinkId, OnRunning, ProbeResult, PublisherId, ReplyTo, Sampling,
 };
 use crate::ledger::{Maker, StopRules};
+
+pub use anabranch_views::Notice;
 
 #[derive(Debug)]
 pub enum Action {
@@ -308,147 +307,3 @@ pub struct OnEngine {
     pub since_sealed: Duration,
     pub error: String,
 }
-
-/// A change of state worth telling: logs at info, server-sent events, the ZeroMQ feed, metrics.
-#[derive(Clone, Debug, serde::Serialize)]
-#[serde(rename_all = "snake_case", tag = "event")]
-pub enum Notice {
-    JobOpened {
-        job: String,
-        epoch: u32,
-        resumed: bool,
-    },
-    TrainerLost {
-        running: u32,
-    },
-    EngineAttached {
-        engine: EngineId,
-        incarnation: Incarnation,
-        kind: String,
-        kv_tokens: u64,
-        colocated: bool,
-    },
-    EngineRefused {
-        engine: EngineId,
-        why: String,
-    },
-    EngineReattached {
-        engine: EngineId,
-        kept: u32,
-        dropped: u32,
-    },
-    EngineSuspect {
-        engine: EngineId,
-        why: String,
-        running: u32,
-    },
-    EngineServing {
-        engine: EngineId,
-        version: Version,
-        probe: Option<Verdict>,
-    },
-    EngineDraining {
-        engine: EngineId,
-        deadline_ms: u64,
-        why: String,
-    },
-    EngineReleased {
-        engine: EngineId,
-    },
-    EngineGone {
-        engine: EngineId,
-        why: String,
-    },
-    EngineQuarantined {
-        engine: EngineId,
-        for_ms: u64,
-        why: String,
-    },
-    SamplesMoved {
-        from: EngineId,
-        samples: u32,
-        kept_tokens: u64,
-        why: String,
-    },
-    SamplesPlaced {
-        engine: EngineId,
-        samples: u32,
-        resumed: u32,
-    },
-    SampleHeld {
-        sample: String,
-        key: String,
-        deaths: u32,
-    },
-    SampleAbandoned {
-        sample: String,
-        key: String,
-        why: String,
-    },
-    VersionAnnounced {
-        version: Version,
-        bytes: u64,
-    },
-    VersionAvailable {
-        version: Version,
-    },
-    VersionCurrent {
-        version: Version,
-        waited_for_groups: u32,
-    },
-    VersionSettled {
-        version: Version,
-        engines: u32,
-        ms: u64,
-    },
-    LoadOrdered {
-        engine: EngineId,
-        version: Version,
-        sources: Vec<String>,
-    },
-    LoadStage {
-        engine: EngineId,
-        version: Version,
-        stage: super::event::LoadStage,
-        bytes: u64,
-        ms: u64,
-        error: String,
-        fetched_from: BTreeMap<String, u64>,
-    },
-    StepSubmitted {
-        step: u64,
-        groups: u32,
-        samples: u32,
-    },
-    BatchOffered {
-        seq: BatchSeq,
-        step: u64,
-        samples: u32,
-        tokens: u64,
-        last: bool,
-    },
-    BatchAcked {
-        seq: BatchSeq,
-    },
-    StepDone {
-        step: u64,
-        delivered: u64,
-        tokens: u64,
-        short: u32,
-        dropped: u32,
-        discarded_tokens: u64,
-        max_lag: u64,
-    },
-    ModeSwitched {
-        train: bool,
-        engines: u32,
-        moved: u32,
-        ms: u64,
-    },
-    PeerMisbehaved {
-        engine: EngineId,
-        what: String,
-    },
-}
-
-use super::event::Verdict;

@@ -1,10 +1,12 @@
 //! The one loop that owns the core: it takes in what happened, hands it over, carries out what the core
 //! asks for, and keeps the clock. Every arm of its `select!` returns one value; nothing changes inside one.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_runtime::{Clock, Now};
+use anabranch_views::{StatePage, StateView};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -12,7 +14,6 @@ use tracing::warn;
 
 use crate::core::Core;
 use crate::event::Event;
-use crate::view::state::StateView;
 use crate::wire::effects::Effects;
 use crate::wire::gate::Pulse;
 use crate::wire::inbox::Input;
@@ -22,9 +23,11 @@ const BATCH: usize = 256;
 const HEARTBEAT: Duration = Duration::from_millis(250);
 /// A loop that turned so much too late was stopped (SIGSTOP, a paused machine), not busy.
 const STOPPED: Duration = Duration::from_millis(500);
-/// A state younger than this is shown again.
+/// A page of the state younger than this is shown again.
 const STATE_AGE: Duration = Duration::from_millis(100);
-/// Heartbeats between two looks at the whole state, for the metrics.
+/// Pages kept at most, to be shown again.
+const PAGES: usize = 16;
+/// Heartbeats between two looks at the state, for the metrics.
 const BEATS_PER_LOOK: u32 = 4;
 
 pub(crate) struct Driver {
@@ -50,7 +53,9 @@ struct Memory {
     beats: u32,
     /// When the loop last turned.
     turned: Now,
-    state: Option<(Now, Arc<StateView>)>,
+    pages: BTreeMap<StatePage, (Now, Arc<StateView>)>,
+    /// Session that the metrics look at next, while they have not seen all engines.
+    look: Option<u64>,
 }
 
 impl Driver {
@@ -59,7 +64,8 @@ impl Driver {
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let turned = self.clock.now();
         let buffer = Vec::with_capacity(BATCH);
-        let mut memory = Memory { buffer, heartbeat, beats: 0, turned, state: None };
+        let pages = BTreeMap::new();
+        let mut memory = Memory { buffer, heartbeat, beats: 0, turned, pages, look: None };
         loop {
             let turn = self.select(&mut memory).await;
             self.forgive_gap(&mut memory);
@@ -153,9 +159,9 @@ impl Driver {
                 self.effects.open_publisher(publisher, out)
             }
             Input::PublisherLost(publisher) => return Some(self.effects.publisher_lost(publisher)),
-            Input::State(answer) => {
+            Input::State { page, answer } => {
                 // Who asked may have gone.
-                let _ = answer.send(self.state(memory));
+                let _ = answer.send(self.state(memory, page));
             }
         }
         None
@@ -179,25 +185,35 @@ impl Driver {
         }
     }
 
+    /// The metrics look at the counts once a second, and at one page of engines a beat.
     fn beat(&mut self, memory: &mut Memory) {
         memory.beats = memory.beats.wrapping_add(1);
-        if memory.beats.is_multiple_of(BEATS_PER_LOOK) {
+        let is_due = memory.beats.is_multiple_of(BEATS_PER_LOOK);
+        if !is_due && memory.look.is_none() {
+            return;
+        }
+        let page = memory.look.map_or_else(StatePage::default, StatePage::starting);
+        let state = self.state(memory, page);
+        memory.look = state.next;
+        let now = self.clock.now();
+        self.effects.metrics.look_at_engines(now, &state.engines);
+        if is_due {
             self.effects.drop_stale_replies();
-            let state = self.state(memory);
-            let (now, ledger) = (self.clock.now(), self.effects.ledger.stats());
+            let ledger = self.effects.ledger.stats();
             self.effects.metrics.look(now, &state, &ledger, self.inbox.len());
         }
     }
 
-    fn state(&mut self, memory: &mut Memory) -> Arc<StateView> {
+    fn state(&mut self, memory: &mut Memory, page: StatePage) -> Arc<StateView> {
         let now = self.clock.now();
-        match &memory.state {
-            Some((at, state)) if now.since(*at) < STATE_AGE => state.clone(),
-            _ => {
-                let state = Arc::new(self.core.state(now));
-                memory.state = Some((now, state.clone()));
-                state
-            }
+        memory.pages.retain(|_, (at, _)| now.since(*at) < STATE_AGE);
+        if let Some((_, state)) = memory.pages.get(&page) {
+            return state.clone();
         }
+        let state = Arc::new(self.core.state_page(now, page));
+        if memory.pages.len() < PAGES {
+            memory.pages.insert(page, (now, state.clone()));
+        }
+        state
     }
 }

@@ -368,6 +368,11 @@ impl Fleet {
         self.engines.values()
     }
 
+    /// Sessions that are shown, from one on.
+    pub fn sessions_from(&self, from: SessionId) -> impl Iterator<Item = &Engine> {
+        self.engines.range(from..).map(|(_, engine)| engine)
+    }
+
     pub fn sessions(&self) -> Vec<SessionId> {
         self.engines.keys().copied().collect()
     }

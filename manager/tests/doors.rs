@@ -8,6 +8,7 @@ use anabranch_manager::{Manager, ManagerConfig, ManagerError, RawConfig};
 use anabranch_proto::pb::admin_client::AdminClient;
 use anabranch_proto::pb::{self, to_agent};
 use anabranch_runtime::{Announce, connect};
+use anabranch_views::StateView;
 use common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -147,6 +148,40 @@ async fn people_can_look_drain_and_remove_over_grpc() {
     assert!(!said.into_inner().text.is_empty());
     let ended = async { while let Ok(Some(_)) = agent.order().await {} };
     within("the end of the removed engine's link", ended).await;
+    manager.stop().await.expect("stopped");
+}
+
+#[tokio::test]
+async fn the_state_of_a_big_fleet_comes_in_pages_that_join_to_the_whole() {
+    let manager = start(raw()).await;
+    let channel = channel(&manager).await;
+    let mut agents = Vec::new();
+    for id in ["e1", "e2", "e3"] {
+        agents.push(Agent::attach(channel.clone(), hello(id)).await);
+    }
+    let page = async |query: &str| -> StateView {
+        let (code, body) = get(manager.local_addr(), &format!("/state{query}")).await;
+        assert_eq!(code, 200, "{body}");
+        serde_json::from_str(&body).expect("a state")
+    };
+    let ids = |state: &StateView| -> Vec<String> {
+        state.engines.iter().map(|engine| engine.id.clone()).collect()
+    };
+    let whole = page("").await;
+    assert_eq!((ids(&whole), whole.next), (vec!["e1".into(), "e2".into(), "e3".into()], None));
+
+    let mut joined = page("?limit=2").await;
+    assert_eq!((ids(&joined), joined.fleet.engines), (vec!["e1".into(), "e2".into()], 3));
+    let from = joined.next.expect("one engine is left");
+    let mut admin = AdminClient::new(channel);
+    let request = pb::StateRequest { from, limit: 2, ..Default::default() };
+    let rest = admin.state(request).await.expect("shown").into_inner().text;
+    joined.extend(serde_json::from_str(&rest).expect("a state"));
+    assert_eq!((ids(&joined), joined.next), (ids(&whole), None));
+
+    let (code, body) = get(manager.local_addr(), "/state?limit=257").await;
+    assert_eq!(code, 400, "{body}");
+    assert!(body.starts_with("limit 257: a page has at most 256 engines"), "{body}");
     manager.stop().await.expect("stopped");
 }
 

@@ -373,7 +373,7 @@ impl World {
         let engines: Vec<String> = state
             .engines
             .iter()
-            .filter(|e| !matches!(e.state, anabranch_manager::fleet::EngineState::Gone { .. }))
+            .filter(|e| !e.state.is_gone())
             .map(|e| format!("{} {:?} link {} running {}", e.id, e.state, e.connected, e.running))
             .collect();
         format!(

@@ -68,9 +68,9 @@ fn remove_stale_socket(at: &FeedAt) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::action::Notice;
     use anabranch_proto::EngineId;
     use anabranch_runtime::Clock;
+    use anabranch_views::Notice;
     use std::time::Duration;
     use zeromq::{SocketRecv, SubSocket};
 

@@ -5,17 +5,15 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use anabranch_proto::LoadStage;
 use anabranch_runtime::Now;
+use anabranch_views::{EngineView, Notice, StateView};
 use metrics::{Counter, Histogram, counter, gauge, histogram, with_local_recorder};
 use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
-use crate::action::Notice;
-use crate::event::LoadStage;
-use crate::fleet::EngineState;
 use crate::ledger::LedgerStats;
-use crate::view::state::{EngineView, StateView};
 
 const SECONDS: &[f64] = &[
     0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0,
@@ -25,6 +23,8 @@ const TOKENS: &[f64] = &[1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8];
 
 /// Looks come every second; a rate over less says nothing.
 const SHORTEST_RATE: Duration = Duration::from_millis(200);
+/// Looks at one engine come every few seconds at most; after a longer time it was away meanwhile.
+const LONGEST_LOOK: Duration = Duration::from_secs(10);
 
 /// A manager's own recorder: several managers may live in one process.
 pub(crate) struct Metrics {
@@ -58,13 +58,14 @@ struct Seen {
     tokens: u64,
     engines: BTreeMap<String, Time>,
     /// Engines by state: a state that nobody is in any more must be said to be empty.
-    states: BTreeMap<&'static str, u32>,
+    states: BTreeMap<String, u32>,
     /// Versions by which a step's oldest token was behind, of the last step done.
     step_max_lag: u64,
 }
 
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Time {
+    looked: Now,
     idle: Duration,
     serving: Duration,
 }
@@ -104,7 +105,7 @@ impl Metrics {
         }
     }
 
-    /// Once a second: everything that is a state, or counted by others.
+    /// Once a second: everything that is a state of the whole, or counted by others.
     pub fn look(&self, now: Now, state: &StateView, ledger: &LedgerStats, inbox: usize) {
         let mut seen = self.seen();
         let passed = now.since(seen.at);
@@ -117,17 +118,37 @@ impl Metrics {
                 rates(&mut seen, passed, state, ledger.tokens);
             }
             by_state(&mut seen, state);
-            for engine in state.engines.iter().filter(|engine| !is_gone(engine)) {
-                let time = seen.engines.entry(engine.id.clone()).or_default();
-                of_engine(engine, time, passed);
-            }
         });
         seen.at = now;
         self.handle.run_upkeep();
     }
 
+    /// One page of engines at a time.
+    pub fn look_at_engines(&self, now: Now, engines: &[EngineView]) {
+        let mut seen = self.seen();
+        with_local_recorder(&self.recorder, || {
+            for engine in engines.iter().filter(|engine| !engine.state.is_gone()) {
+                let time = seen.engines.entry(engine.id.clone()).or_insert_with(|| Time::new(now));
+                of_engine(engine, time, now);
+            }
+        });
+    }
+
     fn seen(&self) -> std::sync::MutexGuard<'_, Seen> {
         self.seen.lock().expect("no code panics while it holds this lock")
+    }
+}
+
+impl Time {
+    fn new(now: Now) -> Self {
+        Self { looked: now, idle: Duration::ZERO, serving: Duration::ZERO }
+    }
+
+    /// Time since the look before this one.
+    fn passed(&mut self, now: Now) -> Duration {
+        let passed = now.since(self.looked);
+        self.looked = now;
+        if passed > LONGEST_LOOK { Duration::ZERO } else { passed }
     }
 }
 
@@ -197,8 +218,7 @@ fn core_counts(state: &StateView) {
 fn rates(seen: &mut Seen, passed: Duration, state: &StateView, tokens: u64) {
     let rate = tokens.saturating_sub(seen.tokens) as f64 / passed.as_secs_f64();
     seen.tokens = tokens;
-    let serving = state.engines.iter().filter(|engine| is_serving(engine));
-    let gpus: u32 = serving.map(|engine| engine.gpus).sum();
+    let gpus = state.fleet.serving_gpus;
     gauge!("anabranch_tokens_per_second").set(rate);
     gauge!("anabranch_gpus").set(f64::from(gpus));
     // Engines without a GPU count as one each in no sense: the figure is then left out.
@@ -209,16 +229,17 @@ fn rates(seen: &mut Seen, passed: Duration, state: &StateView, tokens: u64) {
 
 fn by_state(seen: &mut Seen, state: &StateView) {
     seen.states.values_mut().for_each(|count| *count = 0);
-    for engine in &state.engines {
-        *seen.states.entry(state_name(&engine.state)).or_default() += 1;
+    for (name, count) in &state.fleet.states {
+        seen.states.insert(name.to_string(), *count);
     }
     for (name, count) in &seen.states {
-        gauge!("anabranch_engines", "state" => *name).set(f64::from(*count));
+        gauge!("anabranch_engines", "state" => name.clone()).set(f64::from(*count));
     }
 }
 
-fn of_engine(engine: &EngineView, time: &mut Time, passed: Duration) {
-    if is_serving(engine) {
+fn of_engine(engine: &EngineView, time: &mut Time, now: Now) {
+    let passed = time.passed(now);
+    if engine.state.is_serving() {
         time.serving += passed;
         time.idle += if engine.running == 0 { passed } else { Duration::ZERO };
     }
@@ -235,29 +256,6 @@ fn of_engine(engine: &EngineView, time: &mut Time, passed: Duration) {
     }
 }
 
-fn is_gone(engine: &EngineView) -> bool {
-    matches!(engine.state, EngineState::Gone { .. })
-}
-
-fn is_serving(engine: &EngineView) -> bool {
-    matches!(engine.state, EngineState::Serving { .. })
-}
-
-fn state_name(state: &EngineState) -> &'static str {
-    match state {
-        EngineState::Joining => "joining",
-        EngineState::Syncing { .. } => "syncing",
-        EngineState::Serving { .. } => "serving",
-        EngineState::Updating { .. } => "updating",
-        EngineState::Suspect { .. } => "suspect",
-        EngineState::Releasing => "releasing",
-        EngineState::Released => "released",
-        EngineState::Draining { .. } => "draining",
-        EngineState::Quarantined => "quarantined",
-        EngineState::Gone { .. } => "gone",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -269,6 +267,7 @@ mod tests {
         let metrics = Metrics::new();
         let state = Core::new(CoreConfig::default(), Now::ZERO).state(Now::ZERO);
         let at = |tokens| LedgerStats { tokens, ..LedgerStats::default() };
+        metrics.look_at_engines(Now::from_millis(1_000), &state.engines);
         metrics.look(Now::from_millis(1_000), &state, &at(100), 0);
         metrics.look(Now::from_millis(2_000), &state, &at(600), 3);
         metrics.tick(8, 20);

@@ -1,10 +1,8 @@
 //! The story at info level: one line per change of state, in one place. Single samples are at debug.
 
-use anabranch_proto::EngineId;
+use anabranch_proto::{EngineId, LoadStage};
+use anabranch_views::Notice;
 use tracing::{debug, info, warn};
-
-use crate::action::Notice;
-use crate::event::LoadStage;
 
 pub(crate) fn log(notice: &Notice) {
     match notice {
@@ -71,7 +69,7 @@ fn engines(notice: &Notice) {
             warn!("{engine} is suspect ({why}): {running} samples wait for it");
         }
         Notice::EngineServing { engine, version, probe } => {
-            let probe = probe.map(|verdict| format!(", probe {verdict:?}").to_lowercase());
+            let probe = probe.map(|verdict| format!(", probe {verdict}"));
             info!("{engine} serves {version}{}", probe.unwrap_or_default());
         }
         Notice::EngineDraining { engine, deadline_ms, why } => {
@@ -144,7 +142,7 @@ fn versions(notice: &Notice) {
             active(engine, &version.to_string(), *bytes, *ms, fetched_from);
         }
         Notice::LoadStage { engine, version, stage, bytes, .. } => {
-            debug!("{engine}: {version} {stage:?}, {} bytes", grouped(*bytes));
+            debug!("{engine}: {version} {stage}, {} bytes", grouped(*bytes));
         }
         other => debug!(?other, "notice"),
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use anabranch_runtime::Clock;
 use tokio::sync::broadcast;
 
-use crate::action::Notice;
+use anabranch_views::Notice;
 
 /// A listener that connects late still sees these.
 pub const REPLAY: usize = 256;

@@ -1,192 +1,53 @@
-//! What a person or a script may see: every state machine, serialised from the same enums that decide.
-//! No prompts, no tokens.
+//! The manager's state as people and scripts see it: fills the types of `anabranch-views` from the owners.
+//! Owns no field names; those are the views'. A state of an owner is converted by an exhaustive match, so that
+//! a new one cannot be forgotten here.
 
 use std::collections::BTreeMap;
 
-use anabranch_proto::Version;
+use anabranch_proto::{EngineId, SessionId, Step};
 use anabranch_runtime::clock::Now;
-use serde::Serialize;
+use anabranch_views::{
+    EgressView, EngineState as ShownState, EngineView, FleetView, JobView, LoadView, ProgressView,
+    QueueView, SamplesView, StatePage, StateView, StepView, VersionView,
+};
 
 use crate::core::Core;
-use crate::event::{LoadStage, Staleness};
 use crate::fleet::{Engine, EngineState};
 use crate::rollout::{Rank, StepBook};
-use crate::weights::{Progress, VersionRecord, VersionState};
+use crate::weights::{Load, Progress, VersionRecord};
 
-/// Totals since the manager started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Counters {
-    /// Tokens that engines made and we kept.
-    pub tokens: u64,
-    pub finished: u64,
-    pub delivered: u64,
-    pub delivered_tokens: u64,
-    pub committed: u64,
-    pub abandoned: u64,
-    pub dropped: u64,
-    /// Times a sample left an engine before it was finished.
-    pub migrations: u64,
-    /// Tokens they took along.
-    pub moved_tokens: u64,
-    pub restarts: u64,
-    /// Tokens thrown away by restarts, to be made again.
-    pub regenerated_tokens: u64,
-    pub engine_deaths: u64,
-    pub misbehaved: u64,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct StateView {
-    pub uptime_ms: u64,
-    pub job: Option<JobView>,
-    pub current: Version,
-    /// Sealed, and waiting for older groups to end.
-    pub pending: Option<Version>,
-    pub training: bool,
-    pub engines: Vec<EngineView>,
-    pub versions: Vec<VersionView>,
-    pub steps: Vec<StepView>,
-    pub samples: SamplesView,
-    pub queue: QueueView,
-    pub egress: EgressView,
-    pub admitted_tokens: u64,
-    pub admission_limit: u64,
-    pub counters: Counters,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct JobView {
-    pub name: String,
-    pub epoch: u32,
-    pub staleness: Staleness,
-    pub logprobs_mode: crate::event::LogprobsMode,
-    pub on_running: crate::event::OnRunning,
-    pub trainers: usize,
-    pub paused: bool,
-    pub trainer_heard_ms: u64,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct EngineView {
-    pub id: String,
-    pub incarnation: u64,
-    pub session: u64,
-    #[serde(flatten)]
-    pub state: EngineState,
-    pub version: Option<Version>,
-    pub connected: bool,
-    pub kind: String,
-    pub gpus: u32,
-    pub colocated: bool,
-    pub running: usize,
-    pub committed_tokens: u64,
-    pub kv_tokens: u64,
-    pub kv_used: f32,
-    pub tokens: u64,
-    pub joined_ms: u64,
-    pub heard_ms: u64,
-    pub load: Option<LoadView>,
-    /// Why the last load failed, until one succeeds.
-    pub load_error: String,
-    pub holds: Vec<Version>,
-    pub preemptible: bool,
-    /// Bytes/s, as its fetches showed.
-    pub ingress: Option<u64>,
-    pub egress: Option<u64>,
-    pub reserved: bool,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct LoadView {
-    pub version: Version,
-    pub stage: LoadStage,
-    pub bytes: u64,
-    pub total: u64,
-    pub ms: u64,
-    /// Planned parents, by stripe.
-    pub parents: Vec<String>,
-    pub fetched_from: BTreeMap<String, u64>,
-    pub error: String,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct VersionView {
-    pub version: Version,
-    pub state: VersionState,
-    pub bytes: u64,
-    pub settled: bool,
-    pub at_trainer: bool,
-    pub engines: BTreeMap<String, ProgressView>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct ProgressView {
-    pub stage: LoadStage,
-    pub bytes: u64,
-    pub since_sealed_ms: u64,
-    pub error: String,
-    /// Planned, by stripe.
-    pub parents: Vec<String>,
-    pub fetched_from: BTreeMap<String, u64>,
-    /// Bytes to peers, until its own load was done.
-    pub served: u64,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct StepView {
-    pub step: u64,
-    pub is_final: bool,
-    pub over: bool,
-    pub groups: usize,
-    pub open_groups: u32,
-    pub pooled: usize,
-    pub delivered: u64,
-    pub tokens: u64,
-    pub discarded_tokens: u64,
-    pub max_lag: u64,
-    pub short: usize,
-    pub dropped: usize,
-}
-
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct SamplesView {
-    pub waiting: u64,
-    pub running: u64,
-    pub finished: u64,
-    pub delivered: u64,
-    pub abandoned: u64,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct QueueView {
-    pub resumed: usize,
-    pub fresh: usize,
-    pub held: usize,
-    /// Why nothing is placed, where that is so.
-    pub blocked: Option<&'static str>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct EgressView {
-    pub offered: u64,
-    pub acked: u64,
-    pub committed: u64,
-    pub retained_batches: usize,
-    pub consumers: bool,
-}
+pub use anabranch_views::Counters;
 
 impl Core {
-    /// A picture of everything; costs a walk over all engines, so not for every event.
+    /// The whole state, with all engines. Costs a walk over all engines: for tests and the simulation.
     pub fn state(&self, now: Now) -> StateView {
-        let books = self.rollout.books();
+        self.view(now, self.fleet.engines().collect(), None)
+    }
+
+    /// One page of the state: counts over everything, and the engines of the page with their progress.
+    pub fn state_page(&self, now: Now, page: StatePage) -> StateView {
+        let mut rest = self.fleet.sessions_from(SessionId(page.from()));
+        let engines = rest.by_ref().take(page.limit()).collect();
+        self.view(now, engines, rest.next().map(|engine| engine.session.0))
+    }
+
+    /// Totals since the manager started.
+    pub fn counters(&self) -> Counters {
+        self.out.counters
+    }
+
+    fn view(&self, now: Now, engines: Vec<&Engine>, next: Option<u64>) -> StateView {
+        let (books, versions) = (self.rollout.books(), self.weights.books());
         StateView {
             uptime_ms: self.uptime(now).as_millis() as u64,
             job: self.job_view(now),
-            current: self.weights.current(),
-            pending: self.weights.books().pending(),
+            current: versions.current(),
+            pending: versions.pending(),
             training: self.fleet.books().training(),
-            engines: self.fleet.engines().map(|engine| self.engine_view(engine, now)).collect(),
-            versions: self.weights.books().iter().map(version_view).collect(),
+            fleet: self.fleet_view(),
+            versions: versions.iter().map(|record| version_view(record, &engines)).collect(),
+            engines: engines.into_iter().map(|engine| self.engine_view(engine, now)).collect(),
+            next,
             steps: self.step_views(),
             samples: samples_view(books.counts()),
             queue: self.queue_view(),
@@ -203,17 +64,24 @@ impl Core {
         }
     }
 
-    pub fn counters(&self) -> Counters {
-        self.out.counters
+    fn fleet_view(&self) -> FleetView {
+        let mut view = FleetView::default();
+        for engine in self.fleet.engines() {
+            view.engines += 1;
+            let state = shown(engine.state());
+            *view.states.entry(state.name().into()).or_default() += 1;
+            view.serving_gpus += if state.is_serving() { engine.hello.gpus } else { 0 };
+        }
+        view
     }
 
     fn job_view(&self, now: Now) -> Option<JobView> {
         self.job.as_ref().map(|job| JobView {
             name: job.name.clone(),
             epoch: job.epoch,
-            staleness: job.staleness,
-            logprobs_mode: job.logprobs_mode,
-            on_running: job.on_running,
+            staleness: Some(job.staleness),
+            convention: job.logprobs_mode.into(),
+            on_running: job.on_running.into(),
             trainers: job.sessions.len(),
             paused: job.paused,
             trainer_heard_ms: now.since(job.last_heard).as_millis() as u64,
@@ -222,11 +90,12 @@ impl Core {
 
     fn engine_view(&self, engine: &Engine, now: Now) -> EngineView {
         let (ingress, egress) = self.weights.rates(&engine.id);
+        let load = self.weights.load_of(engine.session);
         EngineView {
             id: engine.id.to_string(),
             incarnation: engine.hello.incarnation.0,
             session: engine.session.0,
-            state: engine.state().clone(),
+            state: shown(engine.state()),
             version: engine.version(),
             connected: engine.link.is_some(),
             kind: engine.hello.kind.clone(),
@@ -239,16 +108,7 @@ impl Core {
             tokens: engine.tokens,
             joined_ms: now.since(engine.joined).as_millis() as u64,
             heard_ms: now.since(engine.heard).as_millis() as u64,
-            load: self.weights.load_of(engine.session).map(|load| LoadView {
-                version: load.version,
-                stage: load.stage,
-                bytes: load.bytes,
-                total: load.total,
-                ms: now.since(load.ordered).as_millis() as u64,
-                parents: self.weights.parent_names(&load.feed.parents),
-                fetched_from: load.fetched_from.clone(),
-                error: load.error.clone(),
-            }),
+            load: load.map(|load| self.load_view(load, now)),
             load_error: self.weights.load_error(engine.session).to_owned(),
             holds: self.weights.holds(engine.session),
             preemptible: self.fleet.is_preemptible(engine),
@@ -258,8 +118,21 @@ impl Core {
         }
     }
 
+    fn load_view(&self, load: &Load, now: Now) -> LoadView {
+        LoadView {
+            version: load.version,
+            stage: load.stage.into(),
+            bytes: load.bytes,
+            total: load.total,
+            ms: now.since(load.ordered).as_millis() as u64,
+            parents: self.weights.parent_names(&load.feed.parents),
+            fetched_from: load.fetched_from.clone(),
+            error: load.error.clone(),
+        }
+    }
+
     fn step_views(&self) -> Vec<StepView> {
-        let view = |(step, book): (anabranch_proto::Step, &StepBook)| StepView {
+        let view = |(step, book): (Step, &StepBook)| StepView {
             step: step.0,
             is_final: book.is_final,
             over: book.over,
@@ -292,7 +165,7 @@ impl Core {
             resumed: queue.count(Rank::Resumed),
             fresh: queue.count(Rank::Fresh),
             held: queue.count(Rank::Held),
-            blocked,
+            blocked: blocked.map(Into::into),
         }
     }
 }
@@ -301,23 +174,48 @@ fn samples_view([waiting, running, finished, delivered, abandoned]: [u64; 5]) ->
     SamplesView { waiting, running, finished, delivered, abandoned }
 }
 
-fn version_view(record: &VersionRecord) -> VersionView {
-    let progress = |p: &Progress| ProgressView {
-        stage: p.stage,
-        bytes: p.bytes,
-        since_sealed_ms: p.since_sealed.as_millis() as u64,
-        error: p.error.clone(),
-        parents: p.parents.clone(),
-        fetched_from: p.fetched_from.clone(),
-        served: p.served,
-    };
-    let engines = &record.live().engines;
+/// The state as people read it.
+fn shown(state: &EngineState) -> ShownState {
+    match state {
+        EngineState::Joining => ShownState::Joining,
+        EngineState::Syncing { to } => ShownState::Syncing { to: *to },
+        EngineState::Serving { at } => ShownState::Serving { at: *at },
+        EngineState::Updating { from, to } => ShownState::Updating { from: *from, to: *to },
+        EngineState::Suspect { why } => ShownState::Suspect { why: why.clone() },
+        EngineState::Releasing => ShownState::Releasing,
+        EngineState::Released => ShownState::Released,
+        EngineState::Draining { why } => ShownState::Draining { why: why.clone() },
+        EngineState::Quarantined => ShownState::Quarantined,
+        EngineState::Gone { why } => ShownState::Gone { why: why.clone() },
+    }
+}
+
+/// A version, with the progress of `engines` only.
+fn version_view(record: &VersionRecord, engines: &[&Engine]) -> VersionView {
+    let mut stages = BTreeMap::new();
+    for progress in record.live().engines.values() {
+        *stages.entry(progress.stage.into()).or_default() += 1;
+    }
+    let on = |id: &EngineId| Some((id.to_string(), progress_view(record.live().engines.get(id)?)));
     VersionView {
         version: record.version(),
-        state: record.state(),
+        state: record.state().into(),
         bytes: record.bytes(),
         settled: record.settled(),
         at_trainer: record.is_served(),
-        engines: engines.iter().map(|(id, p)| (id.to_string(), progress(p))).collect(),
+        stages,
+        engines: engines.iter().filter_map(|engine| on(&engine.id)).collect(),
+    }
+}
+
+fn progress_view(progress: &Progress) -> ProgressView {
+    ProgressView {
+        stage: progress.stage.into(),
+        bytes: progress.bytes,
+        since_sealed_ms: progress.since_sealed.as_millis() as u64,
+        error: progress.error.clone(),
+        parents: progress.parents.clone(),
+        fetched_from: progress.fetched_from.clone(),
+        served: progress.served,
     }
 }

@@ -8,6 +8,7 @@ use anabranch_proto::pb::{self, admin_server::Admin, engines_request::Kind};
 use anabranch_proto::word::check_name;
 use anabranch_proto::{EngineId, Invalid};
 use anabranch_runtime::Role;
+use anabranch_views::{Notice, StatePage};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -38,7 +39,10 @@ impl Admin for AdminService {
         request: Request<pb::StateRequest>,
     ) -> Result<Response<pb::Json>, Status> {
         self.may_look(&request)?;
-        let text = state_json(&self.gate).await.map_err(Status::unavailable)?;
+        let pb::StateRequest { from, limit, .. } = request.into_inner();
+        let page = StatePage::new(from, limit);
+        let page = page.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let text = state_json(&self.gate, page).await.map_err(Status::unavailable)?;
         Ok(Response::new(pb::Json { text }))
     }
 
@@ -109,7 +113,8 @@ async fn events(gate: Arc<Gate>, out: Out<pb::Json>) {
         let message = match told {
             Ok(told) => pb::Json { text: told.json.clone() },
             Err(tokio::sync::broadcast::error::RecvError::Lagged(missed)) => {
-                pb::Json { text: format!("{{\"event\":\"missed\",\"events\":{missed}}}") }
+                let missed = Notice::Missed { events: missed };
+                pb::Json { text: serde_json::to_string(&missed).expect("a notice is plain data") }
             }
             Err(_) => return,
         };

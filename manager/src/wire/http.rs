@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_runtime::Role;
+use anabranch_views::{LedgerView, StateAnswer, StatePage};
 use axum::Router;
 use axum::extract::{Query, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
@@ -13,13 +14,12 @@ use axum::response::sse::{Event as Sse, KeepAlive};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use futures_util::{Stream, StreamExt, stream};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use tokio_stream::wrappers::BroadcastStream;
 use tokio_stream::wrappers::errors::BroadcastStreamRecvError;
 
 use crate::ledger::LedgerStats;
 use crate::view::notices::Told;
-use crate::view::state::StateView;
 use crate::wire::gate::Gate;
 
 const PAGE: &str = include_str!("http/page.html");
@@ -39,26 +39,37 @@ pub(crate) fn router(gate: Arc<Gate>) -> Router {
         .with_state(gate)
 }
 
-/// The core's view with what only the driver knows.
-#[derive(Serialize)]
-struct Shown<'a> {
-    anabranch: &'static str,
-    manager_epoch: u64,
-    #[serde(flatten)]
-    core: &'a StateView,
-    ledger: LedgerStats,
+/// A page of the state as JSON text: the core's view, with what only the driver knows.
+pub(crate) async fn state_json(gate: &Gate, page: StatePage) -> Result<String, String> {
+    let stopping = |_| "the manager is shutting down".to_owned();
+    let answer = StateAnswer {
+        anabranch: env!("CARGO_PKG_VERSION").into(),
+        manager_epoch: gate.life.epoch,
+        state: gate.inbox.state(page).await.map_err(stopping)?,
+        ledger: ledger_view(gate.ledger.stats()),
+    };
+    serde_json::to_string(&answer).map_err(|error| format!("the state cannot be shown: {error}"))
 }
 
-pub(crate) async fn state_json(gate: &Gate) -> Result<String, String> {
-    let stopping = |_| "the manager is shutting down".to_owned();
-    let core = gate.inbox.state().await.map_err(stopping)?;
-    let shown = Shown {
-        anabranch: env!("CARGO_PKG_VERSION"),
-        manager_epoch: gate.life.epoch,
-        core: &core,
-        ledger: gate.ledger.stats(),
-    };
-    serde_json::to_string(&shown).map_err(|error| format!("the state cannot be shown: {error}"))
+fn ledger_view(stats: LedgerStats) -> LedgerView {
+    let LedgerStats {
+        tokens,
+        repeated_tokens,
+        stale_tokens,
+        past_stop_tokens,
+        cleared_tokens,
+        broken,
+        pages,
+    } = stats;
+    LedgerView {
+        tokens,
+        repeated_tokens,
+        stale_tokens,
+        past_stop_tokens,
+        cleared_tokens,
+        broken,
+        pages,
+    }
 }
 
 /// The page holds no data; it asks for the token itself where one is needed.
@@ -79,8 +90,23 @@ async fn metrics(State(gate): State<Arc<Gate>>) -> Response {
     ([(header::CONTENT_TYPE, kind)], gate.metrics.render()).into_response()
 }
 
-async fn state(State(gate): State<Arc<Gate>>) -> Response {
-    match state_json(&gate).await {
+/// Page of `/state`. Without any of it: the first 256 engines.
+#[derive(Deserialize)]
+struct Asked {
+    /// Session that the page begins with.
+    #[serde(default)]
+    from: u64,
+    /// Most engines on the page; 0: 256.
+    #[serde(default)]
+    limit: u32,
+}
+
+async fn state(State(gate): State<Arc<Gate>>, Query(asked): Query<Asked>) -> Response {
+    let page = match StatePage::new(asked.from, asked.limit) {
+        Ok(page) => page,
+        Err(error) => return (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response(),
+    };
+    match state_json(&gate, page).await {
         Ok(text) => ([(header::CONTENT_TYPE, "application/json")], text).into_response(),
         Err(why) => (StatusCode::SERVICE_UNAVAILABLE, why).into_response(),
     }

@@ -8,13 +8,13 @@ use std::time::Duration;
 use anabranch_proto::SessionId;
 use anabranch_proto::pb;
 use anabranch_runtime::Clock;
+use anabranch_views::{StatePage, StateView};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::action::{Answer, VersionStatus};
 use crate::event::{ConsumerId, EngineHello, Event, LinkId, Pack, PublisherId, ReplyTo, Shard};
-use crate::view::state::StateView;
 use crate::wire::effects::consumers::ToConsumer;
 use crate::wire::effects::sessions::Attached;
 
@@ -56,7 +56,11 @@ pub(crate) enum Input {
         out: mpsc::Sender<ToPublisher>,
     },
     PublisherLost(PublisherId),
-    State(oneshot::Sender<Arc<StateView>>),
+    /// A page of the state is asked for.
+    State {
+        page: StatePage,
+        answer: oneshot::Sender<Arc<StateView>>,
+    },
 }
 
 /// An agent said Hello.
@@ -128,10 +132,21 @@ impl Inbox {
         }
     }
 
-    pub async fn state(&self) -> Result<Arc<StateView>, Closed> {
+    /// One page of the state, at most 100 ms old.
+    pub async fn state(&self, page: StatePage) -> Result<Arc<StateView>, Closed> {
         let (answer, answered) = oneshot::channel();
-        self.send(Input::State(answer)).await?;
+        self.send(Input::State { page, answer }).await?;
         answered.await.map_err(|_| Closed)
+    }
+
+    /// All pages of the state, each asked for on its own, so that the loop turns in between.
+    pub async fn whole_state(&self) -> Result<Arc<StateView>, Closed> {
+        let mut all = self.state(StatePage::default()).await?;
+        while let Some(from) = all.next {
+            let page = self.state(StatePage::starting(from)).await?;
+            Arc::make_mut(&mut all).extend(Arc::unwrap_or_clone(page));
+        }
+        Ok(all)
     }
 
     /// Links, consumers, publishers and replies are counted together: unique is all they need to be.

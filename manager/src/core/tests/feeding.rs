@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 
 use super::*;
 use crate::action::{Holder, LoadOrder};
-use crate::fleet::EngineState;
 
 const MIB: u64 = 1 << 20;
 
@@ -87,7 +86,7 @@ impl Rollout {
         self.report(order, |report| report.stage = LoadStage::Active);
     }
 
-    fn engine(&self, id: &str) -> crate::view::state::EngineView {
+    fn engine(&self, id: &str) -> anabranch_views::EngineView {
         let state = self.bench.core.state(self.bench.now);
         let found = state.engines.into_iter().rev().find(|engine| engine.id == id);
         found.expect("attached once")
@@ -242,7 +241,7 @@ fn what_was_tried_is_shown_until_a_load_succeeds() {
     assert!(told.iter().any(noticed), "{told:?}");
     let view = rollout.engine("e0");
     assert_eq!(view.load_error, story);
-    assert!(matches!(view.state, EngineState::Syncing { .. }), "{:?}", view.state);
+    assert!(matches!(view.state, anabranch_views::EngineState::Syncing { .. }), "{:?}", view.state);
     rollout.bench.now = rollout.bench.now + Duration::from_secs(2);
     let again = self::orders(rollout.bench.tell(Event::TimePassed { gap: Duration::ZERO }));
     assert_eq!(rollout.engine("e0").load_error, story, "an order is no success");

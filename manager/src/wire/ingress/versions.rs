@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_proto::pb::{self, version_status::OnEngine};
+use anabranch_views::{ProgressView, VersionView};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use crate::view::state::VersionView;
 use crate::wire::gate::Gate;
 use crate::wire::inbox::Out;
 
@@ -32,7 +32,7 @@ async fn run(gate: Arc<Gate>, out: Out<pb::VersionStatus>) {
             () = out.closed() => return,
             () = gate.drain.cancelled() => return,
         }
-        let Ok(state) = gate.inbox.state().await else { return };
+        let Ok(state) = gate.inbox.whole_state().await else { return };
         seen.retain(|known, _| state.versions.iter().any(|view| view.version == *known));
         for view in &state.versions {
             let status = status(view);
@@ -48,16 +48,16 @@ async fn run(gate: Arc<Gate>, out: Out<pb::VersionStatus>) {
 }
 
 fn status(view: &VersionView) -> pb::VersionStatus {
-    let engine = |(id, on): (&String, &crate::view::state::ProgressView)| OnEngine {
+    let engine = |(id, on): (&String, &ProgressView)| OnEngine {
         engine: id.clone(),
-        stage: on.stage.name().to_owned(),
+        stage: on.stage.to_string(),
         bytes: on.bytes,
         since_ms: on.since_sealed_ms,
         error: on.error.clone(),
     };
     pb::VersionStatus {
         version: Some(view.version.into()),
-        state: view.state.name().to_owned(),
+        state: view.state.to_string(),
         bytes: view.bytes,
         engines: view.engines.iter().map(engine).collect(),
         settled: view.settled,
