@@ -37,7 +37,6 @@ const CHANGES: u8 = 1;
 
 /// Why bytes are no delta to the version.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeltaError {
     /// The bytes are of another format.

@@ -69,7 +69,6 @@ pub struct Mismatch<T> {
 
 /// Why a directory is no checkpoint, or a tensor of it cannot be read.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// A file or the directory cannot be read.

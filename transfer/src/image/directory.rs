@@ -63,7 +63,6 @@ pub struct ReadOptions {
 
 /// Why a directory is not the version that it should be.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum DirectoryError {
     /// The directory is no checkpoint.

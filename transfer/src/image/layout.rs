@@ -27,7 +27,6 @@ pub struct Layout {
 
 /// Why tensors make no image, or an image does not fit its manifest.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
     /// There are no tensors.

@@ -8,7 +8,6 @@ use super::wire::WireError;
 
 /// An error of a stream, as this end sees it.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
     /// The name of the host cannot be resolved.

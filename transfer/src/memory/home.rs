@@ -38,7 +38,6 @@ pub(crate) struct Home {
 
 /// Why a directory cannot be the arena's home.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum HomeError {
     /// No slot of the size fits beside what is there.

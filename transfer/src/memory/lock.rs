@@ -13,7 +13,6 @@ pub(crate) struct DirLock {
 
 /// Why a directory cannot be locked.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// A living process has it.

@@ -84,7 +84,6 @@ struct Memory {
 
 /// Why the staging area cannot take a version.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum StageError {
     /// A file of the area cannot be used.

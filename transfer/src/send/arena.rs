@@ -94,7 +94,6 @@ pub(crate) struct Begun {
 
 /// Why there is no slot for a version.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum ArenaError {
     /// The system gives no memory.

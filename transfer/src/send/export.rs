@@ -39,7 +39,6 @@ pub(crate) struct Export {
 
 /// Why a version was not exported.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
     /// The file system refuses.

@@ -63,7 +63,6 @@ struct FirstUse {
 
 /// Why a receiver is not let in.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// The grant is forged, expired, or for something else.

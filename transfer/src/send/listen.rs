@@ -68,7 +68,6 @@ pub(crate) struct Door {
 
 /// Why versions cannot be served.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// A socket cannot be bound.

@@ -129,7 +129,6 @@ pub struct Published {
 
 /// Why a version was not published.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
     /// The server cannot be started.

@@ -12,7 +12,6 @@ use crate::receive::staging::StageError;
 
 /// Why a version is not here.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
     /// The version has no root yet.

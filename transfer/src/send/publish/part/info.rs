@@ -40,7 +40,6 @@ pub(super) struct Piece {
 
 /// Why bytes are not what another sender tells.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PartInfoError {
     /// The bytes are of another format.

@@ -19,7 +19,6 @@ pub(super) struct Joined {
 
 /// Why the parts do not make one version. Senders are numbered as in the list, in texts from 1.
 #[allow(missing_docs, reason = "the fields are the facts of the messages")]
-#[allow(missing_docs, reason = "the fields are the facts of the messages")]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PartError {
     /// The own part is missing in the list.
