@@ -47,11 +47,11 @@ fn a_receiver_several_versions_behind_gets_the_deltas_between_in_one_chain() {
         Server::start(([127, 0, 0, 1], 0).into(), behind.holder.clone(), ServeLimits::default());
     let server = server.expect("server");
     let (v, sent) = (last.version, last.sent_bytes());
-    let by_relay = vec![source("relay", &server.addr().to_string(), v)];
+    let by_relay = vec![source("relay", server.addr().to_string(), v)];
     let at_leaf = leaf.fetcher.fetch_blocking(&request(v, by_relay)).expect("from the relay");
     assert_holds(at_leaf.dir(), &weights);
     assert_eq!((at_leaf.report.delta_bytes, last.sent_bytes()), (chain, sent));
-    let by_relay = vec![source("relay", &server.addr().to_string(), v)];
+    let by_relay = vec![source("relay", server.addr().to_string(), v)];
     let at_near = near.fetcher.fetch_blocking(&request(v, by_relay)).expect("from the relay");
     assert_holds(at_near.dir(), &weights);
     assert_eq!((at_near.report.delta_bytes, last.sent_bytes()), (newer[1], sent));

@@ -25,7 +25,7 @@ fn exporting(dir: &Path, epoch: u32) -> Publisher {
 }
 
 fn from_file(dir: &Path, version: Version) -> Vec<SourceRef> {
-    vec![source("shared disk", &format!("file:{}", dir.display()), version)]
+    vec![source("shared disk", format!("file:{}", dir.display()), version)]
 }
 
 fn fetch(receiver: &Receiver, dir: &Path, version: Version) -> Result<Staged, FetchError> {

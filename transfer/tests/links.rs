@@ -226,7 +226,7 @@ fn a_path_that_stalls_costs_its_deadline_and_no_more() {
             LinkKind::Quic => UdpProxy::start(authority(&at), UdpFault::SilentAfter(2 << 20)).addr,
             _ => Proxy::start(authority(&at), Fault::StallAfter(2 << 20)).addr,
         };
-        let sources = vec![source("stalled", &via(&at, stalled), v), from(&publisher, v)];
+        let sources = vec![source("stalled", via(&at, stalled), v), from(&publisher, v)];
         let started = Instant::now();
         let staged = receiver.fetcher.fetch_blocking(&request(v, sources));
         assert_holds(staged.unwrap_or_else(|error| panic!("{link}: {error}")).dir(), &weights);
@@ -241,7 +241,7 @@ fn a_flipped_bit_is_found_by_the_cipher_and_the_bytes_come_from_elsewhere() {
     let v = publish(&publisher, 1, &weights).version;
     let at = address(&publisher);
     let flipping = Proxy::start(authority(&at), Fault::FlipEvery(3 << 20));
-    let sources = vec![source("flipping", &via(&at, flipping.addr), v), from(&publisher, v)];
+    let sources = vec![source("flipping", via(&at, flipping.addr), v), from(&publisher, v)];
     let staged = receiver.fetcher.fetch_blocking(&request(v, sources)).expect("fetch");
     assert_holds(staged.dir(), &weights);
     assert!(staged.report.queue.lost_streams > 0, "{:?}", staged.report);
@@ -255,7 +255,7 @@ fn a_lossy_path_changes_nothing_for_quic() {
     let v = publish(&publisher, 1, &weights).version;
     let at = address(&publisher);
     let lossy = UdpProxy::start(authority(&at), UdpFault::DropEvery(50));
-    let sources = vec![source("far", &via(&at, lossy.addr), v)];
+    let sources = vec![source("far", via(&at, lossy.addr), v)];
     let staged = receiver.fetcher.fetch_blocking(&request(v, sources)).expect("fetch");
     assert_holds(staged.dir(), &weights);
     assert_eq!(staged.report.queue.lost_streams, 0, "{:?}", staged.report);
@@ -273,7 +273,7 @@ fn a_handshake_that_stalls_ends_by_the_connect_deadline() {
         let receiver = receiver_with(|rules| {
             (rules.connect, rules.strikes) = (Duration::from_millis(300), 1);
         });
-        let sources = vec![source("silent", &via(at, silent), v)];
+        let sources = vec![source("silent", via(at, silent), v)];
         let started = Instant::now();
         let error = receiver.fetcher.fetch_blocking(&request(v, sources)).err().expect("stalls");
         assert!(started.elapsed() < Duration::from_secs(2), "{at}: {:?}", started.elapsed());

@@ -56,7 +56,7 @@ fn flipped_bits_are_found_counted_and_fetched_again() {
     let (publisher, receiver, weights) = (publisher(), receiver(), Weights::new(16, 2));
     let v = publish(&publisher, 1, &weights).version;
     let bad = Proxy::start(&publisher.addresses()[0], Fault::FlipEvery(3 << 20));
-    let sources = vec![source("flipping", &bad.addr.to_string(), v), from(&publisher, v)];
+    let sources = vec![source("flipping", bad.addr.to_string(), v), from(&publisher, v)];
     let staged = receiver.fetcher.fetch_blocking(&request(v, sources)).expect("fetch");
     assert_holds(staged.dir(), &weights);
     assert!(staged.report.queue.bad_chunks > 0, "{:?}", staged.report);
@@ -67,7 +67,7 @@ fn a_source_that_only_sends_rubbish_is_dropped_and_named() {
     let (publisher, receiver, weights) = (publisher(), receiver(), Weights::new(4, 2));
     let v = publish(&publisher, 1, &weights).version;
     let bad = Proxy::start(&publisher.addresses()[0], Fault::FlipEvery(30_000));
-    let sources = vec![source("liar", &bad.addr.to_string(), v)];
+    let sources = vec![source("liar", bad.addr.to_string(), v)];
     let error = receiver.fetcher.fetch_blocking(&request(v, sources)).err().expect("refused");
     let text = error.to_string();
     assert!(
@@ -82,7 +82,7 @@ fn after_a_dead_source_another_one_finishes_with_few_bytes_again() {
     let published = publish(&publisher, 1, &weights);
     let v = published.version;
     let dying = Proxy::start(&publisher.addresses()[0], Fault::DieAfter(48 << 20));
-    let first = vec![source("dying", &dying.addr.to_string(), v)];
+    let first = vec![source("dying", dying.addr.to_string(), v)];
     let error = receiver.fetcher.fetch_blocking(&request(v, first)).err().expect("dies");
     assert!(matches!(error, FetchError::NoSource { .. }), "{error}");
     let second = request(v, vec![from(&publisher, v)]);
@@ -102,7 +102,7 @@ fn a_stalled_source_costs_its_deadline_and_no_more() {
     let (publisher, receiver, weights) = (publisher(), receiver(), Weights::new(24, 4));
     let v = publish(&publisher, 1, &weights).version;
     let stalling = Proxy::start(&publisher.addresses()[0], Fault::StallAfter(2 << 20));
-    let sources = vec![source("stalled", &stalling.addr.to_string(), v), from(&publisher, v)];
+    let sources = vec![source("stalled", stalling.addr.to_string(), v), from(&publisher, v)];
     let started = Instant::now();
     let staged = receiver.fetcher.fetch_blocking(&request(v, sources)).expect("fetch");
     assert_holds(staged.dir(), &weights);
@@ -115,7 +115,7 @@ fn with_every_source_stalled_the_fetch_ends_by_its_deadline() {
     let receiver = receiver_with(|rules| rules.give_up = Duration::from_secs(1));
     let v = publish(&publisher, 1, &weights).version;
     let stalling = Proxy::start(&publisher.addresses()[0], Fault::StallAfter(2 << 20));
-    let sources = vec![source("stalled", &stalling.addr.to_string(), v)];
+    let sources = vec![source("stalled", stalling.addr.to_string(), v)];
     let error = receiver.fetcher.fetch_blocking(&request(v, sources)).err().expect("gives up");
     assert!(matches!(error, FetchError::Stalled { .. } | FetchError::NoSource { .. }), "{error}");
     assert!(error.to_string().contains("stalled at 127.0.0.1"), "{error}");
@@ -190,7 +190,7 @@ fn publishing_takes_the_memory_of_the_oldest_version_and_readers_never_get_torn_
     let v1 = publish(&publisher, 1, &weights[1]).version;
     // Slow enough that two publishes fit into the transfer.
     let slow = Proxy::start(&publisher.addresses()[0], Fault::StallAfter(8 << 20));
-    let at = source("slow", &slow.addr.to_string(), v1);
+    let at = source("slow", slow.addr.to_string(), v1);
     let mut overtaken = request(v1, vec![at]);
     overtaken.cancel = tokio_util::sync::CancellationToken::new();
     let reading = std::thread::scope(|s| {
@@ -271,7 +271,7 @@ fn a_restarted_agent_fetches_only_what_its_slot_lacks() {
     let before = receiver();
     let dir = Arc::clone(&before.dir);
     let dying = Proxy::start(&publisher.addresses()[0], Fault::DieAfter(16 << 20));
-    let sources = vec![source("dying", &dying.addr.to_string(), v)];
+    let sources = vec![source("dying", dying.addr.to_string(), v)];
     before.fetcher.fetch_blocking(&request(v, sources)).err().expect("dies");
     drop(before);
     // One recorded chunk is damaged meanwhile: the record alone is not believed.
@@ -353,7 +353,7 @@ fn an_unsealed_version_and_an_unreachable_source_are_said_plainly() {
     assert!(matches!(error, FetchError::Unsealed(_)));
     let v = Version { root: Root([1; 32]), ..v };
     let closed = std::net::TcpListener::bind("127.0.0.1:0").expect("port").local_addr();
-    let sources = vec![source("engine-7", &closed.expect("addr").to_string(), v)];
+    let sources = vec![source("engine-7", closed.expect("addr").to_string(), v)];
     let error = receiver.fetcher.fetch_blocking(&request(v, sources)).err().expect("no path");
     let text = error.to_string();
     assert!(text.contains("no path to any holder of v1@1: engine-7 at 127.0.0.1"), "{text}");
@@ -365,7 +365,7 @@ async fn a_dropped_fetch_stops_and_leaves_the_slot_usable() {
     let publishing = publisher.publish(1, &weights.refs()).expect("publish");
     let v = publishing.sealed().await.expect("sealed").version;
     let stalling = Proxy::start(&publisher.addresses()[0], Fault::StallAfter(1 << 20));
-    let sources = vec![source("stalled", &stalling.addr.to_string(), v)];
+    let sources = vec![source("stalled", stalling.addr.to_string(), v)];
     let fetch = receiver.fetcher.fetch(request(v, sources));
     assert!(tokio::time::timeout(Duration::from_millis(300), fetch).await.is_err());
     let again = request(v, vec![from(&publisher, v)]);
@@ -392,7 +392,7 @@ fn a_receiver_serves_what_it_holds_while_it_is_still_receiving() {
         while relay.holder.versions().is_empty() {
             std::thread::yield_now();
         }
-        let at = source("relay", &server.addr().to_string(), v);
+        let at = source("relay", server.addr().to_string(), v);
         let staged = leaf.fetcher.fetch_blocking(&request(v, vec![at])).expect("leaf");
         assert_holds(staged.dir(), &weights);
         drop(upstream.join().expect("relay"));
@@ -427,7 +427,7 @@ fn a_sparse_step_travels_as_a_delta_and_relays_hand_it_on() {
     let limits = anabranch_transfer::ServeLimits::default();
     let relay = Server::start(([127, 0, 0, 1], 0).into(), receiver.holder.clone(), limits);
     let relay = relay.expect("server");
-    let by_relay = vec![source("relay", &relay.addr().to_string(), v2)];
+    let by_relay = vec![source("relay", relay.addr().to_string(), v2)];
     let at_leaf = fetch(&leaf, v2, by_relay).expect("v2 from the relay");
     assert_holds(at_leaf.dir(), &weights);
     assert_eq!(at_leaf.report.delta_bytes, delta_bytes);

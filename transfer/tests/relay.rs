@@ -91,9 +91,9 @@ fn children_of_a_relay_that_dies_go_on_from_the_next_source() {
     let relay_server = serve(&relay);
     let whole = relay.fetcher.fetch_blocking(&request(v, vec![from(&publisher, v)]));
     let whole = whole.expect("relay");
-    let dying = Proxy::start(&relay_server.addr().to_string(), Fault::DieAfter(9 << 20));
+    let dying = Proxy::start(relay_server.addr().to_string(), Fault::DieAfter(9 << 20));
     let child = receiver();
-    let parent = SourceRef { stripes: vec![0], ..source("relay", &dying.addr.to_string(), v) };
+    let parent = SourceRef { stripes: vec![0], ..source("relay", dying.addr.to_string(), v) };
     let request = chained(v, vec![parent, from(&publisher, v)]);
     let staged = child.fetcher.fetch_blocking(&request).expect("child");
     assert_holds(staged.dir(), &weights);

@@ -99,7 +99,7 @@ fn a_receiver_takes_the_trainers_memory_over_and_serves_peers_from_it() {
     };
     let server = Server::start(([127, 0, 0, 1], 0).into(), receiver.holder.clone(), limits);
     let server = server.expect("server");
-    let at = vec![source("peer", &server.addr().to_string(), v)];
+    let at = vec![source("peer", server.addr().to_string(), v)];
     let at_leaf = leaf.fetcher.fetch_blocking(&request(v, at.clone())).expect("leaf");
     assert_holds(at_leaf.dir(), &weights);
     // Its streams to the leaf are kept, and hold nothing up.

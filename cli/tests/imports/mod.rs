@@ -172,7 +172,7 @@ impl Source {
             }
             UseTree::Name(name) => {
                 let name = name.ident.to_string();
-                self.note(&name, [&before[..], &[name.clone()]].concat());
+                self.note(&name, [&before[..], std::slice::from_ref(&name)].concat());
             }
             UseTree::Rename(name) => {
                 let path = [&before[..], &[name.ident.to_string()]].concat();

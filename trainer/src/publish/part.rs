@@ -92,15 +92,15 @@ mod tests {
 
     #[test]
     fn infos_of_the_wrong_number_or_form_are_refused_by_sender() {
-        let why = decode(&[[0u8; 3]], 2).err().expect("one is missing");
+        let why = decode(&[[0u8; 3]], 2).expect_err("one is missing");
         assert_eq!(why, "1 infos given, there are 2 senders");
-        let why = decode(&[[0u8; 3]], 1).err().expect("no info has three bytes");
+        let why = decode(&[[0u8; 3]], 1).expect_err("no info has three bytes");
         assert!(why.starts_with("what sender 1 told: "), "{why}");
     }
 
     #[tokio::test]
     async fn a_job_without_a_sender_publishes_no_parts() {
-        let error = Part::sender(&Session::offline(), 4).err().expect("it publishes alone");
+        let error = Part::sender(&Session::offline(), 4).expect_err("it publishes alone");
         assert!(error.to_string().starts_with("version 4: open the job with"), "{error}");
     }
 }

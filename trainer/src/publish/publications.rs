@@ -265,9 +265,9 @@ mod tests {
     #[tokio::test]
     async fn a_number_of_zero_is_refused_and_borrowed_work_runs_here() {
         let published = Publications::default();
-        let error = published.publish(&Session::offline(), 0, &[]).await.err().expect("zero");
+        let error = published.publish(&Session::offline(), 0, &[]).await.expect_err("zero");
         assert!(error.to_string().contains("count from 1"), "{error}");
-        let data = vec![1, 2, 3];
+        let data = [1, 2, 3];
         assert_eq!(in_place(|| data.iter().sum::<i32>()), 6);
     }
 }

@@ -34,7 +34,7 @@ struct Source {
 fn domain(registration: Registration) -> Option<Arc<Domain>> {
     let opened =
         load().and_then(|()| Domain::open(None, Some([127, 0, 0, 1].into()), registration));
-    opened.inspect_err(|why| skip(why)).ok()
+    opened.inspect_err(skip).ok()
 }
 
 /// Says why a test shows nothing here; the harness hides what tests print, but not this.

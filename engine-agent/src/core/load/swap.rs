@@ -27,14 +27,11 @@ impl Core {
     }
 
     fn paused_for_load(&mut self) {
-        match self.loader.state().clone() {
-            LoadState::Pausing(order, staged) => {
-                self.report(order.report(Stage::Loading));
-                let directory = staged.directory.clone();
-                self.act(Action::LoadWeights { directory, label: order.to.to_string() });
-                self.loader.set_state(LoadState::Loading(order, staged));
-            }
-            _ => {}
+        if let LoadState::Pausing(order, staged) = self.loader.state().clone() {
+            self.report(order.report(Stage::Loading));
+            let directory = staged.directory.clone();
+            self.act(Action::LoadWeights { directory, label: order.to.to_string() });
+            self.loader.set_state(LoadState::Loading(order, staged));
         }
     }
 
