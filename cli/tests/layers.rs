@@ -36,6 +36,26 @@ const HOUSES: &[House] = &[
         circles: &[&["delta::block", "delta::cpu", "delta::masks"]],
     },
     House {
+        dir: "manager",
+        layers: &[
+            &["ledger"],
+            &["event"],
+            &["action"],
+            &["timer", "need"],
+            &["outbox"],
+            // The owners do not know each other, nor the core.
+            &["fleet", "rollout", "weights"],
+            &["core"],
+            &["error"],
+            &["announce", "config"],
+            &["view"],
+            &["wire"],
+            &["driver"],
+            &["server"],
+        ],
+        circles: &[],
+    },
+    House {
         dir: "trainer",
         layers: &[
             &["verdict"],

@@ -5,11 +5,11 @@ use std::collections::VecDeque;
 
 use anabranch_proto::OrderId;
 use anabranch_runtime::clock::{Now, TimerTable};
+use anabranch_views::Counters;
 
 use crate::action::{Action, Answer, FailKind, Notice};
 use crate::event::ReplyTo;
 use crate::timer::Timer;
-use crate::view::state::Counters;
 
 /// Actions, deadlines and counters of the deciding core, in the order in which the core asked for them.
 #[derive(Default)]
