@@ -40,7 +40,7 @@ pub struct ChaosArgs {
     /// How long faults are injected
     #[arg(long, default_value_t = 60)]
     pub seconds: u64,
-    /// Where the report goes, as JSON
+    /// File for the report, as JSON
     #[arg(long)]
     pub report: Option<PathBuf>,
     #[arg(long, default_value_t = 1)]

@@ -31,7 +31,7 @@ pub struct CoreArgs {
     /// Sizes of the fleet, from small to large
     #[arg(long, value_delimiter = ',', default_value = "100,1000", value_name = "N,...")]
     pub engines: Vec<usize>,
-    /// Where the report goes, as JSON
+    /// File for the report, as JSON
     #[arg(long)]
     pub report: Option<PathBuf>,
     /// Virtual seconds that are measured; waits shrink with windows under 30 s

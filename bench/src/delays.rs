@@ -13,18 +13,18 @@ const LATEST_NS: u64 = 1_000_000_000;
 /// Each sorted, in milliseconds.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Delays {
-    /// From the engine to the manager's door.
+    /// Delays between a chunk's making and the manager's socket.
     pub link_ms: Vec<f64>,
-    /// From the engine to the manager's acknowledgement: it has them.
+    /// Delays between a chunk's making and the manager's acknowledgement, which says that it has the tokens.
     pub acked_ms: Vec<f64>,
-    /// From an answer's last token to the trainer's hands.
+    /// Delays between an answer's last token and the trainer's hands.
     pub delivery_ms: Vec<f64>,
     /// Chunks of the tapped engine that never passed the tap, or were never acknowledged.
     pub unmatched: u64,
 }
 
 impl Delays {
-    /// Of chunks made in `window`; `arrivals` are (seed, time).
+    /// Delays of the chunks made in `window`; `arrivals` are (seed, time).
     pub fn new(
         chunks: &[Ready],
         passed: &[Passed],
@@ -62,7 +62,7 @@ impl Delays {
     }
 }
 
-/// Of sorted values; not a number where there are none.
+/// Quantile of sorted values; not a number where there are none.
 pub fn quantile(sorted: &[f64], share: f64) -> f64 {
     match sorted.len() {
         0 => f64::NAN,

@@ -131,7 +131,7 @@ impl Load {
         }
     }
 
-    /// Until nothing came back for `quiet`, or everything is back.
+    /// Waits until nothing came back for `quiet`, or everything is back.
     pub async fn quiet(&self, quiet: Duration, deadline: Instant) -> anyhow::Result<()> {
         let (mut seen, mut since) = (self.counts().back_samples, Instant::now());
         while since.elapsed() < quiet && Instant::now() < deadline {
@@ -237,7 +237,7 @@ impl Submitter {
         Ok(())
     }
 
-    /// From 1; `submits` has counted the call that asks.
+    /// Current step, from 1; `submits` has counted the call that asks.
     fn step(&self) -> u64 {
         self.submits.div_ceil(STEP_SUBMITS)
     }

@@ -65,7 +65,7 @@ impl Proxy {
     }
 }
 
-/// Where connections lead, and what is asked at each step.
+/// Target of the connections, and what is asked at each step.
 #[derive(Clone)]
 struct Route {
     target: SocketAddr,
@@ -99,7 +99,7 @@ async fn accept(listener: &TcpListener, route: &Route, tasks: &Drain) {
 }
 
 impl Route {
-    /// Until either side ends or the link is cut.
+    /// Copies both ways until either side ends or the link is cut.
     async fn relay(self, client: TcpStream, connection: u64) {
         let Ok(server) = TcpStream::connect(self.target).await else { return };
         for socket in [&client, &server] {

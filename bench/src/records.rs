@@ -22,7 +22,7 @@ pub enum RecordError {
     Record { path: PathBuf, at: usize, why: String },
 }
 
-/// Where the three lie.
+/// Paths of the three files.
 #[derive(Clone, Debug)]
 pub struct Files {
     pub prompts: PathBuf,

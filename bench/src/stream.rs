@@ -40,7 +40,7 @@ pub struct StreamArgs {
     /// Length of every answer
     #[arg(long, default_value_t = 8000)]
     pub response_tokens: u32,
-    /// Where the report goes, as JSON
+    /// File for the report, as JSON
     #[arg(long)]
     pub report: Option<PathBuf>,
     /// Samples that run at once, over all engines

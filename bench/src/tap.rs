@@ -35,7 +35,7 @@ pub struct Tap {
 
 #[derive(Default)]
 struct State {
-    /// By connection, and whether the bytes come from the agent.
+    /// Both directions of every connection; true: the bytes come from the agent.
     sides: BTreeMap<(u64, bool), Side>,
     seeds: BTreeMap<(u64, u32), u64>,
     /// With the tick that they came in.
@@ -48,7 +48,7 @@ struct State {
 #[derive(Default)]
 struct Side {
     rest: BytesMut,
-    /// By HTTP/2 stream: what has come of a gRPC message.
+    /// Received part of a gRPC message, by HTTP/2 stream.
     streams: BTreeMap<u32, BytesMut>,
 }
 

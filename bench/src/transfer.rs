@@ -45,7 +45,7 @@ pub struct TransferArgs {
     /// Letters of figures, separated by commas, or `all`
     #[arg(long, default_value = "all")]
     pub figure: String,
-    /// Where the report goes, as JSON
+    /// File for the report, as JSON
     #[arg(long)]
     pub report: Option<PathBuf>,
     /// Pairs of checkpoints for C and D, as training left them

@@ -1,4 +1,4 @@
-//! Where a run keeps its logs and records: a folder that is given, or one of its own that is removed after a run that
+//! The folder of a run's logs and records: one that is given, or one of its own that is removed after a run that
 //! passed. Owns the folder, and the last words of a run.
 
 use std::path::{Path, PathBuf};

@@ -95,7 +95,7 @@ impl Cluster {
         Ok(Self { exe, dirs, flags, drain, manager, url, nodes: BTreeMap::new() })
     }
 
-    /// Where the manager listens.
+    /// URL at which the manager listens.
     pub fn url(&self) -> &str {
         &self.url
     }

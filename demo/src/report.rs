@@ -91,7 +91,7 @@ pub struct VersionRow {
     pub published_at_s: f64,
     /// How long the trainer was kept by it.
     pub publish_s: f64,
-    /// By engine: from the beginning of the publication until it served the version.
+    /// Time between the beginning of the publication and serving the version, by engine.
     pub active_s: BTreeMap<String, f64>,
 }
 

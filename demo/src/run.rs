@@ -36,7 +36,7 @@ pub use plan::{COLOCATED, Plan};
 pub use session::{Publication, Session, StepRecord};
 pub use summary::DemoOutcome;
 
-/// Until the first engines serve.
+/// Time for the first engines to serve.
 const FLEET_START: Duration = Duration::from_secs(30);
 /// Between two looks at processes that start.
 const LOOK: Duration = Duration::from_millis(500);
@@ -44,7 +44,7 @@ const STOP_DEADLINE: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Clone, PartialEq, clap::Args)]
 pub struct DemoArgs {
-    /// Of weights, problems and sampling
+    /// Seed of weights, problems and sampling
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// Optimizer steps; the script of joins and kills needs 8
@@ -59,7 +59,7 @@ pub struct DemoArgs {
     /// GSM8K-style problems (JSON lines with question, and answer after ####) as workload
     #[arg(long, value_name = "FILE.jsonl")]
     pub data: Option<PathBuf>,
-    /// Where report.html, report.json and the logs go
+    /// Folder for report.html, report.json and the logs
     #[arg(long, value_name = "DIR", default_value = "anabranch-demo")]
     pub report_dir: PathBuf,
     /// Print report.json to stdout, and nothing else

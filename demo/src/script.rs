@@ -8,7 +8,7 @@ use crate::progress::View;
 use crate::report::{Happening, HappeningKind, Phase};
 use crate::watch::{Story, WatchError, Watcher};
 
-/// Until an engine runs samples.
+/// Time for an engine to run samples.
 const NOTICE: Duration = Duration::from_secs(3);
 const LOOK: Duration = Duration::from_millis(10);
 /// A kill or drain waits for so many samples on the engine, so that there is something to lose.

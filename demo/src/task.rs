@@ -18,7 +18,7 @@ const FIRST_BASE: u32 = 3;
 const BASES: [char; 4] = ['A', 'C', 'G', 'T'];
 /// One strand in this many is held out of training, decided by the strand's own hash.
 const HELD_OUT_SHARE: u64 = 8;
-/// Where the warm-up's problems begin, far from any training problem.
+/// First index of the warm-up's problems, far from any training problem.
 const FORM_STREAM: u64 = 1 << 40;
 const COPIED_SHARE: f64 = 0.5;
 

@@ -53,7 +53,7 @@ impl Proc {
         }
     }
 
-    /// Its output is appended to its log file.
+    /// Starts the process; appends what it prints to its log file.
     pub async fn start(&mut self, command: Command, drain: &Drain) -> anyhow::Result<()> {
         let output = Output::File(self.log.clone());
         let child = Child::start(&self.name, command, output, drain).await?;

@@ -22,7 +22,7 @@ pub struct Agent {
     pub session: Option<SessionId>,
     pub loaded: Version,
     pub load: Option<Load>,
-    /// Its memory is the trainer's.
+    /// Set while the trainer has the engine's memory.
     pub released: bool,
     phases: [Vec<Run>; PHASES],
     ends: Vec<pb::End>,
@@ -51,9 +51,9 @@ struct Run {
 /// How many tokens each sample comes to, out of its seed: so it is the same on every engine.
 #[derive(Clone, Copy, Debug)]
 pub struct Lives {
-    /// Of the first sample of a group, which runs before its siblings and makes the group one that was offered.
+    /// Tokens of the first sample of a group, which runs before its siblings and makes the group one that was offered.
     pub leader: u32,
-    /// Of each other, in the mean.
+    /// Tokens of each other sample of a group, in the mean.
     pub sibling: u32,
     /// Groups up to this one start in the middle of their lives.
     pub first_wave: u64,

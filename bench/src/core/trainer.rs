@@ -25,7 +25,7 @@ pub struct Trainer {
     pub current: u64,
     /// The newest one waits to become current.
     pub waiting: bool,
-    /// It has the colocated engines' memory.
+    /// Set while the trainer has the colocated engines' memory.
     pub training: bool,
     step_groups: u64,
     submitted: u64,

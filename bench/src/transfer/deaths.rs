@@ -199,7 +199,7 @@ impl Victim {
         }
     }
 
-    /// Where it is none but the trainer.
+    /// Index of the victim among the receivers; `None` for the trainer.
     fn receiver(self) -> Option<usize> {
         match self {
             Victim::Source => None,

@@ -14,7 +14,7 @@ use super::netns::{Net, Traffic};
 use super::order::*;
 
 pub const RATE: &str = "200mbit";
-/// Of a transfer that goes by no plan.
+/// Parallel streams of a transfer that goes by no plan.
 pub const STREAMS: usize = 4;
 
 pub struct Fleet<'a> {
@@ -153,13 +153,13 @@ impl<'a> Fleet<'a> {
 // === impl Arrival ===
 
 impl Arrival {
-    /// By the receiver's own clock, from when it was asked.
+    /// Arrival by the receiver's own clock, counted from when it was asked.
     pub fn of(asked: Duration, fetched: Fetched) -> Arrival {
         Arrival { after: asked + Duration::from_secs_f64(fetched.took_ms / 1e3), fetched }
     }
 }
 
-/// Where one receiver fetches from.
+/// Sources of one receiver.
 #[derive(Clone, Debug, Default)]
 pub struct Feed {
     pub sources: Vec<Origin>,

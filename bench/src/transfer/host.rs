@@ -118,7 +118,7 @@ impl Host {
     }
 }
 
-/// Until the node ends; then nobody waits for it in vain.
+/// Hands the node's answers to their callers; when the node ends, it lets go whoever still waits.
 async fn read(stdout: ChildStdout, waiting: Arc<Mutex<Waiting>>) {
     let mut lines = BufReader::new(stdout).lines();
     while let Ok(Some(line)) = lines.next_line().await {

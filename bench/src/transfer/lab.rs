@@ -1,5 +1,5 @@
-//! Where figures are made: hosts on loopback or in network namespaces, one key, one folder of logs, one staging
-//! root. Owns those; what the hosts do is the figure's business.
+//! The place where figures are made: hosts on loopback or in network namespaces, one key, one folder of logs, one
+//! staging root. Owns those; what the hosts do is the figure's business.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};

@@ -102,7 +102,7 @@ impl Model {
         self.tensors.iter().map(Tensor::as_ref).collect()
     }
 
-    /// Of every tensor's name and bytes, in the order of the names.
+    /// Digest of every tensor's name and bytes, in the order of the names.
     pub fn digest(&self) -> String {
         digest(self.tensors.iter().map(|t| (t.name.as_str(), &t.data[..])))
     }
@@ -114,7 +114,7 @@ impl Tensor {
     }
 }
 
-/// Of names and bytes; the names in order.
+/// Digest of names and bytes; the names come in order.
 pub fn digest<'a>(tensors: impl Iterator<Item = (&'a str, impl AsRef<[u8]>)>) -> String {
     let mut hasher = blake3::Hasher::new();
     for (name, data) in tensors {

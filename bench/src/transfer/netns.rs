@@ -64,7 +64,7 @@ impl Net {
         self.change(&[what, &self.prefix, &n.to_string()]).await
     }
 
-    /// Of host `n`'s link, both ways.
+    /// Sets the rate of host `n`'s link, both ways.
     pub async fn set_rate(&self, n: usize, rate: &str) -> anyhow::Result<()> {
         self.change(&["rate", &self.prefix, &n.to_string(), rate]).await
     }
@@ -85,7 +85,7 @@ impl Net {
 }
 
 impl Traffic {
-    /// Of the namespace that process `pid` lives in.
+    /// Traffic of the namespace that process `pid` lives in.
     pub fn of(pid: u32) -> anyhow::Result<Traffic> {
         let text = std::fs::read_to_string(format!("/proc/{pid}/net/dev"))?;
         Traffic::parse(&text).context("no eth0 there")

@@ -49,7 +49,7 @@ pub fn run() -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// Where nobody reads any more, stdin ends too.
+/// Prints one reply. A reader that is gone closes stdin too, which ends the node.
 #[allow(clippy::print_stdout)]
 fn say(reply: &Reply) {
     let line = serde_json::to_string(reply).expect("replies are plain data");
@@ -275,7 +275,7 @@ impl Node {
     }
 }
 
-/// Of what lies in the staged file, whatever the chunks' hashes were.
+/// Digest of what lies in the staged file, whatever the chunks' hashes were.
 fn digest_of(staged: &Staged) -> String {
     let mut names: Vec<&str> = staged.manifest().tensors.iter().map(|t| t.name.as_str()).collect();
     names.sort_unstable();

@@ -69,7 +69,7 @@ pub struct Train {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Publish {
     pub number: u64,
-    /// Of all tensors.
+    /// Size of all tensors together.
     pub bytes: u64,
     pub seed: u64,
     /// Share of the elements that differ from the version before; without it all are made anew.
@@ -112,7 +112,7 @@ pub struct Issued {
     pub copied_ms: f64,
     pub sealed_ms: f64,
     pub delta_bytes: Option<u64>,
-    /// Of all tensors, by name.
+    /// Digest of all tensors, by name.
     pub digest: String,
     pub changed_share: f64,
     /// Page faults while it was copied and sealed: minor, major.

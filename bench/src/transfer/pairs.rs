@@ -26,7 +26,7 @@ const RATES: [(&str, f64); 3] = [("3e-4", 3e-4), ("1e-5", 1e-5), ("1e-6", 1e-6)]
 /// Steps of a rate before its first image: the moments of Adam have settled.
 const SETTLED: usize = 10;
 const APART: [usize; 3] = [1, 10, 100];
-/// Of both optimizers; each has half of the tensors and a thread of its own.
+/// Settings of both optimizers; each has half of the tensors and a thread of its own.
 const ADAM: ParamsAdamW =
     ParamsAdamW { lr: 0.0, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.01 };
 

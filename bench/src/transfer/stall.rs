@@ -15,7 +15,7 @@ const RECEIVERS: usize = 4;
 const ROUNDS: usize = 5;
 /// 5% of [`RATE`].
 const THROTTLED: &str = "10mbit";
-/// Of a round and a condition: one takes the free slot, one that of the version being read.
+/// Publications of a round and a condition: one takes the free slot, one that of the version being read.
 const PUBLISHES: usize = 2;
 
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -41,7 +41,7 @@ pub struct Oracle {
     seed: u64,
     model: SyntheticParams,
     engines: BTreeSet<String>,
-    /// By (epoch, number); number 0 is every epoch's start-up weights.
+    /// Weights by (epoch, number); number 0 is every epoch's start-up weights.
     keys: BTreeMap<(u32, u64), WeightsKey>,
     base: WeightsKey,
 }

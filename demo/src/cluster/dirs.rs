@@ -1,4 +1,4 @@
-//! Where the demo writes: the report directory, and a directory in shared memory that goes away.
+//! Folders that the demo writes to: the report directory, and a directory in shared memory that goes away.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -44,7 +44,7 @@ impl Dirs {
         Ok(dirs)
     }
 
-    /// From here on there is something to remove in shared memory, so not before it is needed.
+    /// Makes the directory in shared memory, which must be removed at the end: not called before it is needed.
     pub(super) fn open_shm(&self) -> Result<(), ClusterError> {
         remove_orphans(Path::new(SHM));
         fs::create_dir_all(&self.shm)

@@ -30,7 +30,7 @@ pub struct Totals {
 #[derive(Debug, Default)]
 pub struct Book {
     asked: BTreeMap<String, u32>,
-    /// By (step, key, index): the digest of its tokens and log-probabilities.
+    /// Digest of each sample's tokens and log-probabilities, by (step, key, index).
     seen: BTreeMap<(u64, String, u32), blake3::Hash>,
     totals: Totals,
 }

@@ -1,4 +1,4 @@
-//! Where the trainer computes: one thread beside the async ones. Over matrices this small, each more
+//! The trainer's place to compute: one thread beside the async ones. Over matrices this small, each more
 //! thread of candle's pool costs CPU and, with engines on the same cores, time as well (measured: a
 //! warm-up of 3.5 s became 16 s of CPU with two).
 

@@ -72,7 +72,7 @@ pub struct Publication {
     pub at_s: f64,
     /// How long the trainer was kept.
     pub kept: Duration,
-    /// Until the manager had sealed it.
+    /// Time until the manager had sealed the version.
     pub sealed: Duration,
 }
 

@@ -36,7 +36,7 @@ pub struct VersionStory {
     pub sealed_s: Option<f64>,
     pub current_s: Option<f64>,
     pub settled_s: Option<f64>,
-    /// By engine.
+    /// Time at which each engine served the version, in seconds since the demo's start.
     pub active_s: BTreeMap<String, f64>,
 }
 

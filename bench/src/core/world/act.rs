@@ -9,7 +9,7 @@ use super::super::events::{self, Event};
 use super::super::fleet::Agent;
 use super::{Due, World};
 
-/// From a batch to its acknowledgement.
+/// Time between a batch and its acknowledgement.
 const ACK_MS: u64 = 2;
 
 impl World {

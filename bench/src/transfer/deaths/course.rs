@@ -16,7 +16,7 @@ pub(super) struct Course {
     issued: Issued,
     feeds: Vec<Feed>,
     started: Instant,
-    /// By receiver: when it was asked, and the order.
+    /// When each receiver was asked, and the order.
     pub(super) pending: Vec<(Duration, Pending)>,
     pub(super) after: Vec<Option<Duration>>,
     pub(super) sourceless: Duration,
@@ -75,7 +75,7 @@ impl Course {
         Ok(())
     }
 
-    /// Until those receivers have everything. One whose fetch failed is asked again, as a manager would.
+    /// Waits until those receivers have everything. One whose fetch failed is asked again, as a manager would.
     pub(super) async fn finish(
         &mut self,
         fleet: &Fleet<'_>,

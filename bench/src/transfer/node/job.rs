@@ -45,7 +45,7 @@ impl Training {
         self.active(published, started, changed_share).await
     }
 
-    /// Until every engine has loaded it; before the first version, until they are there.
+    /// Waits until every engine has loaded the version; before the first version, until the engines are there.
     async fn active(
         &self,
         mut published: Published,

@@ -16,7 +16,7 @@ const SIGMA: f64 = 0.02;
 const HIDDEN: f32 = -1e9;
 
 pub struct Lm {
-    /// By name, in the order of use.
+    /// Parameters by name, in the order of use.
     vars: Vec<(String, Var)>,
     mask: Tensor,
 }
