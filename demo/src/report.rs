@@ -4,7 +4,7 @@
 
 mod charts;
 mod html;
-mod svg;
+mod prose;
 
 use std::collections::BTreeMap;
 use std::fs;

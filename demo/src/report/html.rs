@@ -1,252 +1,275 @@
-//! The page around the pictures: figures at the top, a plain summary at the end. One file, no
+//! The page around the pictures: figures at the top, tables to unfold, a plain summary at the end. One file, no
 //! scripts, nothing fetched.
 
-use super::charts;
-use super::svg::escape;
-use super::{EngineRow, HappeningKind, Report, Verdict};
+use maud::{DOCTYPE, Markup, PreEscaped, html};
 
+use super::charts::{self, css};
+use super::{HappeningKind, Phase, Report, Verdict, prose};
+
+/// Draws `report.html`.
 pub fn render(report: &Report) -> String {
-    format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
-         <title>Anabranch demo, seed {seed}</title><style>{style}</style></head><body><main>\
-         {header}{tiles}{reward}{rate}{timeline}{rolls}{engines}{story}{complaints}{summary}\
-         </main></body></html>\n",
-        seed = report.seed,
-        style = include_str!("style.css"),
-        header = header(report),
-        tiles = tiles(report),
-        reward = section(
-            "Learning",
-            "Mean reward of each step's samples, and the share that was right as a whole. Vertical \
-             lines: engines that came or went.",
-            &(legend(&[("line-reward", "reward"), ("line-exact", "exact answers")])
-                + &charts::reward(report)),
-        ),
-        rate = section(
-            "Tokens per second",
-            "Tokens of a step's samples over the step's whole time, training included.",
-            &charts::token_rate(report),
-        ),
-        timeline = timeline(report),
-        rolls = roll_outs(report),
-        engines = engine_table(report),
-        story = story(report),
-        complaints = complaints(report),
-        summary = summary(report),
-    )
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                title { "Anabranch demo, seed " (report.seed) }
+                style { (PreEscaped(include_str!("style.css"))) }
+            }
+            body { main {
+                (header(report))
+                (tiles(report))
+                (learning(report))
+                (timeline(report))
+                (roll_outs(report))
+                (engines(report))
+                (story(report))
+                (complaints(report))
+                section.summary {
+                    h2 { "In short" }
+                    @for sentence in prose::sentences(report) { p { (sentence) } }
+                }
+            } }
+        }
+    };
+    page.into_string()
 }
 
-fn header(report: &Report) -> String {
+fn header(report: &Report) -> Markup {
     let (class, verdict) = match report.verdict() {
         Verdict::Kept => ("good", "Every sample came back, exactly once"),
         Verdict::Broken => ("bad", "Samples were lost or came twice"),
     };
-    let mode = match (report.publishing, report.deterministic) {
-        (false, _) => " · control: engines keep version 0",
-        (true, true) => " · deterministic",
-        (true, false) => "",
-    };
-    format!(
-        "<header><h1>Anabranch demo</h1><p class=\"sub\">task {} · {} · seed {}{mode}</p>\
-         <p class=\"verdict {class}\">{verdict}</p></header>",
-        escape(&report.task),
-        escape(&report.algorithm),
-        report.seed,
-    )
-}
-
-fn tiles(report: &Report) -> String {
-    let tile = |value: String, label: &str| {
-        format!("<div class=\"tile\"><b>{value}</b><span>{label}</span></div>")
-    };
-    let exact = format!("{:.2} → {:.2}", report.exact_before, report.exact_after);
-    format!(
-        "<div class=\"tiles\">{}{}{}{}{}{}</div>",
-        tile(exact, "held-out exact match"),
-        tile(thousands(report.trajectories), "samples"),
-        tile(thousands(report.migrations), "moves to another engine"),
-        tile(format!("{} / {}", report.lost, report.duplicated), "lost / duplicated"),
-        tile(report.versions.len().to_string(), "weight versions"),
-        tile(format!("{:.0} s", report.wall_s), "wall time"),
-    )
-}
-
-fn timeline(report: &Report) -> String {
-    let last = charts::last_version(report);
-    let stops: Vec<String> = (0..=8).map(|i| charts::version_colour(i, 8)).collect();
-    let ramp = format!(
-        "<span class=\"key\">v0<i class=\"ramp\" style=\"background:linear-gradient(90deg,{})\"></i>v{last}</span>",
-        stops.join(",")
-    );
-    let keys = legend(&[
-        ("joining", "joining"),
-        ("loading", "loading weights"),
-        ("released", "memory lent to the trainer"),
-        ("draining", "draining"),
-        ("suspect", "suspect"),
-    ]);
-    let marks = "<div class=\"legend\"><span class=\"key joined\">▲ joined</span>\
-                 <span class=\"key killed\">✕ killed</span>\
-                 <span class=\"key drained\">▼ drained</span></div>";
-    section(
-        "Engines",
-        "Each bar is an engine's life; its colour is the weight version that it served.",
-        &format!("<div class=\"legend\">{ramp}</div>{keys}{marks}{}", charts::timeline(report)),
-    )
-}
-
-fn roll_outs(report: &Report) -> String {
-    let key = |engine: &EngineRow| {
-        let colour = charts::engine_colour(report, &engine.id);
-        let id = escape(&engine.id);
-        format!(
-            "<span class=\"key\"><i class=\"dot\" style=\"background:{colour}\"></i>{id}</span>"
-        )
-    };
-    let keys: String = report.engines.iter().map(key).collect();
-    section(
-        "Roll-outs",
-        "Seconds from the beginning of a version's publication until each engine served it.",
-        &format!("<div class=\"legend\">{keys}</div>{}", charts::roll_outs(report)),
-    )
-}
-
-fn engine_table(report: &Report) -> String {
-    let row = |e: &EngineRow| {
-        let left = e.left_s.map_or("stayed".to_owned(), |s| format!("{s:.1} s"));
-        format!(
-            "<tr><td>{}</td><td>{:.1} s</td><td>{left}</td><td>{}</td><td class=\"num\">{}</td></tr>",
-            escape(&e.id),
-            e.joined_s,
-            escape(e.why.as_deref().unwrap_or("")),
-            thousands(e.tokens),
-        )
-    };
-    let rows: String = report.engines.iter().map(row).collect();
-    format!(
-        "<section><h2>Who made the tokens</h2><table><thead><tr><th>engine</th><th>joined</th>\
-         <th>left</th><th>why</th><th class=\"num\">tokens received</th></tr></thead>\
-         <tbody>{rows}</tbody></table></section>"
-    )
-}
-
-fn story(report: &Report) -> String {
-    if report.story.is_empty() {
-        return String::new();
-    }
-    let line = |h: &super::Happening| {
-        let class = match h.kind {
-            HappeningKind::Joined => "joined",
-            HappeningKind::Killed => "killed",
-            HappeningKind::Drained => "drained",
-            HappeningKind::Note => "note",
-        };
-        format!("<li class=\"{class}\"><time>{:.1} s</time>{}</li>", h.at_s, escape(&h.text))
-    };
-    let lines: String = report.story.iter().map(line).collect();
-    format!("<section><h2>What happened</h2><ol class=\"story\">{lines}</ol></section>")
-}
-
-fn complaints(report: &Report) -> String {
-    if report.complaints.is_empty() {
-        return String::new();
-    }
-    let lines: String =
-        report.complaints.iter().map(|c| format!("<li>{}</li>", escape(c))).collect();
-    format!("<section><h2>What should not have happened</h2><ul>{lines}</ul></section>")
-}
-
-/// What the run showed, for someone who reads nothing else.
-fn summary(report: &Report) -> String {
-    let sentences = [
-        learning(report),
-        samples(report),
-        weights(report),
-        format!(
-            "The supervised warm-up took {:.1} s, {:.0}% of the {:.0} s; it showed the form of an \
-             answer with the wrong content.",
-            report.warmup_s,
-            100.0 * report.warmup_s / report.wall_s.max(1e-9),
-            report.wall_s
-        ),
-    ];
-    let paragraphs: String = sentences.iter().map(|s| format!("<p>{}</p>", escape(s))).collect();
-    format!("<section class=\"summary\"><h2>In short</h2>{paragraphs}</section>")
-}
-
-fn learning(report: &Report) -> String {
-    let gain = report.exact_after - report.exact_before;
-    let change = match gain {
-        g if g >= 0.005 => "rose",
-        g if g <= -0.005 => "fell",
-        _ => "did not move",
-    };
-    let mut text = format!(
-        "Over {} optimizer steps, greedy exact match on problems that were never trained on {change}: \
-         {:.3} before, {:.3} after.",
-        report.steps, report.exact_before, report.exact_after
-    );
-    if !report.publishing {
-        text += " This was the control: the engines were never given the new weights.";
-    }
-    text
-}
-
-fn samples(report: &Report) -> String {
-    let fate = match report.verdict() {
-        Verdict::Kept => "None was lost and none came twice.".to_owned(),
-        Verdict::Broken => {
-            format!("{} were lost and {} came twice.", report.lost, report.duplicated)
+    html! {
+        header {
+            h1 { "Anabranch demo" }
+            p.sub {
+                "task " (report.task) " · " (report.algorithm) " · seed " (report.seed)
+                @if !report.publishing { " · control: engines keep version 0" }
+                @else if report.deterministic { " · deterministic" }
+            }
+            p.verdict.(class) { (verdict) }
         }
+    }
+}
+
+fn tiles(report: &Report) -> Markup {
+    let tiles = [
+        (format!("{:.2} → {:.2}", report.exact_before, report.exact_after), "held-out exact match"),
+        (thousands(report.trajectories), "samples"),
+        (thousands(report.migrations), "moves to another engine"),
+        (format!("{} / {}", report.lost, report.duplicated), "lost / duplicated"),
+        (report.versions.len().to_string(), "weight versions"),
+        (format!("{:.0} s", report.wall_s), "wall time"),
+    ];
+    html! {
+        div.tiles { @for (value, label) in tiles { div.tile { b { (value) } span { (label) } } } }
+    }
+}
+
+fn learning(report: &Report) -> Markup {
+    html! {
+        section {
+            h2 { "Learning" }
+            p.note {
+                "Mean reward of each step's samples, and the share that was right as a whole. \
+                 Vertical lines: engines that came or went."
+            }
+            (legend(&[(css(charts::REWARD), "reward"), (css(charts::EXACT), "exact answers, dashed")]))
+            figure aria-label="Mean reward and share of exact answers over time" {
+                (PreEscaped(charts::reward(report)))
+            }
+            h2 { "Tokens per second" }
+            p.note { "Tokens of a step's samples over the step's whole time, training included." }
+            figure aria-label="Tokens per second in each step" {
+                (PreEscaped(charts::token_rate(report)))
+            }
+            (steps(report))
+        }
+    }
+}
+
+fn steps(report: &Report) -> Markup {
+    html! {
+        details {
+            summary { "Each step" }
+            table {
+                (head(&["step", "ended", "reward", "exact", "tokens/s", "samples", "micro-batches", "lag"]))
+                @for p in &report.curve {
+                    tr {
+                        td { (p.step) } td { (format!("{:.1} s", p.t_s)) }
+                        td { (format!("{:.3}", p.reward)) } td { (format!("{:.3}", p.exact)) }
+                        td { (thousands(p.tokens_per_s as u64)) } td { (p.samples) }
+                        td { (p.microbatches) } td { (p.lag) }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn timeline(report: &Report) -> Markup {
+    let colour = |phase| css(charts::phase_colour(phase, report));
+    let stops: Vec<String> = (0..=8).map(|i| css(charts::version_colour(i, 8))).collect();
+    let phases = [
+        (Phase::Joining, "joining"),
+        (Phase::Loading { version: 0 }, "loading weights"),
+        (Phase::Released, "memory lent to the trainer"),
+        (Phase::Draining, "draining"),
+        (Phase::Suspect, "suspect"),
+    ];
+    html! {
+        section {
+            h2 { "Engines" }
+            p.note { "Each bar is an engine's life; its colour is the weight version that it served." }
+            div.legend {
+                span.key {
+                    "v0" i.ramp style={ "background:linear-gradient(90deg," (stops.join(",")) ")" } {}
+                    "v" (charts::last_version(report))
+                }
+                span.key.joined { "▲ joined" }
+                span.key.killed { "✕ killed" }
+                span.key.drained { "▼ drained" }
+            }
+            (legend(&phases.map(|(phase, label)| (colour(phase), label))))
+            figure aria-label="Each engine's life, coloured by the weight version that it served" {
+                (PreEscaped(charts::timeline(report)))
+            }
+            (lives(report))
+        }
+    }
+}
+
+fn lives(report: &Report) -> Markup {
+    html! {
+        details {
+            summary { "Each engine's phases" }
+            table {
+                (head(&["engine", "from", "to", "phase"]))
+                @for engine in &report.engines {
+                    @for span in &engine.phases {
+                        tr {
+                            td { (engine.id) }
+                            td { (format!("{:.1} s", span.from_s)) }
+                            td { (format!("{:.1} s", span.to_s)) }
+                            td { (prose::phase(span.phase)) }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn roll_outs(report: &Report) -> Markup {
+    let keys: Vec<(String, &str)> = report
+        .engines
+        .iter()
+        .map(|e| (css(charts::engine_colour(report, &e.id)), e.id.as_str()))
+        .collect();
+    html! {
+        section {
+            h2 { "Roll-outs" }
+            p.note {
+                "Seconds from the beginning of a version's publication until each engine served it."
+            }
+            (legend(&keys))
+            figure aria-label="Seconds from publication until an engine served the version" {
+                (PreEscaped(charts::roll_outs(report)))
+            }
+            details {
+                summary { "Each version" }
+                table {
+                    (head(&["version", "published", "bytes", "trainer kept", "served after"]))
+                    @for row in &report.versions {
+                        tr {
+                            td { (row.version) }
+                            td { (format!("{:.1} s", row.published_at_s)) }
+                            td { (thousands(row.bytes)) }
+                            td { (format!("{:.1} ms", row.publish_s * 1000.0)) }
+                            td {
+                                @for (engine, delay) in &row.active_s {
+                                    span.key { (engine) " " (format!("{delay:.2} s")) } " "
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn engines(report: &Report) -> Markup {
+    html! {
+        section {
+            h2 { "Who made the tokens" }
+            table {
+                (head(&["engine", "joined", "left", "why", "tokens received"]))
+                @for e in &report.engines {
+                    tr {
+                        td { (e.id) }
+                        td { (format!("{:.1} s", e.joined_s)) }
+                        td { (e.left_s.map_or("stayed".to_owned(), |s| format!("{s:.1} s"))) }
+                        td { (e.why.as_deref().unwrap_or("")) }
+                        td { (thousands(e.tokens)) }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn story(report: &Report) -> Markup {
+    let class = |kind| match kind {
+        HappeningKind::Joined => "joined",
+        HappeningKind::Killed => "killed",
+        HappeningKind::Drained => "drained",
+        HappeningKind::Note => "note",
     };
-    let gone = report.engines.iter().filter(|e| e.left_s.is_some()).count();
-    format!(
-        "{} engines made {} samples ({} tokens); {gone} of them left before the end. {} times a sample \
-         went on on another engine, after its last token; {} samples hold tokens of several engines, \
-         {} of several weight versions. {fate} {} tokens were made by an engine and never received.",
-        report.engines.len(),
-        thousands(report.trajectories),
-        thousands(report.tokens),
-        thousands(report.migrations),
-        thousands(report.across_engines),
-        thousands(report.across_versions),
-        thousands(report.discarded_tokens),
-    )
+    html! {
+        @if !report.story.is_empty() {
+            section {
+                h2 { "What happened" }
+                ol.story {
+                    @for h in &report.story {
+                        li.(class(h.kind)) { time { (format!("{:.1} s", h.at_s)) } (h.text) }
+                    }
+                }
+            }
+        }
+    }
 }
 
-fn weights(report: &Report) -> String {
-    let mut delays: Vec<f64> =
-        report.versions.iter().flat_map(|v| v.active_s.values().copied()).collect();
-    delays.sort_by(f64::total_cmp);
-    let (Some(slowest), Some(largest)) =
-        (delays.last(), report.versions.iter().map(|v| v.bytes).max())
-    else {
-        return "No new weights were published.".to_owned();
-    };
-    let kept = report.versions.iter().map(|v| v.publish_s).fold(0.0, f64::max);
-    format!(
-        "{} versions of up to {} kB were published. An engine served a new one after {:.2} s at the \
-         median and {slowest:.2} s at the slowest; the trainer itself was kept for at most {:.0} ms.",
-        report.versions.len(),
-        thousands(largest.div_ceil(1000)),
-        delays[delays.len() / 2],
-        kept * 1000.0,
-    )
+fn complaints(report: &Report) -> Markup {
+    html! {
+        @if !report.complaints.is_empty() {
+            section {
+                h2 { "What should not have happened" }
+                ul { @for complaint in &report.complaints { li { (complaint) } } }
+            }
+        }
+    }
 }
 
-fn section(title: &str, note: &str, body: &str) -> String {
-    format!("<section><h2>{title}</h2><p class=\"note\">{note}</p>{body}</section>")
+fn head(titles: &[&str]) -> Markup {
+    html! { thead { tr { @for title in titles { th { (title) } } } } }
 }
 
-fn legend(keys: &[(&str, &str)]) -> String {
-    let key = |(class, label): &(&str, &str)| {
-        format!("<span class=\"key\"><i class=\"swatch {class}\"></i>{label}</span>")
-    };
-    format!("<div class=\"legend\">{}</div>", keys.iter().map(key).collect::<String>())
+/// Colours in CSS and what they mean.
+fn legend(keys: &[(String, &str)]) -> Markup {
+    html! {
+        div.legend {
+            @for (colour, label) in keys {
+                span.key { i.swatch style={ "background:" (colour) } {} (label) }
+            }
+        }
+    }
 }
 
-fn thousands(value: u64) -> String {
+/// `value` with a comma between groups of three digits.
+pub fn thousands(value: u64) -> String {
     let digits = value.to_string();
     let grouped: Vec<&str> =
         digits.as_bytes().rchunks(3).rev().filter_map(|c| std::str::from_utf8(c).ok()).collect();
