@@ -139,7 +139,7 @@ fn wrong_use_is_64_with_a_sentence_that_helps() {
 fn bad_sampling_is_refused_before_anything_is_sent() {
     for (flag, value, says) in [
         ("--temperature", "-1", "temperature"),
-        ("--top-p", "0", "top_p is 0; it must be above 0"),
+        ("--top-p", "0", "top_p: 0 is not above 0"),
         ("--min-tokens", "999", "above max_tokens 256"),
         ("--stop", "", "stop string is empty"),
     ] {

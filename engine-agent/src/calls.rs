@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anabranch_proto::pb;
+use anabranch_proto::Sampling;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::core::{Call, ProbeResult};
@@ -74,12 +74,7 @@ fn probe_request(vocab: u32) -> Generate {
     // Spread over small ids, which every vocabulary has.
     let prompt: Vec<u32> =
         (0..PROBE_PROMPT_TOKENS).map(|i| (i * 7 + 3) % vocab.clamp(1, 97)).collect();
-    let sampling = pb::Sampling {
-        max_tokens: PROBE_TOKENS,
-        temperature: Some(0.0),
-        ignore_eos: true,
-        ..Default::default()
-    };
+    let sampling = Sampling::greedy(PROBE_TOKENS).ignore_eos(true);
     Generate {
         attempt: AttemptId(0),
         rid: "ab-probe".to_owned(),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::pb;
+use anabranch_proto::{Caps, Model, Sampling};
 
 /// A stand-in for an engine in a relay.
 pub mod relay;
@@ -88,7 +88,7 @@ pub struct Generate {
     /// Token ids generated so far.
     pub tail: Vec<u32>,
     /// Sampling settings of the sample.
-    pub sampling: Arc<pb::Sampling>,
+    pub sampling: Arc<Sampling>,
     /// Most tokens to generate: what remains of the sample's budget.
     pub max_tokens: u32,
     /// Fewest tokens to generate before a stop counts.
@@ -236,9 +236,9 @@ pub struct EngineInfo {
     /// Dialect and version, as in "sglang 0.5.23".
     pub kind: String,
     /// The model that the engine serves.
-    pub model: pb::Model,
+    pub model: Model,
     /// Abilities of the engine.
-    pub caps: pb::Caps,
+    pub caps: Caps,
     /// Size of the KV cache, in tokens.
     pub kv_tokens: u64,
     /// Most requests that run at once.

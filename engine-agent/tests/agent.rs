@@ -234,7 +234,7 @@ async fn what_is_wrong_with_a_request_is_refused_before_the_engine_sees_it() {
         (&[1, 1000], 4, "token 1000 at position 1 is outside the vocabulary of 1000"),
         (&[1; 64], 4, "64 tokens leave no room in the context of 64"),
         (&[], 4, "the prompt is empty"),
-        (&[1], 0, "max_tokens is 0"),
+        (&[1], 0, "max_tokens: must be at least 1"),
     ];
     for (group, (prompt, max_tokens, text)) in (0..).zip(cases) {
         let sample = SampleId::new(group, 0);

@@ -42,7 +42,8 @@ fn slot_bytes(staging: &Path) -> u64 {
     let agent = std::fs::read_dir(staging).expect("dir").flatten();
     let agent = agent.map(|e| e.path()).find(|p| !p.to_string_lossy().ends_with(".arena"));
     let files = std::fs::read_dir(agent.expect("the agent's")).expect("dir").flatten();
-    files.filter(|e| e.path().is_file()).map(|e| e.metadata().expect("metadata").len()).sum()
+    let slots = files.filter(|e| e.path().is_file() && e.file_name() != "lock");
+    slots.map(|e| e.metadata().expect("metadata").len()).sum()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -19,7 +19,7 @@ use crate::event::{EngineHello, LinkId};
 use crate::ledger::Maker;
 use crate::need::{Allowed, Need};
 use engine::Deaths;
-use seats::{Seat, Seats};
+use seats::Seats;
 
 pub(crate) use books::{Books, Change};
 pub(crate) use engine::{Engine, RELAY, Running};
@@ -337,7 +337,7 @@ impl Fleet {
     ) -> Option<R> {
         let engine = self.engines.get_mut(&session)?;
         let result = change(engine);
-        let seat = Seat::of(engine);
+        let seat = engine.seat_now();
         self.seats.replace(session, engine.seat, seat);
         engine.seat = seat;
         Some(result)

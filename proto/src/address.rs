@@ -51,7 +51,7 @@ pub struct CertPin(pub [u8; 32]);
 pub struct AddressError {
     /// The whole text.
     pub text: String,
-    /// What is wrong with it, or what to write instead.
+    /// The fault, or what to write instead.
     pub why: &'static str,
 }
 
@@ -121,7 +121,7 @@ impl fmt::Display for Address {
     }
 }
 
-/// What follows the scheme, without the two slashes.
+/// Rest of the address after the scheme, without the two slashes.
 fn authority(rest: &str) -> &str {
     rest.strip_prefix("//").unwrap_or(rest)
 }

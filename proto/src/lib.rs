@@ -17,6 +17,7 @@ pub mod invalid;
 pub mod limits;
 mod wire_enum;
 // work
+pub mod caps;
 pub mod finish;
 pub mod logprobs;
 pub mod model;
@@ -41,6 +42,7 @@ pub mod protocol;
 pub mod tokens;
 
 pub use attested::AttestedBy;
+pub use caps::Caps;
 pub use finish::Finish;
 pub use held::Held;
 pub use ids::{

@@ -44,8 +44,8 @@ pub enum LoadStage {
 pub enum VersionState {
     /// The trainer publishes it; its root is not known yet.
     Announced,
-    /// Its root is sealed and engines may load it. It becomes current when it makes no unfinished group
-    /// too old.
+    /// The root is sealed and engines may load the version. The version becomes current when it makes
+    /// no unfinished group too old.
     Available,
     /// New groups are measured against it.
     Current,

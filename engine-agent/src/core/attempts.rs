@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use anabranch_proto::pb::{self, end::Why};
-use anabranch_proto::{Attempt, SampleId};
+use anabranch_proto::{Attempt, SampleId, Sampling, SeedKeying};
 use anabranch_runtime::Now;
 
 use super::Core;
@@ -65,7 +65,7 @@ impl Core {
             return;
         }
         match self.admit(&start) {
-            Ok(prompt) => self.begin(sample, prompt, start),
+            Ok((prompt, sampling)) => self.begin(sample, prompt, sampling, start),
             Err((why, text)) => {
                 tracing::debug!(%sample, start.attempt, text, "not started");
                 self.outbox.end(
@@ -96,14 +96,20 @@ impl Core {
     }
 
     /// Adds an admitted attempt and sends its request, unless a load is under way.
-    fn begin(&mut self, sample: SampleId, prompt: Arc<[u32]>, start: pb::Start) {
+    fn begin(
+        &mut self,
+        sample: SampleId,
+        prompt: Arc<[u32]>,
+        sampling: Sampling,
+        start: pb::Start,
+    ) {
         let seeded = self
             .engine
             .as_ref()
-            .is_some_and(|engine| engine.caps.seed_keying() != pb::caps::SeedKeying::None);
+            .is_some_and(|engine| engine.caps.seed_keying != SeedKeying::Unkeyed);
         let attested = self.attested(&start);
         let seed = seeded.then_some(start.seed);
-        let attempt = LiveAttempt::new(sample, prompt, seed, attested, start);
+        let attempt = LiveAttempt::new(sample, (prompt, sampling), seed, attested, start);
         let id = self.attempts.insert(attempt);
         if !self.loader.is_loading() {
             self.send_to_engine(id);

@@ -4,10 +4,8 @@
 
 use std::time::Duration;
 
-use anabranch_proto::Version;
-use anabranch_proto::pb::load_state::Stage;
-use anabranch_proto::pb::probe::Verdict;
-use anabranch_proto::pb::{self, OnRunning, from_agent};
+use anabranch_proto::pb::{self, from_agent};
+use anabranch_proto::{LoadStage, OnRunning, Verdict, Version};
 use anabranch_runtime::Now;
 
 use super::action::{Action, FetchOrder};
@@ -80,7 +78,7 @@ impl Core {
         if let Some(deadline) = order.deadline {
             self.timers.set(Timer::LoadDeadline, deadline.max(now));
         }
-        self.report(order.report(Stage::Fetching));
+        self.report(order.report(LoadStage::Fetching));
         self.act(Action::Fetch(Box::new(FetchOrder {
             order: order.id,
             version: order.to,
@@ -97,7 +95,7 @@ impl Core {
         let Some(order) = self.loader.fetching_mut() else { return };
         if order.id == id {
             order.traffic.moved(now, so_far);
-            let report = pb::LoadState { bytes: so_far.bytes, ..order.report(Stage::Fetching) };
+            let report = pb::LoadState { bytes: so_far.bytes, ..order.report(LoadStage::Fetching) };
             self.report(report);
         }
     }
@@ -117,7 +115,7 @@ impl Core {
                     bytes,
                     holds: staged.holds,
                     fetched_from: staged.from.clone().into_iter().collect(),
-                    ..order.report(Stage::Staged)
+                    ..order.report(LoadStage::Staged)
                 });
                 self.quiesce(now, order, staged);
             }
@@ -128,14 +126,14 @@ impl Core {
         if let Some(why) = self.cannot_load() {
             return self.fail_load(now, order, why);
         }
-        self.report(order.report(Stage::Quiescing));
+        self.report(order.report(LoadStage::Quiescing));
         match order.on_running {
             OnRunning::Finish => {}
             OnRunning::Abort => {
                 self.abort_all(now, "new weights");
                 self.timers.set(Timer::Quiesce, now + QUIESCE);
             }
-            OnRunning::Continue | OnRunning::Unspecified => {
+            OnRunning::Continue => {
                 self.cut_attempts();
                 self.timers.set(Timer::Quiesce, now + QUIESCE);
             }
@@ -146,8 +144,7 @@ impl Core {
     /// Pauses the engine once the streams are quiet.
     pub(super) fn settle_load(&mut self) {
         let LoadState::Quiescing(order, staged) = self.loader.state() else { return };
-        let paused_ones_too =
-            !matches!(order.on_running, OnRunning::Continue | OnRunning::Unspecified);
+        let paused_ones_too = !matches!(order.on_running, OnRunning::Continue);
         if self.unquiet(paused_ones_too) > 0 {
             return;
         }
@@ -182,7 +179,7 @@ impl Core {
     }
 
     fn report(&mut self, report: pb::LoadState) {
-        if matches!(report.stage(), Stage::Active | Stage::Failed) {
+        if matches!(report.stage(), pb::load_state::Stage::Active | pb::load_state::Stage::Failed) {
             self.loader.last_report = Some(report.clone());
         }
         self.tell(from_agent::Kind::LoadState(report));

@@ -43,7 +43,7 @@ impl Core {
     pub(super) fn hello(&self) -> pb::Hello {
         let info = self.known.as_ref();
         let session = self.session.as_ref();
-        let mut caps = info.map(|info| info.caps.clone()).unwrap_or_default();
+        let mut caps = info.map(|info| pb::Caps::from(info.caps.clone())).unwrap_or_default();
         caps.weights_by_trainer = self.config.weights_by_trainer;
         pb::Hello {
             proto_min: *protocol::SUPPORTED.start(),
@@ -55,7 +55,7 @@ impl Core {
                 member: 0,
                 members: 1,
             }),
-            model: info.map(|info| info.model.clone()),
+            model: info.map(|info| info.model.clone().into()),
             caps: Some(caps),
             kv_tokens: info.map_or(0, |info| info.kv_tokens),
             max_running: info.map_or(0, |info| info.max_running),
@@ -98,16 +98,15 @@ impl Core {
 
     fn logprobs_mode_fits(&mut self, welcome: &pb::Welcome) -> bool {
         let Some(engine) = &self.engine else { return true };
-        let offered = &engine.caps.logprob_conventions;
-        if welcome.convention == 0 || offered.contains(&welcome.convention) {
-            return true;
-        }
-        let name = |code: i32| {
-            let mode = LogprobsMode::from_wire("logprobs mode", code).ok().flatten();
-            mode.map_or("unknown", LogprobsMode::name).to_owned()
+        let offered = &engine.caps.logprobs_modes;
+        let wanted = match LogprobsMode::from_wire("welcome.convention", welcome.convention) {
+            Ok(None) => return true,
+            Ok(Some(mode)) if offered.contains(&mode) => return true,
+            Ok(Some(mode)) => mode.name(),
+            Err(_) => "unknown",
         };
-        let offered = offered.iter().map(|value| name(*value)).collect::<Vec<_>>().join(", ");
-        self.exit(ExitReason::LogprobsMode { wanted: name(welcome.convention), offered });
+        let offered = offered.iter().map(|mode| mode.name()).collect::<Vec<_>>().join(", ");
+        self.exit(ExitReason::LogprobsMode { wanted: wanted.to_owned(), offered });
         false
     }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anabranch_proto::pb::{self, data_to_agent, end::Why, from_agent, load_state::Stage, to_agent};
-use anabranch_proto::{SampleId, tokens};
+use anabranch_proto::{Caps, LogprobsMode, Model, SampleId, SeedKeying, tokens};
 use anabranch_runtime::Now;
 
 use super::*;
@@ -35,12 +35,10 @@ struct World {
 fn info() -> EngineInfo {
     EngineInfo {
         kind: "test".into(),
-        model: pb::Model { vocab: 100, max_context: 64, ..Default::default() },
-        caps: pb::Caps {
-            seed_keying: pb::caps::SeedKeying::AbsolutePosition.into(),
-            logprob_conventions: vec![pb::Convention::Tempered.into()],
+        model: Model { vocab: 100, max_context: 64, ..Default::default() },
+        caps: Caps {
             release_memory: true,
-            ..Default::default()
+            ..Caps::new(SeedKeying::AbsolutePosition, vec![LogprobsMode::Tempered])
         },
         kv_tokens: 1000,
         max_running: 8,

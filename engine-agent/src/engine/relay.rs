@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
-use anabranch_proto::{LogprobsMode, pb};
+use anabranch_proto::{Caps, LogprobsMode, Model, SeedKeying};
 
 use super::{
     Chunk, Engine, EngineError, EngineInfo, Finish, Generate, StreamError, TokenStream, Utilization,
@@ -32,15 +32,10 @@ impl Engine for Relay {
     type Stream = Nothing;
 
     async fn info(&self) -> Result<EngineInfo, EngineError> {
-        let modes = LogprobsMode::ALL.iter().map(|mode| pb::Convention::from(*mode).into());
-        let caps = pb::Caps {
-            seed_keying: pb::caps::SeedKeying::None.into(),
-            logprob_conventions: modes.collect(),
-            ..pb::Caps::default()
-        };
+        let caps = Caps::new(SeedKeying::Unkeyed, LogprobsMode::ALL.to_vec());
         Ok(EngineInfo {
             kind: KIND.to_owned(),
-            model: pb::Model::default(),
+            model: Model::default(),
             caps,
             kv_tokens: 0,
             max_running: 0,

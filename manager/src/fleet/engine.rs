@@ -123,6 +123,15 @@ impl Engine {
         }
     }
 
+    /// Place in the index of seats; `None`: the engine may be given no samples at all.
+    pub(super) fn seat_now(&self) -> Option<Seat> {
+        let at = self.serving()?;
+        let context = self.hello.model.max_context;
+        let free = self.reserved.is_none() && !self.resting && self.has_seat();
+        let seat = Seat::new(at, context, self.pressure(), self.running.len());
+        Some(seat.with(free.then(|| self.room()), self.reserved.is_some()))
+    }
+
     /// Committed tokens a GPU: engines of different size compared.
     pub fn pressure(&self) -> u64 {
         self.committed_tokens / u64::from(self.hello.gpus.max(1))

@@ -11,7 +11,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_proto::{SessionId, Version};
 
-use super::engine::Engine;
 use crate::need::{Allowed, Need};
 
 /// Tokens by which an affine engine may be fuller than the emptiest and is still taken: about what a prefill
@@ -54,16 +53,15 @@ pub(super) struct Seats {
 }
 
 impl Seat {
-    pub fn of(engine: &Engine) -> Option<Self> {
-        let at = engine.serving()?;
-        let free = engine.reserved.is_none() && !engine.resting && engine.has_seat();
-        Some(Self {
-            bucket: Bucket { at, context: engine.hello.model.max_context },
-            pressure: engine.pressure(),
-            running: engine.running.len(),
-            room: free.then(|| engine.room()),
-            reserved: engine.reserved.is_some(),
-        })
+    /// Seat of an engine that serves `at`, runs `running` samples, and has room for a context of `context` tokens.
+    pub fn new(at: Version, context: u32, pressure: u64, running: usize) -> Self {
+        let bucket = Bucket { at, context };
+        Self { bucket, pressure, running, room: None, reserved: false }
+    }
+
+    /// `room`: free tokens of context, `None` where no new sample may come now.
+    pub fn with(self, room: Option<u64>, reserved: bool) -> Self {
+        Self { room, reserved, ..self }
     }
 }
 

@@ -1,8 +1,6 @@
 //! Change: one durable fact of a lineage of versions, in plain ids and numbers.
 
-use anabranch_proto::{Root, SessionId, Version};
-
-use super::versions::VersionState;
+use anabranch_proto::{Root, SessionId, Version, VersionState};
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Change {

@@ -80,6 +80,28 @@ pub(crate) struct Receivers {
 }
 
 impl Receiver {
+    /// Where the receiver stands towards the target; `None`: no load may be ordered.
+    fn post(&self, target: Version) -> Option<Post> {
+        if !self.linked || self.by_trainer {
+            return None;
+        }
+        let stand = self.stand?;
+        let at = match stand {
+            Stand::Joining | Stand::Syncing => None,
+            // Nobody waits for a relay's tokens: the relay loads first.
+            Stand::Serving(at) if self.is_relay && at != target => None,
+            Stand::Serving(at) | Stand::Updating(at) => Some(at),
+        };
+        let load = self.load.as_ref();
+        let outdated = load
+            .filter(|load| load.version != target && load.stage < LoadStage::Quiescing)
+            .map(|load| load.version);
+        let loading = load.is_some() || self.retry_waits;
+        let apart = !matches!(stand, Stand::Joining) && stand != Stand::Serving(target);
+        let to = load.map(|load| load.version);
+        Some(Post { at, loading, to, stuck: self.stuck && at.is_none(), outdated, apart })
+    }
+
     /// True where others can fetch from this receiver over the network.
     pub fn serves(&self) -> bool {
         self.addresses.iter().any(|addr| !addr.starts_with(WITHIN_HOST))
@@ -146,7 +168,7 @@ impl Receivers {
         let old_parents = parents(receiver);
         let probe = receiver.probe.as_ref().map(|(at, _)| (receiver.kind.clone(), *at));
         let result = change(receiver);
-        let post = Post::of(receiver, self.front.target());
+        let post = receiver.post(self.front.target());
         self.front.replace(session, receiver.post, post);
         receiver.post = post;
         let now = receiver.load.as_ref().map(|load| (load.order, load.version));
@@ -182,7 +204,7 @@ impl Receivers {
     pub fn retarget(&mut self, target: Version) {
         self.front.clear(target);
         for (session, receiver) in &mut self.all {
-            let post = Post::of(receiver, target);
+            let post = receiver.post(target);
             self.front.replace(*session, None, post);
             receiver.post = post;
         }

@@ -7,8 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_proto::{SessionId, Version};
 
-use super::receivers::Receiver;
-use crate::event::LoadStage;
 
 /// Where an engine stands, as the fleet says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,39 +23,16 @@ pub(crate) enum Stand {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Post {
     /// `None`: the engine serves nothing, or nobody waits for its tokens.
-    at: Option<Version>,
+    pub at: Option<Version>,
     /// An order is out, or a failed one waits to be given again.
-    loading: bool,
+    pub loading: bool,
     /// The version being loaded.
-    to: Option<Version>,
-    stuck: bool,
+    pub to: Option<Version>,
+    pub stuck: bool,
     /// Fetches something else than the target, and has not begun to load it.
-    outdated: Option<Version>,
+    pub outdated: Option<Version>,
     /// Attached, and does not serve the target.
-    apart: bool,
-}
-
-impl Post {
-    pub fn of(receiver: &Receiver, target: Version) -> Option<Self> {
-        if !receiver.linked || receiver.by_trainer {
-            return None;
-        }
-        let stand = receiver.stand?;
-        let at = match stand {
-            Stand::Joining | Stand::Syncing => None,
-            // Nobody waits for a relay's tokens: the relay loads first.
-            Stand::Serving(at) if receiver.is_relay && at != target => None,
-            Stand::Serving(at) | Stand::Updating(at) => Some(at),
-        };
-        let load = receiver.load.as_ref();
-        let outdated = load
-            .filter(|load| load.version != target && load.stage < LoadStage::Quiescing)
-            .map(|load| load.version);
-        let loading = load.is_some() || receiver.retry_waits;
-        let apart = !matches!(stand, Stand::Joining) && stand != Stand::Serving(target);
-        let to = load.map(|load| load.version);
-        Some(Self { at, loading, to, stuck: receiver.stuck && at.is_none(), outdated, apart })
-    }
+    pub apart: bool,
 }
 
 /// Index of all posts.

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use anabranch_proto::pb::{self, end::Why};
-use anabranch_proto::{Version, tokens};
+use anabranch_proto::{Model, Sampling, Version, tokens};
 
 use crate::core::{AgentState, Core, Memory};
 
 impl Core {
     /// The prompt of an attempt that may start. The error is the end to report: `busy` if another
     /// engine may take the sample, `refused` if none would.
-    pub(super) fn admit(&self, start: &pb::Start) -> Result<Arc<[u32]>, (Why, String)> {
+    pub(super) fn admit(&self, start: &pb::Start) -> Result<(Arc<[u32]>, Sampling), (Why, String)> {
         let busy = |text: &str| Err((Why::Busy, text.to_owned()));
         let Some(engine) = &self.engine else { return busy("the engine is down") };
         match self.state {
@@ -36,7 +36,10 @@ impl Core {
         let Some(prompt) = self.prompts.get(start.prompt) else {
             return Err((Why::Busy, format!("prompt {:016x} is not here", start.prompt)));
         };
-        refusal(&engine.model, &prompt, start).map_or(Ok(prompt), |text| Err((Why::Refused, text)))
+        match refusal(&engine.model, &prompt, start) {
+            Some(text) => Err((Why::Refused, text)),
+            None => sampling(start).map(|sampling| (prompt, sampling)),
+        }
     }
 
     fn outside_window(&self, start: &pb::Start) -> Option<String> {
@@ -60,14 +63,11 @@ impl Core {
 }
 
 /// Reason why no engine could run the sample.
-fn refusal(model: &pb::Model, prompt: &[u32], start: &pb::Start) -> Option<String> {
+fn refusal(model: &Model, prompt: &[u32], start: &pb::Start) -> Option<String> {
     if !tokens::is_column(&start.kept) || start.kept.len() / tokens::WIDTH != start.offset as usize
     {
         let bytes = start.kept.len();
         return Some(format!("{bytes} bytes of kept tokens do not make {} tokens", start.offset));
-    }
-    if start.sampling.as_ref().is_none_or(|sampling| sampling.max_tokens == 0) {
-        return Some("max_tokens is 0: nothing is left to generate".to_owned());
     }
     let all = prompt.iter().copied().chain(tokens::ids(&start.kept));
     let length = prompt.len() + start.offset as usize;
@@ -83,6 +83,12 @@ fn refusal(model: &pb::Model, prompt: &[u32], start: &pb::Start) -> Option<Strin
         return Some(format!("{length} tokens leave no room in the context of {context}"));
     }
     None
+}
+
+/// Sampling settings of the order; those that break a bound are refused by every engine alike.
+fn sampling(start: &pb::Start) -> Result<Sampling, (Why, String)> {
+    let sampling = Sampling::try_from(start.sampling.clone().unwrap_or_default());
+    sampling.map_err(|invalid| (Why::Refused, invalid.inside("sampling").to_string()))
 }
 
 fn bound(version: &Option<pb::Version>) -> Option<Version> {

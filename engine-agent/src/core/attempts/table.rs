@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anabranch_proto::pb::{self, end::Why};
-use anabranch_proto::{Attempt, SampleId, Version, tokens};
+use anabranch_proto::{Attempt, SampleId, Sampling, Version, tokens};
 
 use crate::core::check_edge;
 use crate::engine::AttemptId;
@@ -28,7 +28,7 @@ pub struct LiveAttempt {
     /// Token ids of the prompt.
     pub prompt: Arc<[u32]>,
     /// Sampling settings of the whole sample, not of the remaining part.
-    pub sampling: Arc<pb::Sampling>,
+    pub sampling: Arc<Sampling>,
     /// Token ids that end the sample.
     pub stop_ids: Arc<[u32]>,
     /// Seed for the engine; `None` if the engine ignores seeds.
@@ -168,12 +168,11 @@ impl LiveAttempt {
     /// An attempt in state [`AttemptState::Waiting`], as the manager ordered it.
     pub fn new(
         sample: SampleId,
-        prompt: Arc<[u32]>,
+        (prompt, sampling): (Arc<[u32]>, Sampling),
         seed: Option<u64>,
         attested: Option<Version>,
         start: pb::Start,
     ) -> LiveAttempt {
-        let sampling = start.sampling.unwrap_or_default();
         LiveAttempt {
             sample,
             number: Attempt(start.attempt),

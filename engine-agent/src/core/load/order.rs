@@ -4,10 +4,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anabranch_proto::Version;
-use anabranch_proto::pb::load_state::Stage;
-use anabranch_proto::pb::probe::Verdict;
-use anabranch_proto::pb::{self, OnRunning};
+use anabranch_proto::pb;
+use anabranch_proto::{LoadStage, OnRunning, Verdict, Version};
 use anabranch_runtime::Now;
 
 use super::traffic::Traffic;
@@ -49,7 +47,7 @@ impl LoadOrder {
     /// Reads an order. An order without a valid version is answered as failed.
     pub fn parse(now: Now, load: pb::Load) -> Result<LoadOrder, Box<pb::LoadState>> {
         let id = load.order;
-        let on_running = load.on_running();
+        let on_running = OnRunning::try_from(load.on_running()).unwrap_or_default();
         let to = match load.version.clone().map(Version::try_from) {
             Some(Ok(version)) => version,
             bad => {
@@ -60,7 +58,7 @@ impl LoadOrder {
                 let failed = pb::LoadState {
                     order: id,
                     version: load.version,
-                    stage: Stage::Failed.into(),
+                    stage: pb::load_state::Stage::Failed.into(),
                     error,
                     ..Default::default()
                 };
@@ -85,11 +83,11 @@ impl LoadOrder {
     }
 
     /// A report on the order at `stage`.
-    pub fn report(&self, stage: Stage) -> pb::LoadState {
+    pub fn report(&self, stage: LoadStage) -> pb::LoadState {
         pb::LoadState {
             order: self.id,
             version: Some(self.to.into()),
-            stage: stage.into(),
+            stage: pb::load_state::Stage::from(stage).into(),
             ingress_bytes_per_s: self.traffic.ingress(),
             egress_bytes_per_s: self.traffic.egress(),
             served_bytes: self.traffic.served_bytes,
@@ -99,7 +97,7 @@ impl LoadOrder {
 
     /// The report that the order failed.
     pub fn failed(&self, error: String) -> pb::LoadState {
-        pb::LoadState { error, ..self.report(Stage::Failed) }
+        pb::LoadState { error, ..self.report(LoadStage::Failed) }
     }
 
     /// The report that the version is served.
@@ -116,14 +114,15 @@ impl LoadOrder {
             fetched_from: staged
                 .map(|staged| staged.from.clone().into_iter().collect())
                 .unwrap_or_default(),
-            ..self.report(Stage::Active)
+            ..self.report(LoadStage::Active)
         }
     }
 }
 
 /// A probe as the manager gets it.
 pub(super) fn wire(probe: &ProbeResult, verdict: Verdict) -> pb::Probe {
-    pb::Probe { ids: probe.ids.clone(), logprobs: probe.logprobs.clone(), verdict: verdict.into() }
+    let verdict = pb::probe::Verdict::from(verdict).into();
+    pb::Probe { ids: probe.ids.clone(), logprobs: probe.logprobs.clone(), verdict }
 }
 
 /// Compares a probe with a replica's, else with the probe under the weights before.

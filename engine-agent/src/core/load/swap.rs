@@ -1,9 +1,7 @@
 //! Changing the engine's weights, call by call: `impl Core` from quiet streams to the verdict of
 //! the probe.
 
-use anabranch_proto::pb;
-use anabranch_proto::pb::load_state::Stage;
-use anabranch_proto::pb::probe::Verdict;
+use anabranch_proto::{LoadStage, Verdict, pb};
 use anabranch_runtime::Now;
 
 use super::loader::{Serving, Withheld};
@@ -28,7 +26,7 @@ impl Core {
 
     fn paused_for_load(&mut self) {
         if let LoadState::Pausing(order, staged) = self.loader.state().clone() {
-            self.report(order.report(Stage::Loading));
+            self.report(order.report(LoadStage::Loading));
             let directory = staged.directory.clone();
             self.act(Action::LoadWeights { directory, label: order.to.to_string() });
             self.loader.set_state(LoadState::Loading(order, staged));
@@ -40,7 +38,7 @@ impl Core {
         match self.loader.state().clone() {
             LoadState::Loading(order, staged) => {
                 self.mark_boundaries();
-                self.report(order.report(Stage::Probing));
+                self.report(order.report(LoadStage::Probing));
                 self.loader.set_state(LoadState::Continuing(order, staged));
                 self.act(Action::Call(Call::ContinueAfterLoad));
             }
@@ -76,7 +74,7 @@ impl Core {
                 "its log-probabilities differ from a replica's at the same version".to_owned();
             let report = pb::LoadState {
                 probe: Some(wire(&probe, verdict)),
-                ..order.report(Stage::Probing)
+                ..order.report(LoadStage::Probing)
             };
             self.report(report);
             return self.go_back(now, order, why);
@@ -92,7 +90,7 @@ impl Core {
         probe: ProbeResult,
         verdict: Verdict,
     ) {
-        tracing::info!(version = %order.to, probe = verdict.as_str_name(), "version active");
+        tracing::info!(version = %order.to, probe = verdict.name(), "version active");
         self.timers.clear(Timer::LoadDeadline);
         self.loader.take(Serving {
             version: order.to,

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anabranch_proto::{LogprobsMode, pb};
+use anabranch_proto::{Caps, LogprobsMode, Model, SeedKeying};
 use serde::Deserialize;
 
 use crate::engine::{EngineError, EngineInfo, Utilization};
@@ -30,7 +30,7 @@ pub(super) fn parse(
         caps: caps(&server, embedded, mode),
         kv_tokens: server.max_total_num_tokens.unwrap_or_else(|| capacity.kv_tokens()),
         max_running: server.max_running_requests.unwrap_or_else(|| capacity.max_running()),
-        model: pb::Model {
+        model: Model {
             id: model.served_model_name.unwrap_or_else(|| model.model_path.clone()),
             tokenizer_digest: files.tokenizer_digest,
             vocab: server.vocab_size.or(files.config.vocab()).unwrap_or(0),
@@ -48,24 +48,21 @@ pub(super) fn parse(
 /// Start of the embedded engine's version text.
 const EMBEDDED: &str = "anabranch-engine";
 
-fn caps(server: &ServerInfo, embedded: bool, mode: Option<LogprobsMode>) -> pb::Caps {
-    use pb::caps::SeedKeying;
+fn caps(server: &ServerInfo, embedded: bool, mode: Option<LogprobsMode>) -> Caps {
     // Without deterministic inference SGLang ignores the seed.
     let keying = match embedded || server.enable_deterministic_inference {
         true => SeedKeying::AbsolutePosition,
-        false => SeedKeying::None,
+        false => SeedKeying::Unkeyed,
     };
     let said = match server.return_original_logprob {
         true => LogprobsMode::Raw,
         false => LogprobsMode::Tempered,
     };
-    pb::Caps {
-        seed_keying: keying.into(),
-        logprob_conventions: vec![pb::Convention::from(mode.unwrap_or(said)).into()],
+    Caps {
         spans: true,
         pause_modes: ["abort", "retract", "in_place"].map(str::to_owned).into(),
         release_memory: server.enable_memory_saver,
-        ..Default::default()
+        ..Caps::new(keying, vec![mode.unwrap_or(said)])
     }
 }
 

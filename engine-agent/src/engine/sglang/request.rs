@@ -1,6 +1,6 @@
 //! The body of `/generate`, written straight from token columns: a prompt may have a million ids.
 
-use anabranch_proto::pb;
+use anabranch_proto::Sampling;
 use bytes::Bytes;
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
@@ -52,8 +52,8 @@ impl Serialize for Params<'_> {
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("max_new_tokens", max_tokens)?;
         map.serialize_entry("min_new_tokens", min_tokens)?;
-        map.serialize_entry("temperature", &sampling.temperature.unwrap_or(1.0))?;
-        map.serialize_entry("top_p", &sampling.top_p.unwrap_or(1.0))?;
+        map.serialize_entry("temperature", &sampling.temperature)?;
+        map.serialize_entry("top_p", &sampling.top_p)?;
         map.serialize_entry("top_k", &top_k(sampling))?;
         map.serialize_entry("min_p", &sampling.min_p)?;
         map.serialize_entry("stop_token_ids", stop_ids.as_ref())?;
@@ -69,9 +69,7 @@ impl Serialize for Params<'_> {
         if sampling.frequency_penalty != 0.0 {
             map.serialize_entry("frequency_penalty", &sampling.frequency_penalty)?;
         }
-        if let Some(penalty) = sampling.repetition_penalty {
-            map.serialize_entry("repetition_penalty", &penalty)?;
-        }
+        map.serialize_entry("repetition_penalty", &sampling.repetition_penalty)?;
         if let Some(seed) = seed {
             map.serialize_entry("sampling_seed", seed)?;
         }
@@ -86,7 +84,7 @@ impl Serialize for Params<'_> {
 }
 
 /// SGLang's `top_k`: -1 is off, which is 0 on our wire.
-fn top_k(sampling: &pb::Sampling) -> i64 {
+fn top_k(sampling: &Sampling) -> i64 {
     match sampling.top_k {
         0 => -1,
         k => i64::from(k),
@@ -119,7 +117,7 @@ mod tests {
     use super::*;
     use crate::engine::AttemptId;
 
-    fn request(sampling: pb::Sampling) -> Generate {
+    fn request(sampling: Sampling) -> Generate {
         Generate {
             attempt: AttemptId(1),
             rid: "ab-1".into(),
@@ -140,7 +138,7 @@ mod tests {
     #[test]
     fn prompt_and_tail_are_one_input_and_extras_keep_their_type() {
         let extra = [("a".to_owned(), "1".to_owned()), ("b".to_owned(), "x y".to_owned())];
-        let sampling = pb::Sampling { extra: extra.into(), top_k: 4, ..Default::default() };
+        let sampling = Sampling { extra: extra.into(), top_k: 4, ..Default::default() };
         let json = json(&request(sampling), true);
         assert_eq!(json["input_ids"], serde_json::json!([1, 2, 3]));
         let params = &json["sampling_params"];
@@ -151,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_cumulative_server_is_asked_for_an_interval_that_grows_with_the_length() {
-        let request = request(pb::Sampling::default());
+        let request = request(Sampling::default());
         assert_eq!(json(&request, false)["sampling_params"]["stream_interval"], 10);
         assert_eq!(cumulative_interval(16), 8);
         assert_eq!(cumulative_interval(65536), 1024);

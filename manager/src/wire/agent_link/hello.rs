@@ -3,9 +3,7 @@
 use anabranch_proto::pb;
 use anabranch_proto::protocol::negotiate;
 use anabranch_proto::word::{check_name, check_optional_word, check_words};
-use anabranch_proto::{
-    EngineId, Held, Incarnation, Invalid, LogprobsMode, Model, SeedKeying, Version,
-};
+use anabranch_proto::{Caps, EngineId, Held, Incarnation, Invalid, Model, Version};
 
 use crate::event::EngineHello;
 use crate::fleet::RELAY;
@@ -20,8 +18,9 @@ pub(super) fn read(hello: pb::Hello, life: Life) -> Result<EngineHello, Invalid>
         let what = "multi-node engines are not supported; attach each node's own server";
         return Err(Invalid::rule("hello.engine.members", what));
     }
-    let caps =
-        hello.caps.ok_or_else(|| Invalid::missing("hello.caps", "say what the engine can do"))?;
+    let missing = || Invalid::missing("hello.caps", "say what the engine can do");
+    let caps = Caps::try_from(hello.caps.ok_or_else(missing)?);
+    let caps = caps.map_err(|invalid| invalid.inside("hello"))?;
     if hello.engine_kind != RELAY {
         check_sizes(hello.kv_tokens, hello.max_running)?;
     }
@@ -34,8 +33,8 @@ pub(super) fn read(hello: pb::Hello, life: Life) -> Result<EngineHello, Invalid>
         id: EngineId::new(&engine.id),
         incarnation: Incarnation(engine.incarnation),
         model,
-        logprobs_modes: logprobs_modes(&caps)?,
-        seed_keying: SeedKeying::required("hello.caps.seed_keying", caps.seed_keying)?,
+        logprobs_modes: caps.logprobs_modes,
+        seed_keying: caps.seed_keying,
         columns: caps.columns,
         release_memory: caps.release_memory,
         weights_by_trainer: caps.weights_by_trainer,
@@ -65,16 +64,6 @@ fn check_sizes(kv_tokens: u64, max_running: u32) -> Result<(), Invalid> {
         return Err(Invalid::rule("hello.max_running", "must be at least 1"));
     }
     Ok(())
-}
-
-fn logprobs_modes(caps: &pb::Caps) -> Result<Vec<LogprobsMode>, Invalid> {
-    let field = "hello.caps.logprob_conventions";
-    if caps.logprob_conventions.is_empty() {
-        let what =
-            "must name at least one: a trajectory without log-probabilities cannot be trained on";
-        return Err(Invalid::rule(field, what));
-    }
-    caps.logprob_conventions.iter().map(|code| LogprobsMode::required(field, *code)).collect()
 }
 
 fn held(held: pb::Held) -> Result<Held, Invalid> {
