@@ -47,7 +47,8 @@ async fn a_published_checkpoint_reaches_every_engine() {
 #[tokio::test(flavor = "multi_thread")]
 async fn several_senders_publish_one_version() {
     let world = World::start().await;
-    let publish = several_senders::publish(&world.url());
+    let url = world.url();
+    let publish = several_senders::publish(&url);
     let status = soon("a roll-out", publish).await.expect("settled");
     assert_eq!((status.version.number, status.settled), (1, true));
     assert!(status.bytes >= 2 << 20, "{status:?}");

@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_proto::{SessionId, Version};
 
-
 /// Where an engine stands, as the fleet says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stand {

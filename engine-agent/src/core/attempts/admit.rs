@@ -7,10 +7,13 @@ use anabranch_proto::{Model, Sampling, Version, tokens};
 
 use crate::core::{AgentState, Core, Memory};
 
+/// Reason of a refusal, and the words for it.
+type Refusal = (Why, String);
+
 impl Core {
     /// The prompt of an attempt that may start. The error is the end to report: `busy` if another
     /// engine may take the sample, `refused` if none would.
-    pub(super) fn admit(&self, start: &pb::Start) -> Result<(Arc<[u32]>, Sampling), (Why, String)> {
+    pub(super) fn admit(&self, start: &pb::Start) -> Result<(Arc<[u32]>, Sampling), Refusal> {
         let busy = |text: &str| Err((Why::Busy, text.to_owned()));
         let Some(engine) = &self.engine else { return busy("the engine is down") };
         match self.state {
