@@ -36,7 +36,7 @@ enum Given {
     Ids(Vec<u32>),
 }
 
-/// Of a directory, its `tokenizer.json`.
+/// Loads a tokenizer: a file, or the `tokenizer.json` of a directory.
 pub fn load_tokenizer(path: &Path) -> Result<Tokenizer, Failure> {
     let file: PathBuf = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
     Tokenizer::from_file(&file).map_err(|error| {

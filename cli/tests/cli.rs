@@ -140,7 +140,7 @@ fn bad_sampling_is_refused_before_anything_is_sent() {
     for (flag, value, says) in [
         ("--temperature", "-1", "temperature"),
         ("--top-p", "0", "top_p: 0 is not above 0"),
-        ("--min-tokens", "999", "above max_tokens 256"),
+        ("--min-tokens", "999", "above max_tokens, 256"),
         ("--stop", "", "stop string is empty"),
     ] {
         let mut command = anabranch();

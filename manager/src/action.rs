@@ -163,19 +163,19 @@ pub struct DialOrder {
     pub streams: u32,
 }
 
-/// Who can give a version's bytes. The driver mints the grant with `serve_key`.
+/// Holder of a version's bytes. The driver mints the grant for it with `serve_key`.
 #[derive(Clone, Debug)]
 pub struct Holder {
     pub name: String,
-    /// It has a part of what all holders of this origin have between them. Empty: it is on its own.
+    /// Name shared by holders that have the version between them, each a part. Empty: this holder has all of it.
     pub origin: String,
     /// To tell it whom to dial.
     pub publisher: Option<PublisherId>,
     pub addresses: Vec<String>,
-    /// It has no address: it dials the receiver.
+    /// True where the holder has no address and dials the receiver.
     pub dials: bool,
     pub serve_key: [u8; 32],
-    /// It is the planned parent for these.
+    /// Stripes for which the holder is the planned parent.
     pub stripes: Vec<u32>,
     pub fallback_for: Vec<u32>,
 }

@@ -83,7 +83,7 @@ impl AnnounceFile {
     }
 }
 
-/// Where others dial: an unspecified address is none.
+/// Address that others dial; an unspecified one is none.
 pub(crate) fn reachable(listening: SocketAddr) -> SocketAddr {
     if listening.ip().is_unspecified() {
         SocketAddr::new(own_address().unwrap_or(Ipv4Addr::LOCALHOST.into()), listening.port())

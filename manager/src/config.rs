@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use crate::core::config::CoreConfig;
 
-/// Where clients look unless told otherwise.
+/// Address at which clients look unless told otherwise.
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:5000";
 
 /// As written in a TOML file; flags of the command line overwrite fields of it.

@@ -102,7 +102,7 @@ impl Driver {
         }
     }
 
-    /// Where this process itself was stopped, whoever was silent meanwhile must not lose its lease: the core
+    /// After this process itself was stopped, a peer that was silent meanwhile must not lose its lease: the core
     /// hears of it before anything else, since any event lets deadlines that are due fire.
     fn forgive_gap(&mut self, memory: &mut Memory) {
         let now = self.clock.now();

@@ -208,12 +208,12 @@ pub struct Announce {
     /// Root not known yet.
     pub version: Version,
     pub addresses: Vec<String>,
-    /// It cannot be dialled; told to, it dials receivers.
+    /// True where the publisher cannot be dialled; told to, it dials receivers.
     pub dials: bool,
     pub bytes: u64,
     /// Every engine host can read it; then nothing is fetched.
     pub directory: Option<String>,
-    /// Where it is not the only publisher of the version.
+    /// Set where the publisher is not the only one of the version.
     pub sender: Option<SenderOf>,
 }
 
@@ -257,7 +257,7 @@ pub struct LoadReport {
     /// Peaks of this fetch, bytes/s; 0: not measured.
     pub ingress: u64,
     pub egress: u64,
-    /// Of this version, to peers, until now.
+    /// Bytes of this version given to peers until now.
     pub served: u64,
 }
 

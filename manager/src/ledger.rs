@@ -2,7 +2,7 @@
 //! given ticks and says facts. Sharded by group, each shard behind its own short lock, so the hot path of
 //! many agents scales over threads and the deciding core never sees a token.
 //!
-//! Its facts are what a journal records: appended ranges, finishes, restarts.
+//! The ledger's facts are what a journal records: appended ranges, finishes, restarts.
 
 mod page;
 mod rules;
@@ -19,7 +19,7 @@ pub use page::{PageView, SpanRecord};
 pub use rules::StopRules;
 pub use tick::BadTick;
 
-/// Who makes the tokens of an attempt: constant over one session.
+/// Maker of an attempt's tokens: constant over one session.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Maker {
     pub engine: EngineId,
@@ -83,7 +83,7 @@ pub struct LedgerStats {
     pub tokens: u64,
     /// Came twice after a re-attach, and were dropped the second time.
     pub repeated_tokens: u64,
-    /// Of an attempt that had been moved on.
+    /// Tokens of an attempt that had been moved on.
     pub stale_tokens: u64,
     /// Made after a stop condition was met.
     pub past_stop_tokens: u64,

@@ -55,9 +55,9 @@ pub(crate) struct Weights {
     // Volatile
     receivers: Receivers,
     rates: BTreeMap<EngineId, Rates>,
-    /// Where engines stand, or what they load, has changed since orders were last considered.
+    /// True where a stand or a load of an engine has changed since orders were last considered.
     unsettled: bool,
-    /// Who holds what has changed, so that receivers without a path may have one.
+    /// True where holders have changed, so that receivers without a path may have one.
     holders_changed: bool,
     /// Pinned versions, as last told.
     pins: Vec<Version>,

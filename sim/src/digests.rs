@@ -14,7 +14,7 @@ pub struct Digests(BTreeMap<u64, String>);
 /// A line of a file of digests that is not `seed digest`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct BadDigests {
-    /// From 1.
+    /// Line of the file, from 1.
     pub line: usize,
     pub text: String,
 }

@@ -20,7 +20,7 @@ pub struct Transfer {
     pub receivers: usize,
     pub bytes: u64,
     pub chunk_bytes: u32,
-    /// Of every host's link in each direction, bytes/s.
+    /// Rate of every host's link in each direction, bytes/s.
     pub rate: u64,
     /// Receivers with another rate.
     pub slow: Vec<(usize, u64)>,
@@ -50,7 +50,7 @@ pub struct FanOut {
     pub joiner_over_wire: f64,
     /// Bytes out of the trainer, over the image's.
     pub trainer_egress: f64,
-    /// Of those, to late joiners.
+    /// Part of the egress that went to late joiners, over the image's bytes.
     pub trainer_to_joiners: f64,
     /// The most bytes that one live receiver got more than once, over the image's.
     pub again: f64,

@@ -33,7 +33,7 @@ enum State {
     Up { child: Box<Child>, cpu: Duration },
 }
 
-/// Of all lives together.
+/// Usage of all lives together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     pub cpu: Duration,

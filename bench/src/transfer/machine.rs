@@ -35,7 +35,7 @@ pub fn has(program: &str) -> bool {
     Command::new(program).arg("--version").output().is_ok()
 }
 
-/// Of the first line `key : value`.
+/// Value of the first line `key : value`.
 fn after(text: &str, key: &str) -> Option<String> {
     let line = text.lines().find_map(|l| l.strip_prefix(key))?;
     Some(line.trim_start_matches([' ', '\t', ':']).trim().to_owned())

@@ -81,7 +81,7 @@ pub async fn run(args: Args) -> Outcome {
     run_agent(args.config().or_exit(Exit::Usage)?).await
 }
 
-/// Until it left; a first signal drains it.
+/// Runs the agent until it has left; a first signal drains it.
 pub async fn run_agent(config: AgentConfig) -> Outcome {
     let mut signals = ShutdownSignals::install().or_exit(Exit::Io)?;
     let stop = CancellationToken::new();

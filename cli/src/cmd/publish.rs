@@ -185,7 +185,7 @@ fn hex(root: &Root) -> String {
     root.0.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Until it is settled, or a newer one took its place.
+/// Waits until the version is settled, or a newer one took its place.
 async fn follow(mut published: Published, quiet: bool) -> Result<VersionStatus, Failure> {
     let mut progress = Progress::new("engines", 0, quiet);
     loop {

@@ -55,7 +55,7 @@ struct Newest {
 struct Row {
     engine: String,
     serves: String,
-    /// Of the newest version.
+    /// Stage of the newest version.
     stage: String,
     bytes: u64,
     bytes_per_s: u64,
@@ -189,7 +189,7 @@ impl Row {
         ]
     }
 
-    /// Who gave how much; until that is known, who is to.
+    /// Peers that gave, with how much; until that is known, peers that are to.
     fn from(&self) -> String {
         let gave = self.fetched_from.iter().filter(|(_, n)| **n > 0);
         let mut gave: Vec<(&String, &u64)> = gave.collect();

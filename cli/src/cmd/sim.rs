@@ -147,7 +147,7 @@ fn report(ended: &[Result<Ended, Box<Broken>>], as_json: bool, only_one: bool) -
     }
 }
 
-/// By seed; `first` is that of the first world.
+/// Digests by seed; `first` is that of the first world.
 fn digests_of(first: u64, ended: &[Result<Ended, Box<Broken>>]) -> Digests {
     let mut digests = Digests::default();
     for (seed, ended) in (first..).zip(ended) {

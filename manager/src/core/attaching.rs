@@ -149,7 +149,7 @@ impl Core {
         }
     }
 
-    /// Where an engine stands towards the job, by what it has loaded.
+    /// Decides where an engine stands towards the job, by what it has loaded.
     pub(super) fn join_job(&mut self, now: Now, session: SessionId) {
         self.out.wake_placement();
         let Some(job) = self.job.as_mut() else { return };

@@ -19,7 +19,7 @@ const AFFINITY_SLACK_TOKENS: u64 = 4096;
 /// Engines of a bucket that are tried in order of pressure before the one with most room is taken.
 const PROBES: usize = 8;
 
-/// Where an engine stands in the index.
+/// Place of an engine in the index.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Seat {
     bucket: Bucket,

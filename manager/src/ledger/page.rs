@@ -26,7 +26,7 @@ pub(super) struct Page {
     finished: Option<Finished>,
 }
 
-/// Who made tokens [start, start + len), and with which weights.
+/// Maker and weights of the tokens [start, start + len).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpanRecord {
     pub start: u32,
@@ -70,7 +70,7 @@ pub(super) struct Piece<'a> {
 
 #[derive(Debug, PartialEq)]
 pub(super) enum Appended {
-    /// Of an attempt that had been moved on, or after the end.
+    /// The tokens are of an attempt that had been moved on, or come after the end.
     Stale,
     Grew {
         new: u32,

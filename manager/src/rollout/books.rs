@@ -22,7 +22,7 @@ pub(crate) struct Books {
     past_steps: BTreeSet<Step>,
     /// Batches that some shard has not committed.
     batches: BTreeMap<BatchSeq, BatchBook>,
-    /// By shard index; marks survive a consumer's reconnect.
+    /// Marks by shard index; they survive a consumer's reconnect.
     shards: BTreeMap<u32, Marks>,
     last: BatchSeq,
     floor: BatchSeq,

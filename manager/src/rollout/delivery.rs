@@ -87,7 +87,7 @@ impl Rollout {
         self.cut_batches(at, step, out);
     }
 
-    /// From here on a new version does not make the group too old.
+    /// Offers a group: a new version does not make it too old from here on.
     fn offer_group(&mut self, at: Moment, id: SampleId) {
         let Some(group) = self.books.group(id.group).filter(|group| group.ages()) else {
             return self.commit_change(Change::Offered { group: id.group, at: at.current });

@@ -36,7 +36,7 @@ pub(crate) struct Metrics {
 
 /// Handles for what happens often.
 pub(crate) struct Families {
-    /// From the finish of a batch's last sample to its last part in the transport's hands.
+    /// Time from the finish of a batch's last sample to its last part in the transport's hands.
     pub delivery: Histogram,
     pub hellos_refused: Counter,
     pub bad_ticks: Counter,

@@ -1,4 +1,4 @@
-//! Who fetches a version from whom. Pure: given who has it, who is getting it and who wants it, each that
+//! Plan of who fetches a version from whom. Pure: given who has it, who is getting it and who wants it, each that
 //! wants it gets a parent for each stripe and an order of fallbacks. The receivers re-parent themselves.
 //!
 //! Chunk `i` belongs to stripe `i % stripes`. Within a stripe, nodes stand in chains, and each passes on what
@@ -45,7 +45,7 @@ pub struct Peer {
     pub ingress: Option<u64>,
     pub egress: Option<u64>,
     pub preemptible: bool,
-    /// It is there only to serve: at the heads of the chains.
+    /// True for a relay, which is there only to serve: at the heads of the chains.
     pub relay: bool,
     /// Others can fetch from it.
     pub serves: bool,
@@ -57,16 +57,16 @@ pub struct Peer {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
     Complete,
-    /// Its order is out.
+    /// The peer's order is out.
     Receiving(Feed),
-    /// It gets its order now.
+    /// The peer gets its order now.
     Wants,
 }
 
 /// What one receiver is told.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Feed {
-    /// By stripe: as many as there are stripes.
+    /// Parents by stripe: as many as there are stripes.
     pub parents: Vec<Holder>,
     /// Parents first, then fallbacks, the trainer last.
     pub sources: Vec<Source>,
@@ -77,9 +77,9 @@ pub struct Feed {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
     pub holder: Holder,
-    /// It is the planned parent for these.
+    /// Stripes for which the source is the planned parent.
     pub stripes: Vec<u32>,
-    /// It stands above the receiver in these, or has everything.
+    /// Stripes in which the source stands above the receiver, or all where it has everything.
     pub fallback_for: Vec<u32>,
 }
 
@@ -127,12 +127,12 @@ const COPY: u32 = 12;
 /// Smaller is better: nearer to the head of a chain.
 type Rank = (bool, i64, bool);
 
-/// Who is there, and who fetches from whom already.
+/// Peers that are there, and who fetches from whom already.
 struct Forest<'a> {
     peers: BTreeMap<SessionId, &'a Peer>,
     ranks: BTreeMap<SessionId, Rank>,
     parents: BTreeMap<SessionId, Vec<Holder>>,
-    /// Who stands in no chain, and at whom it lodges.
+    /// Peers that stand in no chain, with the peer at which each lodges.
     guests: BTreeMap<SessionId, SessionId>,
 }
 
@@ -167,7 +167,7 @@ impl<'a> Forest<'a> {
         Self { parents: parents.collect(), ranks: ranks(peers), peers: lives, guests }
     }
 
-    /// Who stands in the chains, and where.
+    /// Peers that stand in the chains, and their places.
     fn chained(&self) -> impl Iterator<Item = (&SessionId, &Vec<Holder>)> {
         self.parents.iter().filter(|(id, _)| !self.guests.contains_key(id))
     }

@@ -176,7 +176,7 @@ impl Weights {
     }
 }
 
-/// Its old stream may not be known to be lost yet: the same addresses are the same sender.
+/// True where a sender is back whose old stream may not be known to be lost yet: the same addresses are the same sender.
 fn is_back(record: &VersionRecord, known: &Sender, announce: &Announce) -> bool {
     let in_place =
         announce.directory.is_some() && record.directory() == announce.directory.as_ref();

@@ -10,7 +10,7 @@ use anabranch_proto::Version;
 pub(crate) struct Rates {
     ingress: Option<u64>,
     egress: Option<u64>,
-    /// Of the last fetch, as it was measured.
+    /// Version and rate of the last fetch, as it was measured.
     last: Option<(Version, u64)>,
 }
 
@@ -43,7 +43,7 @@ impl Rates {
         };
     }
 
-    /// It sent `rate` while it relayed a whole copy to `children`, whose own rates are these.
+    /// Notes that the host sent `rate` while it relayed a whole copy to `children`, whose own rates are these.
     pub fn relayed(&mut self, rate: u64, children: &[Option<u64>]) {
         let could_take_more =
             children.iter().all(|child| child.is_some_and(|child| is_well_above(child, rate)));
@@ -56,7 +56,7 @@ impl Rates {
     }
 }
 
-/// By more than noise.
+/// True where `rate` is above `other` by more than noise.
 fn is_well_above(rate: u64, other: u64) -> bool {
     rate > other.saturating_add(other / 4)
 }

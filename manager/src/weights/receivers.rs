@@ -80,7 +80,7 @@ pub(crate) struct Receivers {
 }
 
 impl Receiver {
-    /// Where the receiver stands towards the target; `None`: no load may be ordered.
+    /// Post of the receiver towards the target; `None`: no load may be ordered.
     fn post(&self, target: Version) -> Option<Post> {
         if !self.linked || self.by_trainer {
             return None;

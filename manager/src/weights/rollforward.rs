@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_proto::{SessionId, Version};
 
-/// Where an engine stands, as the fleet says.
+/// Stand of an engine, as the fleet says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stand {
     /// Attached, and nothing to load yet.
@@ -18,7 +18,7 @@ pub(crate) enum Stand {
     Updating(Version),
 }
 
-/// Where an engine stands towards the target.
+/// Post of an engine towards the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Post {
     /// `None`: the engine serves nothing, or nobody waits for its tokens.

@@ -271,7 +271,7 @@ impl Books {
         self.versions.get(&number)
     }
 
-    /// By number and root: another epoch's version of the same number is another version.
+    /// Finds a version by number and root: another epoch's version of the same number is another version.
     pub fn find(&self, version: Version) -> Option<&VersionRecord> {
         self.versions.get(&version.number).filter(|record| record.version == version)
     }

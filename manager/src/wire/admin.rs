@@ -22,7 +22,7 @@ use crate::wire::inbox::Out;
 use crate::wire::ingress::failed;
 
 const ANSWER: Duration = Duration::from_secs(10);
-/// Of a drain that names none.
+/// Deadline of a drain that names none.
 const DRAIN: Duration = Duration::from_secs(30);
 const EVENTS: usize = 256;
 

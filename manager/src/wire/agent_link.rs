@@ -27,7 +27,7 @@ use crate::wire::inbox::{Attach, Closed, Input, Out};
 const FIRST_WORD: Duration = Duration::from_secs(5);
 /// Orders to one agent that it has not taken yet.
 const ORDERS: usize = 256;
-/// Where the agent may ask again, it should wait so long.
+/// Pause before an agent that was refused may ask again.
 const RETRY_MS: u32 = 1_000;
 
 pub(crate) struct AgentService {
@@ -136,7 +136,7 @@ impl Control {
         Ok(welcome)
     }
 
-    /// Until the link is over; says why, unless the loop knows already (refused, replaced, over).
+    /// Runs until the link is over; says why, unless the loop knows already (refused, replaced, over).
     async fn talk(
         &mut self,
         welcomed: oneshot::Receiver<Attached>,
@@ -192,7 +192,7 @@ impl Control {
         let _ = self.out.try_send(Ok(pb::ToAgent { kind }));
     }
 
-    /// It costs the agent nothing but a notice: the next message may make sense.
+    /// Tells of a message that makes no sense; the next one may make sense.
     fn misbehaved(&self, from: &Attached, what: &str) -> Result<(), Closed> {
         misbehaved(&self.gate, from, what);
         Ok(())

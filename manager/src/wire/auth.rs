@@ -1,4 +1,4 @@
-//! Who may call what. With tokens on, every call carries `authorization: Bearer ab1....`; an agent may
+//! Rights of callers. With tokens on, every call carries `authorization: Bearer ab1....`; an agent may
 //! put its token into `Hello` instead. Which tokens are good is the store's matter.
 
 use std::path::{Path, PathBuf};

@@ -85,7 +85,7 @@ pub(crate) struct Inbox {
     to: mpsc::Sender<Input>,
     clock: Clock,
     ids: Arc<AtomicU64>,
-    /// Of the last `TrainerHeard`, in ms of the clock.
+    /// Time of the last `TrainerHeard`, in ms of the clock.
     trainer_heard_ms: Arc<AtomicU64>,
 }
 

@@ -25,7 +25,7 @@ use crate::wire::gate::Gate;
 const ANSWER: Duration = Duration::from_secs(10);
 /// A mode switch answers at its own deadline; so much later something is wrong.
 const MODE_SLACK: Duration = Duration::from_secs(10);
-/// Of a mode switch that names none.
+/// Deadline of a mode switch that names none.
 const MODE_DEADLINE: Duration = Duration::from_secs(30);
 
 pub(crate) struct TrainerService {

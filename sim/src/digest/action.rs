@@ -451,7 +451,7 @@ fn on_engine(record: &mut Record<'_>, on: &OnEngine) {
     record.sentence(error);
 }
 
-/// By name, as the publisher hears it.
+/// State by name, as the publisher hears it.
 fn state_tag(state: &str) -> u8 {
     match state {
         "announced" => 1,

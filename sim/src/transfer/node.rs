@@ -13,7 +13,7 @@ pub(super) struct Node {
     pub rate: u64,
     pub held: ChunkSet,
     pub fetch: Option<Fetch>,
-    /// Who watches what it gets: (host, its source).
+    /// Watchers of what the node gets: (host, source).
     pub watchers: BTreeSet<(usize, usize)>,
     pub feed: Option<Feed>,
     /// Seconds.

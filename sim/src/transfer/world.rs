@@ -37,7 +37,7 @@ enum Happening {
         attempt: u64,
         why: &'static str,
     },
-    /// Its front chunk's request is at the source, and nothing is before it.
+    /// The front chunk's request is at the source, and nothing is before it.
     Send {
         flow: FlowId,
         attempt: u64,

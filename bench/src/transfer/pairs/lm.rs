@@ -11,7 +11,7 @@ const LAYERS: usize = 7;
 const WIDTH: usize = 512;
 const HEADS: usize = 8;
 const VOCAB: usize = 256;
-/// Of the initial weights.
+/// Standard deviation of the initial weights.
 const SIGMA: f64 = 0.02;
 const HIDDEN: f32 = -1e9;
 

@@ -13,7 +13,7 @@ const POLL: Duration = Duration::from_millis(100);
 
 pub struct Exchange {
     dir: PathBuf,
-    /// Of all files of this version.
+    /// Prefix of the names of all files of this version.
     prefix: String,
     sender: Sender,
 }

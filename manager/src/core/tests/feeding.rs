@@ -1,4 +1,4 @@
-//! Who is told to fetch from whom.
+//! Sources that engines are told to fetch from.
 
 use std::collections::BTreeSet;
 

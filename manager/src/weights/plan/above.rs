@@ -1,10 +1,10 @@
-//! Who may stand in for a dead parent, so that no orphan goes to one whose egress is taken.
+//! Nodes that may stand in for a dead parent, so that no orphan goes to one whose egress is taken.
 
 use std::collections::BTreeSet;
 
 use super::Holder;
 
-/// Who stands above a receiver in one stripe, the nearest first. The nearest that lives has egress to spare
+/// Nodes above a receiver in one stripe, the nearest first. The nearest that lives has egress to spare
 /// when the parent dies; those who would come too early in the list stand in for nobody there.
 pub(super) struct Above<'a> {
     chain: &'a [Holder],

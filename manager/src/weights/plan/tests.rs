@@ -16,7 +16,7 @@ fn fleet(wanting: u64) -> Vec<Peer> {
     (0..wanting).map(|id| peer(id, Place::Wants)).collect()
 }
 
-/// Who stands in a stripe's chain below the trainer, in order.
+/// Sessions of a stripe's chain below the trainer, in order.
 fn chain(feeds: &BTreeMap<SessionId, Feed>, stripe: usize) -> Vec<u64> {
     let child = |of: Holder| feeds.iter().find(|(_, feed)| feed.parents[stripe] == of);
     let mut chain = Vec::new();
@@ -298,7 +298,7 @@ fn nobody_is_fed_what_nobody_has() {
     assert_eq!((feed.parents.as_slice(), holders(feed)), (&[at(0), at(2)][..], vec![at(0), at(2)]));
 }
 
-/// By node: its fate, whether it is preemptible, whether its rate is known, and that.
+/// Nodes: fate, whether preemptible, and the rate where it is known.
 type Wave = Vec<(u8, bool, bool, u64)>;
 
 /// A fleet built in waves, some of which end, die or come back between.

@@ -74,7 +74,7 @@ struct Unacked {
 }
 
 impl DataStream {
-    /// Until the stream is over; says why, unless the loop knows already. Only waiting for the next
+    /// Runs until the stream is over; says why, unless the loop knows already. Only waiting for the next
     /// message is cut short: a tick that the ledger took must reach the core, or its facts are lost.
     async fn pump(&mut self) -> Option<&'static str> {
         let closed = self.attached.closed.clone();

@@ -1,4 +1,4 @@
-//! Where finished batches go. A batch is queued as names; its consumer's own task turns it into parts
+//! Consumers of finished batches. A batch is queued as names; its consumer's own task turns it into parts
 //! ([`crate::wire::deliver`]) as fast as the trainer takes them, so tokens are copied out of the ledger only then.
 
 use std::collections::BTreeMap;
@@ -33,7 +33,7 @@ pub(crate) struct OutgoingBatch {
 #[derive(Default)]
 pub(crate) struct Consumers {
     open: BTreeMap<ConsumerId, mpsc::Sender<ToConsumer>>,
-    /// Of samples that are finished and not forgotten, for the delivery delay.
+    /// Finish times of samples that are not forgotten yet, for the delivery delay.
     finished: BTreeMap<SampleId, Instant>,
 }
 

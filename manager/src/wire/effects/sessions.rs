@@ -24,7 +24,7 @@ pub(crate) struct Link {
     pub closed: CancellationToken,
     pub engine: EngineId,
     pub proto: u32,
-    /// Until the core welcomed it.
+    /// Waits until the core has welcomed the agent.
     pub welcomed: Option<oneshot::Sender<Attached>>,
     pub session: Option<SessionId>,
 }
@@ -57,7 +57,7 @@ pub(crate) enum Data {
 pub(crate) struct Tally {
     /// The last tick whose facts are in the core's inbox.
     pub acked_tick: AtomicU64,
-    /// Of the last `EngineHeard`, in ms of the clock.
+    /// Time of the last `EngineHeard`, in ms of the clock.
     pub heard_ms: AtomicU64,
 }
 

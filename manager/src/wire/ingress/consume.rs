@@ -67,7 +67,7 @@ async fn attach(
     Ok(gate.inbox.send(Input::ConsumerOpened(Box::new(new))).await?)
 }
 
-/// Until the trainer hangs up or says something that makes no sense.
+/// Runs until the trainer hangs up or says something that makes no sense.
 async fn read(
     gate: &Gate,
     from: &mut Streaming<pb::FromConsumer>,
@@ -117,7 +117,7 @@ fn event(consumer: ConsumerId, kind: Option<Kind>) -> Result<Option<Event>, Stat
     })
 }
 
-/// Until the loop closes the queue or the trainer is gone.
+/// Runs until the loop closes the queue or the trainer is gone.
 async fn write(gate: Arc<Gate>, mut waiting: mpsc::Receiver<ToConsumer>, out: Out<pb::ToConsumer>) {
     while let Some(next) = waiting.recv().await {
         let sent = match next {
