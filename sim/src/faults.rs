@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use anabranch_manager::event::Event;
-use anabranch_proto::EngineId;
+use anabranch_manager::event::{CancelWhat, Event};
 use anabranch_proto::pb::end::Why;
+use anabranch_proto::{EngineId, Step};
 
 use crate::trainer::Phase;
 use crate::world::{Happening, World};
@@ -38,7 +38,21 @@ pub(crate) enum Fault {
     TrainerRestart,
     /// The manager's process is stopped for a while.
     ManagerPause,
-    CancelGroup,
+    /// Some groups, a step, or everything.
+    Cancel,
+    /// The machine is taken away, with notice.
+    Preemption,
+    /// A load hangs until its deadline.
+    StuckLoad,
+    /// The agent's buffer is full.
+    Busy,
+    /// The engine says that a request is wrong.
+    Refusal,
+    /// A second stream for a shard, while the first still stands.
+    ConsumerTakeover,
+    PublisherReset,
+    /// An agent of an older life dials.
+    Ghost,
 }
 
 const ALL: &[Fault] = &[
@@ -62,7 +76,14 @@ const ALL: &[Fault] = &[
     Fault::ConsumerReset,
     Fault::TrainerRestart,
     Fault::ManagerPause,
-    Fault::CancelGroup,
+    Fault::Cancel,
+    Fault::Preemption,
+    Fault::StuckLoad,
+    Fault::Busy,
+    Fault::Refusal,
+    Fault::ConsumerTakeover,
+    Fault::PublisherReset,
+    Fault::Ghost,
 ];
 
 impl World {
@@ -76,7 +97,9 @@ impl World {
             Fault::ConsumerReset => self.reset_consumer(),
             Fault::TrainerRestart => self.restart_trainer(),
             Fault::ManagerPause => self.pause_manager(),
-            Fault::CancelGroup => self.cancel_some(),
+            Fault::Cancel => self.cancel_some(),
+            Fault::ConsumerTakeover => self.take_over_consumer(),
+            Fault::PublisherReset => self.reset_publishers(),
             _ => self.strike_engine(fault, engine),
         }
     }
@@ -96,12 +119,27 @@ impl World {
                 self.engines[engine].slow = self.rng.range(2, 10);
                 self.after(a_while, Happening::Recover { engine });
             }
-            Fault::CleanEnd => {
-                let live: Vec<_> = self.engines[engine].live.keys().copied().collect();
-                if let Some(sample) = self.rng.pick(&live) {
-                    self.engines[engine].end(*sample, Why::Lost, "clean end without a finish");
+            Fault::CleanEnd => self.end_one(engine, Why::Lost),
+            Fault::Busy => self.end_one(engine, Why::Busy),
+            Fault::Refusal => self.end_one(engine, Why::Refused),
+            Fault::Preemption => {
+                // Not of a session that the manager has given up: it is revived there.
+                let agent = &self.engines[engine];
+                let live = agent.link.filter(|link| self.links.contains_key(link) && agent.net_up);
+                let Some(session) = agent.session.filter(|_| live.is_some()) else { return };
+                self.core_event(Event::PreemptionNoticed {
+                    session,
+                    within: a_while,
+                    why: "spot".into(),
+                });
+                self.after(a_while, Happening::Preempted { engine });
+            }
+            Fault::StuckLoad => {
+                if let Some(load) = self.engines[engine].load.as_mut() {
+                    load.stuck = self.scenario.fleet.load_deadline < Duration::from_secs(60);
                 }
             }
+            Fault::Ghost => self.dial_as_ghost(engine),
             Fault::LostFinish => {
                 self.lose_finishes_at = Some((engine, now + a_while));
             }
@@ -135,6 +173,13 @@ impl World {
         }
     }
 
+    fn end_one(&mut self, engine: usize, why: Why) {
+        let live: Vec<_> = self.engines[engine].live.keys().copied().collect();
+        if let Some(sample) = self.rng.pick(&live) {
+            self.engines[engine].end(*sample, why, "made to end");
+        }
+    }
+
     fn id(&self, engine: usize) -> EngineId {
         EngineId::new(&self.engines[engine].name)
     }
@@ -145,6 +190,14 @@ impl World {
             self.break_link(engine, true);
         }
         self.after(back_in, Happening::Reborn { engine });
+    }
+
+    /// Unless it left in time.
+    pub(crate) fn preempted(&mut self, engine: usize) {
+        if self.engines[engine].alive {
+            let back_in = Duration::from_millis(self.rng.range(100, 3_000));
+            self.kill(engine, back_in, true);
+        }
     }
 
     fn engine_down(&mut self, engine: usize, back_in: Duration) {
@@ -173,7 +226,11 @@ impl World {
         let keys: Vec<String> = self.asked.keys().cloned().collect();
         let Some(key) = self.rng.pick(&keys).cloned() else { return };
         let (keep_partial, reply) = (self.rng.chance(50), self.no_reply());
-        let what = anabranch_manager::event::CancelWhat::Keys(vec![key]);
+        let what = match (self.rng.range(0, 8), self.trainer.phase) {
+            (0, _) => CancelWhat::All,
+            (1, Phase::Waiting { step }) => CancelWhat::Step(Step(step)),
+            _ => CancelWhat::Keys(vec![key]),
+        };
         self.post(Event::GroupsCancelled { session, what, keep_partial, reply });
     }
 
@@ -184,9 +241,30 @@ impl World {
         self.after(Duration::from_millis(40), Happening::Consume { shard });
     }
 
+    /// The manager closes the old stream.
+    fn take_over_consumer(&mut self) {
+        let Some((&consumer, &shard)) = self.trainer.consumers.first_key_value() else { return };
+        self.trainer.consumers.remove(&consumer);
+        self.after(Duration::from_millis(10), Happening::Consume { shard });
+    }
+
+    fn reset_publishers(&mut self) {
+        if self.trainer.publishers.is_empty() || !self.publishes_nothing() {
+            return;
+        }
+        for publisher in std::mem::take(&mut self.trainer.publishers).into_values() {
+            self.core_event(Event::PublisherLost { publisher });
+        }
+        let back_in = Duration::from_millis(self.rng.range(50, 2_000));
+        self.after(back_in, Happening::Republish);
+    }
+
     fn restart_trainer(&mut self) {
         if !self.scenario.restarts
-            || matches!(self.trainer.phase, Phase::Down | Phase::Done | Phase::Opening)
+            || matches!(
+                self.trainer.phase,
+                Phase::Down | Phase::Done | Phase::Opening | Phase::Closing
+            )
         {
             return;
         }
@@ -194,10 +272,17 @@ impl World {
         for consumer in consumers {
             self.core_event(Event::ConsumerLost { consumer });
         }
-        if let Some(publisher) = self.trainer.publisher {
+        for publisher in std::mem::take(&mut self.trainer.publishers).into_values() {
             self.core_event(Event::PublisherLost { publisher });
         }
-        self.trainer.crash();
+        if let Some(session) = self.trainer.session.filter(|_| self.rng.chance(20)) {
+            let (cancel_running, reply) = (self.rng.chance(30), self.no_reply());
+            self.core_event(Event::JobClosed { session, cancel_running, reply });
+        }
+        // Never fewer: see `TrainerSide::max_shards`.
+        let more = u32::from(self.rng.chance(30));
+        let shards = self.trainer.shards + more;
+        self.trainer.crash(shards.min(self.scenario.trainer.max_shards));
         if self.rng.chance(50) {
             self.trainer.epoch += 1;
             self.trainer.version = 0;

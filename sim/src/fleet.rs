@@ -21,6 +21,8 @@ pub(crate) struct SimEngine {
     pub session: Option<SessionId>,
     pub attached: bool,
     pub by_trainer: bool,
+    /// It has no engine: it only passes versions on.
+    pub relay: bool,
     pub live: BTreeMap<SampleId, Live>,
     pub loaded: Version,
     pub load: Option<LoadRun>,
@@ -43,6 +45,8 @@ pub(crate) struct Live {
     ignore_eos: bool,
     min_left: u32,
     credit_us: u64,
+    /// It came while the engine waited for its running samples: it starts after the load.
+    waits: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -52,6 +56,8 @@ pub(crate) struct LoadRun {
     pub stage: LoadStage,
     pub on_running: OnRunning,
     pub fails: bool,
+    /// It never gets on.
+    pub stuck: bool,
 }
 
 /// The weights digest behind a version: a version is its root, and nothing else has that digest.
@@ -71,6 +77,7 @@ impl SimEngine {
             session: None,
             attached: false,
             by_trainer,
+            relay: false,
             live: BTreeMap::new(),
             loaded: Version::base(0),
             load: None,
@@ -85,10 +92,16 @@ impl SimEngine {
         }
     }
 
+    /// A relay.
+    pub fn without_an_engine(self) -> Self {
+        Self { relay: true, ..self }
+    }
+
     /// A new process: nothing of the old one is left.
     pub fn reborn(&mut self, now: Now) {
         let incarnation = self.incarnation + 1;
-        *self = Self { incarnation, ..Self::new(self.name.clone(), self.by_trainer, now) };
+        let relay = self.relay;
+        *self = Self { incarnation, relay, ..Self::new(self.name.clone(), self.by_trainer, now) };
     }
 
     pub fn held(&self) -> Vec<Held> {
@@ -110,6 +123,7 @@ impl SimEngine {
         let given: Vec<u32> = tokens::ids(kept).collect();
         let sampling = &order.sampling;
         let offset = given.len() as u32;
+        let waits = self.load.as_ref().is_some_and(LoadRun::lets_finish);
         self.live.insert(
             order.sample,
             Live {
@@ -120,6 +134,7 @@ impl SimEngine {
                 ignore_eos: sampling.ignore_eos,
                 min_left: sampling.min_tokens.saturating_sub(offset),
                 credit_us: 0,
+                waits,
             },
         );
     }
@@ -154,7 +169,7 @@ impl SimEngine {
     pub fn make(&mut self, now: Now, rate: u64, params: SyntheticParams) -> Option<pb::Tick> {
         let elapsed = now.since(self.last_made).as_micros() as u64;
         self.last_made = now;
-        let frozen = self.load.as_ref().is_some_and(|load| load.stage >= LoadStage::Quiescing)
+        let frozen = self.load.as_ref().is_some_and(LoadRun::stops_the_engine)
             || now < self.stalled_until
             || self.released;
         let mut tick = pb::Tick { versions: vec![self.loaded.into()], ..Default::default() };
@@ -162,7 +177,7 @@ impl SimEngine {
         let mut finished = Vec::new();
         if !frozen {
             let key = weights(&self.loaded);
-            for (sample, live) in &mut self.live {
+            for (sample, live) in self.live.iter_mut().filter(|(_, live)| !live.waits) {
                 live.credit_us += elapsed;
                 let step = 1_000_000 * self.slow / rate;
                 let due = (live.credit_us / step) as u32;
@@ -191,6 +206,18 @@ impl SimEngine {
         Some(tick)
     }
 
+    /// The load may not touch the weights yet: samples run that it lets finish.
+    pub fn is_busy(&self) -> bool {
+        let lets_finish = self.load.as_ref().is_some_and(LoadRun::lets_finish);
+        lets_finish && self.live.values().any(|live| !live.waits)
+    }
+
+    /// The load has ended, one way or another.
+    pub fn end_load(&mut self) {
+        self.load = None;
+        self.live.values_mut().for_each(|live| live.waits = false);
+    }
+
     /// The finish of the next tick that has one is never said: the stream ends instead.
     pub fn lose_finishes(tick: &mut pb::Tick) {
         for end in &mut tick.ends {
@@ -202,6 +229,17 @@ impl SimEngine {
 
     pub fn acked(&mut self, seq: u64) {
         self.unacked.retain(|tick| tick.seq > seq);
+    }
+}
+
+impl LoadRun {
+    /// Quiescing, and what runs may run to its end.
+    fn lets_finish(&self) -> bool {
+        self.on_running == OnRunning::Finish && self.stage == LoadStage::Quiescing
+    }
+
+    fn stops_the_engine(&self) -> bool {
+        self.stage >= LoadStage::Quiescing && !self.lets_finish()
     }
 }
 

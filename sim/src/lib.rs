@@ -8,6 +8,7 @@
 //! on their way, with the manager's plan and the receiver's queue.
 
 mod check;
+pub mod coverage;
 mod digest;
 mod digests;
 mod faults;
@@ -18,6 +19,7 @@ mod trainer;
 pub mod transfer;
 mod world;
 
+pub use coverage::Coverage;
 pub use digests::{BadDigests, Digests};
 pub use scenario::Scenario;
-pub use world::{Failure, Outcome, run};
+pub use world::{Failure, Outcome, run, run_covered};

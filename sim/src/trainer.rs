@@ -20,6 +20,8 @@ pub(crate) enum Phase {
         step: u64,
     },
     Down,
+    /// Said that it is done; waits for the answer.
+    Closing,
     Done,
 }
 
@@ -28,7 +30,11 @@ pub(crate) struct Trainer {
     pub epoch: u32,
     pub session: Option<SessionId>,
     pub consumers: BTreeMap<ConsumerId, u32>,
-    pub publisher: Option<PublisherId>,
+    /// By sender.
+    pub publishers: BTreeMap<u32, PublisherId>,
+    /// Version numbers with the senders that have not sealed them yet.
+    pub unsealed: BTreeMap<u64, u32>,
+    pub shards: u32,
     pub version: u64,
     /// (key, index) -> the batch it came in. At most one, ever, within what is not rolled back.
     pub got: BTreeMap<(String, u32), BatchSeq>,
@@ -46,13 +52,15 @@ pub(crate) struct Done {
 }
 
 impl Trainer {
-    pub fn new() -> Self {
+    pub fn new(shards: u32) -> Self {
         Self {
             phase: Phase::Opening,
             epoch: 1,
             session: None,
             consumers: BTreeMap::new(),
-            publisher: None,
+            publishers: BTreeMap::new(),
+            unsealed: BTreeMap::new(),
+            shards,
             version: 0,
             got: BTreeMap::new(),
             seen: BTreeMap::new(),
@@ -90,22 +98,24 @@ impl Trainer {
     }
 
     /// All shards have the step's last batch.
-    pub fn has_step(&self, step: u64, shards: u32) -> Option<BatchSeq> {
+    pub fn has_step(&self, step: u64) -> Option<BatchSeq> {
         let done = self.done.get(&step)?;
         let all =
-            (0..shards).all(|shard| self.seen.get(&shard).is_some_and(|seq| *seq >= done.seq));
+            (0..self.shards).all(|shard| self.seen.get(&shard).is_some_and(|seq| *seq >= done.seq));
         all.then_some(done.seq)
     }
 
     /// The process died; it starts again from the checkpoint that holds everything up to `committed`.
-    pub fn crash(&mut self) {
+    pub fn crash(&mut self, shards: u32) {
         let cursor = self.committed;
         self.got.retain(|_, seq| *seq <= cursor);
         self.done.retain(|_, done| done.seq <= cursor);
-        self.seen.values_mut().for_each(|seq| *seq = cursor);
+        self.shards = shards;
+        self.seen = (0..shards).map(|shard| (shard, cursor)).collect();
         self.session = None;
         self.consumers.clear();
-        self.publisher = None;
+        self.publishers.clear();
+        self.unsealed.clear();
         self.phase = Phase::Down;
     }
 

@@ -20,6 +20,7 @@ use anabranch_proto::{Attempt, OrderId, SampleId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 use bytes::Bytes;
 
+use crate::coverage::{self, Coverage, States};
 use crate::digest::Digest;
 use crate::fleet::SimEngine;
 use crate::rng::Rng;
@@ -31,6 +32,8 @@ const LATENCY: Duration = Duration::from_millis(2);
 pub(crate) const TICK: Duration = Duration::from_millis(20);
 /// Events between two comparisons of the folded durable state with the live one.
 const FOLD_EVERY: u64 = 16;
+/// Tokens, as `World::prompt` makes them.
+const LONGEST_PROMPT: u64 = 24;
 /// A world that is not done by then hangs.
 const PATIENCE: Duration = Duration::from_secs(900);
 
@@ -83,6 +86,10 @@ pub(crate) enum Happening {
     Reborn {
         engine: usize,
     },
+    /// Its notice is over: the machine is gone.
+    Preempted {
+        engine: usize,
+    },
     NetUp {
         engine: usize,
     },
@@ -101,6 +108,13 @@ pub(crate) enum Happening {
     },
     Strike,
     OpenJob,
+    Submit {
+        step: u64,
+    },
+    /// A publisher whose stream broke is back.
+    Republish,
+    Close,
+    Publish,
     Consume {
         shard: u32,
     },
@@ -135,8 +149,9 @@ pub(crate) enum ToAgent {
 pub(crate) enum Waiting {
     Open,
     Submit { step: u64 },
-    Announce { version: Version },
-    Seal { step: Option<u64> },
+    Announce { version: Version, sender: u32, step: Option<u64> },
+    Seal { version: Version, step: Option<u64> },
+    Close,
     Train { step: u64, by: Now },
     Generate { step: u64, by: Now },
     Nothing,
@@ -170,6 +185,7 @@ pub(crate) struct World {
     pub paused: Option<(Now, Now)>,
     pub outcome: Outcome,
     digest: Digest,
+    coverage: Option<(Coverage, States)>,
     story: VecDeque<String>,
     broken: Option<String>,
 }
@@ -177,11 +193,17 @@ pub(crate) struct World {
 /// Runs one world to its end.
 pub fn run(scenario: Scenario) -> Result<Outcome, Box<Failure>> {
     let mut world = World::new(scenario);
-    world.begin();
-    while world.trainer.phase != Phase::Done && world.broken.is_none() {
-        world.step();
-    }
+    world.go();
     world.finish()
+}
+
+/// The same, and counts what was seen of the core. Takes about twice as long.
+pub fn run_covered(scenario: Scenario) -> (Result<Outcome, Box<Failure>>, Coverage) {
+    let mut world = World::new(scenario);
+    world.coverage = Some(Default::default());
+    world.go();
+    let (coverage, _) = world.coverage.take().unwrap_or_default();
+    (world.finish(), coverage)
 }
 
 impl World {
@@ -189,21 +211,23 @@ impl World {
         let mut rng = Rng::new(scenario.seed ^ 0x5151);
         let now = Now::ZERO;
         let colocated = usize::from(scenario.colocated);
-        let named = |i: usize| SimEngine::new(format!("e{i}"), i < colocated, now);
-        let config =
-            CoreConfig { quarantine_deaths: 5, quarantine_ms: 3_000, ..CoreConfig::default() };
+        let workers = scenario.engines + colocated;
+        let named = |i: usize| {
+            let engine = SimEngine::new(format!("e{i}"), i < colocated, now);
+            if i < workers { engine } else { engine.without_an_engine() }
+        };
+        let config = config_of(&scenario);
         let mean_len = Some(scenario.mean_len);
         Self {
             params: SyntheticParams { vocab: 32_000, eos_id: 2, mean_len },
-            engines: (0..scenario.engines + colocated).map(named).collect(),
+            engines: (0..workers + scenario.fleet.relays).map(named).collect(),
             outcome: Outcome { seed: scenario.seed, ..Outcome::default() },
             rng: Rng::new(rng.next()),
-            scenario,
             now,
             core: Core::new(config, now),
             folded: Folded::default(),
             ledger: Ledger::new(4),
-            trainer: Trainer::new(),
+            trainer: Trainer::new(scenario.shards),
             queue: BTreeMap::new(),
             next: 0,
             links: BTreeMap::new(),
@@ -217,14 +241,23 @@ impl World {
             garble: None,
             paused: None,
             digest: Digest::new(),
+            coverage: None,
             story: VecDeque::new(),
             broken: None,
+            scenario,
+        }
+    }
+
+    fn go(&mut self) {
+        self.begin();
+        while self.trainer.phase != Phase::Done && self.broken.is_none() {
+            self.step();
         }
     }
 
     fn begin(&mut self) {
         let opens = Duration::from_millis(self.rng.range(0, 50));
-        self.after(opens, Happening::OpenJob);
+        self.after(opens + self.scenario.trainer.opens_after, Happening::OpenJob);
         self.after(Duration::from_millis(500), Happening::Beats);
         for engine in 0..self.engines.len() {
             let joins = Duration::from_millis(self.rng.range(0, 3_000));
@@ -311,8 +344,15 @@ impl World {
 
     pub(crate) fn core_event(&mut self, event: Event) {
         self.outcome.events += 1;
+        if let Some((coverage, _)) = &mut self.coverage {
+            coverage.event(&event);
+        }
         self.core.handle(self.now, event);
+        self.note_edges();
         while let Some(action) = self.core.poll_action() {
+            if let Some((coverage, _)) = &mut self.coverage {
+                coverage.action(&action);
+            }
             self.digest.action(self.now, &action);
             self.act(action);
         }
@@ -324,6 +364,13 @@ impl World {
             && let Err(what) = self.core.check_fold(&self.folded)
         {
             self.fail(what);
+        }
+    }
+
+    fn note_edges(&mut self) {
+        if let Some((coverage, states)) = &mut self.coverage {
+            let before = std::mem::replace(states, coverage::states(&self.core));
+            coverage.edges(&before, states);
         }
     }
 
@@ -417,6 +464,22 @@ impl World {
         let of = |key: &String| self.asked.get(key).map(|n| (key.clone(), *n));
         self.admitted.iter().filter_map(of).collect()
     }
+}
+
+/// Little more than a step is admitted at once, where the seed says so.
+fn config_of(scenario: &Scenario) -> CoreConfig {
+    let sample = u64::from(scenario.max_tokens) + LONGEST_PROMPT;
+    let step = sample * u64::from(scenario.n) * scenario.groups_per_step;
+    let mut config = CoreConfig {
+        quarantine_deaths: 5,
+        quarantine_ms: 3_000,
+        load_deadline_ms: scenario.fleet.load_deadline.as_millis() as u64,
+        ..CoreConfig::default()
+    };
+    if scenario.trainer.tight_admission {
+        config.admission_tokens = step * 5 / 4;
+    }
+    config
 }
 
 impl Happening {

@@ -42,6 +42,8 @@ fn a_world_without_faults_moves_nothing_and_makes_nothing_twice() {
     for seed in 0..40 {
         let mut scenario = Scenario::of_seed(seed).calm();
         scenario.colocated = false;
+        scenario.trainer.overlaps = false;
+        scenario.trainer.deadlines = 0;
         scenario.on_running = anabranch_manager::event::OnRunning::Continue;
         let outcome =
             run(scenario).unwrap_or_else(|failure| panic!("seed {seed}: {}", failure.what));

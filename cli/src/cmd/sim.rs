@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anabranch_runtime::Exit;
-use anabranch_sim::{Digests, Failure as Broken, Outcome as Ended, Scenario};
+use anabranch_sim::{Coverage, Digests, Failure as Broken, Outcome as Ended, Scenario};
 use serde_json::json;
 
 use crate::failure::{Failure, OrExit, Outcome};
@@ -33,6 +33,16 @@ pub struct Args {
     /// Compare with the digests in that file instead: says which seeds differ, and exits with 1 if any does
     #[arg(long, requires = "digests")]
     compare: bool,
+    /// Count each event, action and state edge of the manager's core; those under 20 are marked
+    #[arg(long)]
+    coverage: bool,
+}
+
+/// What the seeds came to, in their order.
+#[derive(Default)]
+struct Worlds {
+    ended: Vec<Result<Ended, Box<Broken>>>,
+    coverage: Coverage,
 }
 
 /// Sums over all worlds that ended well.
@@ -59,15 +69,17 @@ pub async fn run(args: Args) -> Outcome {
     };
     let (calm, as_json) = (args.calm, args.json);
     let threads = args.threads.unwrap_or_else(cores).max(1);
-    let worlds = tokio::task::spawn_blocking(move || all(first, count, calm, threads, as_json));
-    let ended = worlds.await.or_exit(Exit::Internal)?;
+    let plan = Plan { first, count, calm, covered: args.coverage };
+    let worlds = tokio::task::spawn_blocking(move || all(plan, threads, as_json));
+    let Worlds { ended, coverage } = worlds.await.or_exit(Exit::Internal)?;
     let digests = digests_of(first, &ended);
     if let (Some(file), None) = (&args.digests, &base) {
         std::fs::write(file, digests.to_string())
             .map_err(|error| format!("{}: {error}", file.display()))
             .or_exit(Exit::CannotCreate)?;
     }
-    let exit = report(&ended, as_json, only_one)?;
+    let coverage = args.coverage.then_some(&coverage);
+    let exit = report(&ended, coverage, as_json, only_one)?;
     match base {
         Some(base) => compared(&digests, &base),
         None => Ok(exit),
@@ -78,45 +90,65 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Every seed of `first..first + count`, in their order.
-fn all(
+#[derive(Clone, Copy)]
+struct Plan {
     first: u64,
     count: u64,
     calm: bool,
-    threads: usize,
-    quiet: bool,
-) -> Vec<Result<Ended, Box<Broken>>> {
+    covered: bool,
+}
+
+/// Every seed of the plan.
+fn all(plan: Plan, threads: usize, quiet: bool) -> Worlds {
     let next = AtomicU64::new(0);
-    let progress = std::sync::Mutex::new((0, Progress::new("seeds", count, quiet)));
+    let progress = std::sync::Mutex::new((0, Progress::new("seeds", plan.count, quiet)));
     let work = || {
-        let mut ended = Vec::new();
+        let (mut ended, mut coverage) = (Vec::new(), Coverage::default());
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
-            if at >= count {
-                return ended;
+            if at >= plan.count {
+                return (ended, coverage);
             }
-            ended.push((at, world(first + at, calm)));
+            ended.push((at, world(plan, plan.first + at, &mut coverage)));
             let mut progress = progress.lock().expect("no code panics while it holds this lock");
             progress.0 += 1;
             let done = progress.0;
             progress.1.set(done, "");
         }
     };
-    let mut ended: Vec<_> = std::thread::scope(|scope| {
+    let mut worlds = Worlds::default();
+    let mut ended = Vec::new();
+    std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        workers.into_iter().flat_map(|w| w.join().expect("a world does not panic")).collect()
+        for worker in workers {
+            let (some, coverage) = worker.join().expect("a world does not panic");
+            ended.extend(some);
+            worlds.coverage.add(&coverage);
+        }
     });
     progress.lock().expect("no code panics while it holds this lock").1.finish();
     ended.sort_by_key(|(at, _)| *at);
-    ended.into_iter().map(|(_, ended)| ended).collect()
+    worlds.ended = ended.into_iter().map(|(_, ended)| ended).collect();
+    worlds
 }
 
-fn world(seed: u64, calm: bool) -> Result<Ended, Box<Broken>> {
+fn world(plan: Plan, seed: u64, coverage: &mut Coverage) -> Result<Ended, Box<Broken>> {
     let scenario = Scenario::of_seed(seed);
-    anabranch_sim::run(if calm { scenario.calm() } else { scenario })
+    let scenario = if plan.calm { scenario.calm() } else { scenario };
+    if !plan.covered {
+        return anabranch_sim::run(scenario);
+    }
+    let (ended, seen) = anabranch_sim::run_covered(scenario);
+    coverage.add(&seen);
+    ended
 }
 
-fn report(ended: &[Result<Ended, Box<Broken>>], as_json: bool, only_one: bool) -> Outcome {
+fn report(
+    ended: &[Result<Ended, Box<Broken>>],
+    coverage: Option<&Coverage>,
+    as_json: bool,
+    only_one: bool,
+) -> Outcome {
     let mut sums = Sums::default();
     ended.iter().flatten().for_each(|outcome| sums.add(outcome));
     let broken: Vec<&Broken> =
@@ -126,11 +158,16 @@ fn report(ended: &[Result<Ended, Box<Broken>>], as_json: bool, only_one: bool) -
             .iter()
             .map(|b| json!({"seed": b.seed, "at_ms": b.at_ms, "what": b.what, "story": b.story}))
             .collect();
-        println!("{}", json!({"passed": broken.is_empty(), "sums": sums, "failures": failures}));
+        let coverage = coverage.map(Coverage::rows);
+        println!(
+            "{}",
+            json!({"passed": broken.is_empty(), "sums": sums, "failures": failures, "coverage": coverage})
+        );
     } else {
         for one in ended.iter().flatten().filter(|_| only_one) {
             println!("{}", serde_json::to_string_pretty(one).expect("an outcome is plain data"));
         }
+        coverage.iter().for_each(|table| print!("{table}"));
         println!(
             "{} worlds held: {} samples delivered, {} tokens checked, {} migrations, {} faults, {} versions",
             sums.worlds,

@@ -82,6 +82,9 @@ impl World {
 
     fn start(&mut self, order: Box<anabranch_manager::action::StartOrder>) {
         match self.ledger.begin(order.sample, order.attempt, order.maker.clone()) {
+            Begun::Kept(kept) if !kept.is_empty() && cannot_resume(&order) => {
+                self.fail(format!("{} is continued, and cannot be replayed", order.sample));
+            }
             Begun::Kept(kept) => self.tell_agent(order.session, ToAgent::Start(order, kept)),
             Begun::AlreadyFinished => {}
             Begun::Unknown => self.fail(format!("{} has no page", order.sample)),
@@ -118,4 +121,9 @@ impl World {
         let byte = |b: &u8| u32::from(*b) + 3;
         hash.as_bytes()[..8 + usize::from(hash.as_bytes()[9] % 16)].iter().map(byte).collect()
     }
+}
+
+/// Its engine has state that is not in the tokens.
+fn cannot_resume(order: &anabranch_manager::action::StartOrder) -> bool {
+    order.sampling.presence_penalty != 0.0 || !order.sampling.stop_strings.is_empty()
 }

@@ -21,8 +21,12 @@ impl World {
             if let (true, true, true, Some(session)) =
                 (agent.alive, agent.net_up, agent.attached, agent.session)
             {
+                self.post(Event::EngineHeard { session });
                 self.post(Event::EngineBeat { session, running: 0, waiting: 0, kv_used: 0.0 });
             }
+        }
+        if self.trainer.session.is_some() {
+            self.post(Event::TrainerHeard);
         }
         self.after(Duration::from_millis(900), Happening::Beats);
     }
@@ -59,7 +63,25 @@ impl World {
         let agent = &mut self.engines[engine];
         agent.link = Some(link);
         agent.attached = false;
-        let hello = EngineHello {
+        let hello = self.hello(engine);
+        self.links.insert(link, engine);
+        self.post(Event::EngineAttached { link, hello: Box::new(hello) });
+    }
+
+    /// Of a life before the first that the manager saw: it is refused.
+    pub(crate) fn dial_as_ghost(&mut self, engine: usize) {
+        if self.engines[engine].session.is_none() {
+            return;
+        }
+        self.next += 1;
+        let link = LinkId(self.next);
+        let hello = EngineHello { incarnation: Incarnation(0), ..self.hello(engine) };
+        self.post(Event::EngineAttached { link, hello: Box::new(hello) });
+    }
+
+    fn hello(&self, engine: usize) -> EngineHello {
+        let agent = &self.engines[engine];
+        EngineHello {
             id: EngineId::new(&agent.name),
             incarnation: Incarnation(agent.incarnation),
             model: Model {
@@ -83,16 +105,14 @@ impl World {
                 false => BTreeMap::new(),
             },
             addresses: vec!["10.0.0.1:9000".into()],
-            host: None,
+            host: self.scenario.fleet.shares_hosts.then(|| format!("h{}", engine / 2)),
             held: agent.held(),
             loaded: agent.loaded,
             resume: agent.session,
             manager_epoch: 1,
-            kind: "sim".into(),
+            kind: if agent.relay { "relay".into() } else { "sim".into() },
             proto: 1,
-        };
-        self.links.insert(link, engine);
-        self.post(Event::EngineAttached { link, hello: Box::new(hello) });
+        }
     }
 
     pub(super) fn reborn(&mut self, engine: usize) {
@@ -172,7 +192,7 @@ impl World {
                     agent.load = None;
                     agent.released = false;
                 }
-                agent.load = None;
+                agent.end_load();
                 agent.live.retain(|sample, live| {
                     keep.iter().any(|held| held.sample == *sample && held.attempt == live.attempt)
                 });
@@ -190,13 +210,14 @@ impl World {
                     stage: LoadStage::Fetching,
                     on_running: order.on_running,
                     fails: false,
+                    stuck: false,
                 });
                 self.report_load(engine, LoadStage::Fetching);
                 self.load_goes_on(engine, order.order);
             }
             ToAgent::CancelLoad(order) => {
                 if agent.load.as_ref().is_some_and(|load| load.order == order) {
-                    agent.load = None;
+                    agent.end_load();
                 }
             }
             ToAgent::Mode { order, mode, deadline } => self.mode(engine, order, mode, deadline),
@@ -219,7 +240,14 @@ impl World {
         if !agent.alive || agent.incarnation != incarnation {
             return;
         }
+        let busy = agent.is_busy();
         let Some(load) = agent.load.as_mut().filter(|load| load.order == order) else { return };
+        if load.stuck {
+            return;
+        }
+        if busy {
+            return self.load_goes_on(engine, order);
+        }
         load.stage = match load.stage {
             LoadStage::Fetching => LoadStage::Staged,
             LoadStage::Staged => LoadStage::Quiescing,
@@ -237,7 +265,7 @@ impl World {
         }
         self.report_load(engine, stage);
         if matches!(stage, LoadStage::Active | LoadStage::Failed) {
-            self.engines[engine].load = None;
+            self.engines[engine].end_load();
         } else {
             self.load_goes_on(engine, order);
         }
@@ -254,7 +282,7 @@ impl World {
             error: if stage == LoadStage::Failed { "made to fail".into() } else { String::new() },
             probe: None,
             fetched_from: BTreeMap::new(),
-            holds: stage == LoadStage::Active && self.scenario.seed.is_multiple_of(2),
+            holds: stage == LoadStage::Active && (agent.relay || self.scenario.fleet.holds),
             ingress: 0,
             egress: 0,
             served: 0,
@@ -289,6 +317,7 @@ impl World {
                 agent.released = false;
                 self.mode_done(engine, order);
             }
+            // The link is closed after it.
             ModeKind::Leave => {}
         }
     }

@@ -10,6 +10,7 @@ impl World {
             Happening::Make { engine } => self.make(engine),
             Happening::Redial { engine } => self.dial(engine),
             Happening::Reborn { engine } => self.reborn(engine),
+            Happening::Preempted { engine } => self.preempted(engine),
             Happening::NetUp { engine } => {
                 self.engines[engine].net_up = true;
                 self.resend(engine);
@@ -26,6 +27,10 @@ impl World {
             }
             Happening::Beats => self.beats(),
             Happening::OpenJob => self.open_job(),
+            Happening::Submit { step } => self.submit_again(step),
+            Happening::Close => self.close(),
+            Happening::Publish => self.publish(None),
+            Happening::Republish => self.republish(),
             Happening::Consume { shard } => self.consume(shard),
             Happening::Take { consumer, batch, samples } => self.take(consumer, &batch, &samples),
             Happening::Done { consumer, report }

@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-use anabranch_manager::action::{Answer, FailKind, SubmitVerdict};
+use anabranch_manager::action::{Answer, FailKind, SubmitResult, SubmitVerdict};
 use anabranch_manager::event::{
-    Announce, ConsumerId, Event, LogprobsMode, Model, NewGroup, OpenJob, PublisherId, ReplyTo,
-    Sampling, Shard,
+    Announce, ConsumerId, Event, LogprobsMode, Model, NewGroup, OpenJob, PublisherId, Replay,
+    ReplyTo, Sampling, SenderOf, Shard,
 };
 use anabranch_proto::{BatchSeq, EngineId, SessionId, Step, Version, tokens};
 
-use super::{Waiting, World};
+use super::{Happening, Waiting, World};
+use crate::scenario::Publishes;
 use crate::trainer::Phase;
 
 const MODE_DEADLINE: Duration = Duration::from_secs(5);
@@ -24,7 +25,7 @@ impl World {
             logprobs_mode: LogprobsMode::Tempered,
             staleness: self.scenario.staleness,
             on_running: self.scenario.on_running,
-            on_trainer_lost: Duration::from_secs(60),
+            on_trainer_lost: self.scenario.trainer.on_lost,
             resume: resumes.then_some(self.trainer.committed),
             seed: self.scenario.seed,
             rolling: self.scenario.rolling,
@@ -36,7 +37,8 @@ impl World {
 
     pub(super) fn consume(&mut self, shard: u32) {
         let Some(session) = self.trainer.session else { return };
-        if self.trainer.consumers.values().any(|other| *other == shard) {
+        let taken = self.trainer.consumers.values().any(|other| *other == shard);
+        if taken || shard >= self.trainer.shards {
             return;
         }
         self.next += 1;
@@ -44,7 +46,7 @@ impl World {
         self.trainer.consumers.insert(consumer, shard);
         // What was sent and not acknowledged on the old stream comes again.
         let pack = self.scenario.pack;
-        let shard = Shard { index: shard, count: self.scenario.shards };
+        let shard = Shard { index: shard, count: self.trainer.shards };
         self.core_event(Event::ConsumerAttached { session, consumer, pack, shard });
         let samples = self.rng.range(1, 30);
         self.post(Event::CreditGranted { consumer, bytes: 1 << 20, samples });
@@ -69,10 +71,15 @@ impl World {
     /// Has the step come whole?
     pub(super) fn advance(&mut self) {
         let Phase::Waiting { step } = self.trainer.phase else { return };
-        let Some(seq) = self.trainer.has_step(step, self.scenario.shards) else { return };
+        let Some(seq) = self.trainer.has_step(step) else { return };
         self.trainer.phase = Phase::Training { step };
         if self.scenario.colocated {
             self.switch(true, step);
+        } else if self.scenario.trainer.overlaps {
+            let soon = Duration::from_millis(self.rng.range(0, 1_500));
+            self.after(soon, Happening::Publish);
+            self.commit(seq);
+            return self.next_step(step);
         } else {
             self.publish(Some(step));
         }
@@ -95,22 +102,65 @@ impl World {
         self.post(Event::ModeRequested { session, train, deadline: MODE_DEADLINE, reply });
     }
 
-    fn publish(&mut self, _step: Option<u64>) {
-        let Some(session) = self.trainer.session else { return };
+    /// The next version, by all its senders. `step`: training waits for it.
+    pub(super) fn publish(&mut self, step: Option<u64>) {
+        if self.trainer.session.is_none() {
+            return;
+        }
         let version = self.trainer.next_version();
         self.outcome.versions += 1;
-        let publisher = *self.trainer.publisher.get_or_insert(PublisherId(version.number << 32));
-        let announce = Announce {
-            session,
-            version: Version { root: anabranch_proto::Root::default(), ..version },
-            addresses: vec!["10.0.0.9:7000".into()],
-            dials: false,
-            bytes: 1 << 20,
-            directory: None,
-            sender: None,
-        };
-        let reply = self.ask(Waiting::Announce { version });
-        self.post(Event::VersionAnnounced { publisher, announce: Box::new(announce), reply });
+        self.announce(version, step);
+    }
+
+    /// The newest version again, after its stream broke.
+    pub(super) fn republish(&mut self) {
+        if self.trainer.session.is_some() && self.trainer.version > 0 {
+            let version = crate::trainer::version(self.trainer.epoch, self.trainer.version);
+            self.announce(version, None);
+        }
+    }
+
+    fn announce(&mut self, version: Version, step: Option<u64>) {
+        let Some(session) = self.trainer.session else { return };
+        let side = self.scenario.trainer.clone();
+        self.trainer.unsealed.insert(version.number, side.senders);
+        for sender in 0..side.senders {
+            self.next += 1;
+            let fresh = PublisherId(self.next);
+            let publisher = *self.trainer.publishers.entry(sender).or_insert(fresh);
+            let listens = side.publishes == Publishes::Listens;
+            let in_directory = side.publishes == Publishes::Directory;
+            let of = SenderOf { index: sender, count: side.senders, part: side.parts };
+            let announce = Announce {
+                session,
+                version: Version { root: anabranch_proto::Root::default(), ..version },
+                addresses: listens.then(|| format!("10.0.1.{sender}:7000")).into_iter().collect(),
+                dials: side.publishes == Publishes::Dials,
+                bytes: 1 << 20,
+                directory: in_directory.then(|| "/checkpoints".to_owned()),
+                sender: (side.senders > 1).then_some(of),
+            };
+            let reply = self.ask(Waiting::Announce { version, sender, step });
+            self.post(Event::VersionAnnounced { publisher, announce: Box::new(announce), reply });
+        }
+    }
+
+    fn seal(&mut self, version: Version, sender: u32, step: Option<u64>) {
+        let Some(&publisher) = self.trainer.publishers.get(&sender) else { return };
+        let reply = self.ask(Waiting::Seal { version, step });
+        self.post(Event::VersionSealed { publisher, version, reply });
+    }
+
+    /// No version is on its way to the manager.
+    pub(crate) fn publishes_nothing(&self) -> bool {
+        let publishes = |w: &Waiting| matches!(w, Waiting::Announce { .. } | Waiting::Seal { .. });
+        !self.waiting.values().any(publishes)
+    }
+
+    pub(super) fn submit_again(&mut self, step: u64) {
+        if self.trainer.phase == (Phase::Waiting { step }) {
+            self.submit(step);
+        }
     }
 
     pub(super) fn answered(&mut self, to: ReplyTo, answer: Answer) {
@@ -121,30 +171,14 @@ impl World {
             (_, Answer::Failed { kind: FailKind::Conflict, .. }) => {}
             (Waiting::Open, Answer::Opened { session, .. }) => self.opened(session),
             (Waiting::Submit { step }, Answer::Submitted(results)) => {
-                for result in results {
-                    match result.verdict {
-                        SubmitVerdict::Accepted => {
-                            self.admitted.insert(result.key);
-                        }
-                        SubmitVerdict::Duplicate => {}
-                        SubmitVerdict::Rejected { why, .. } => {
-                            self.asked.remove(&result.key);
-                            self.note(format!("step {step}: {} rejected: {why}", result.key));
-                        }
-                    }
-                }
+                self.submitted(step, results);
                 self.advance();
             }
-            (Waiting::Announce { version }, Answer::Done) => {
-                let Some(publisher) = self.trainer.publisher else { return };
-                let step = match self.trainer.phase {
-                    Phase::Training { step } => Some(step),
-                    _ => None,
-                };
-                let reply = self.ask(Waiting::Seal { step });
-                self.post(Event::VersionSealed { publisher, version, reply });
+            (Waiting::Announce { version, sender, step }, Answer::Done) => {
+                self.seal(version, sender, step);
             }
-            (Waiting::Seal { step }, Answer::Done) => self.sealed(step),
+            (Waiting::Close, Answer::Done) => self.trainer.phase = Phase::Done,
+            (Waiting::Seal { version, step }, Answer::Done) => self.sealed(version, step),
             (Waiting::Train { step, by }, Answer::ModeSet(_)) => {
                 self.in_time(by);
                 if self.trainer.phase == (Phase::Training { step }) {
@@ -161,6 +195,26 @@ impl World {
         }
     }
 
+    fn submitted(&mut self, step: u64, results: Vec<SubmitResult>) {
+        let mut again = None;
+        for SubmitResult { key, verdict } in results {
+            match verdict {
+                SubmitVerdict::Accepted => {
+                    self.admitted.insert(key);
+                }
+                SubmitVerdict::Duplicate => {}
+                SubmitVerdict::Rejected { why, retry_after } => {
+                    self.asked.remove(&key);
+                    self.note(format!("step {step}: {key} rejected: {why}"));
+                    again = again.or(retry_after);
+                }
+            }
+        }
+        if let Some(wait) = again {
+            self.after(wait, Happening::Submit { step });
+        }
+    }
+
     fn in_time(&mut self, by: anabranch_runtime::clock::Now) {
         if self.now > by + Duration::from_secs(9) {
             self.fail(format!(
@@ -172,8 +226,9 @@ impl World {
 
     fn opened(&mut self, session: SessionId) {
         self.trainer.session = Some(session);
-        for shard in 0..self.scenario.shards {
-            self.consume(shard);
+        self.consume(0);
+        for shard in 1..self.trainer.shards {
+            self.after(self.scenario.trainer.stagger * shard, Happening::Consume { shard });
         }
         if self.trainer.version > 0 || self.trainer.epoch > 1 {
             self.publish(None);
@@ -185,8 +240,12 @@ impl World {
         }
     }
 
-    fn sealed(&mut self, step: Option<u64>) {
-        let Some(step) = step else { return };
+    fn sealed(&mut self, version: Version, step: Option<u64>) {
+        if let Some(left) = self.trainer.unsealed.get_mut(&version.number) {
+            *left = left.saturating_sub(1);
+        }
+        let all = self.trainer.unsealed.get(&version.number).is_none_or(|left| *left == 0);
+        let Some(step) = step.filter(|_| all) else { return };
         if self.trainer.phase != (Phase::Training { step }) {
             return;
         }
@@ -223,8 +282,21 @@ impl World {
         }
         match step + 1 < self.scenario.steps {
             true => self.submit(step + 1),
-            false => self.trainer.phase = Phase::Done,
+            false => {
+                // After the last commit has arrived.
+                self.trainer.phase = Phase::Closing;
+                self.after(2 * super::LATENCY, Happening::Close);
+            }
         }
+    }
+
+    pub(super) fn close(&mut self) {
+        let Some(session) = self.trainer.session.filter(|_| self.scenario.trainer.closes) else {
+            self.trainer.phase = Phase::Done;
+            return;
+        };
+        let (reply, cancel_running) = (self.ask(Waiting::Close), self.rng.chance(50));
+        self.post(Event::JobClosed { session, cancel_running, reply });
     }
 
     fn submit(&mut self, step: u64) {
@@ -258,16 +330,39 @@ impl World {
     }
 
     fn group(&self, key: &str, n: u32, pin: Option<Version>) -> NewGroup {
+        let side = &self.scenario.trainer;
+        let deadline = Duration::from_millis(100 + 40 * draw(key, 2));
         NewGroup {
             key: key.to_owned(),
             prompt: tokens::encode_ids(&self.prompt(key)),
             n,
-            sampling: std::sync::Arc::new(Sampling::new(self.scenario.max_tokens)),
+            sampling: std::sync::Arc::new(self.sampling(key)),
             pin,
-            priority: 0,
-            deadline: None,
+            priority: if side.priorities { draw(key, 4) as i32 % 3 - 1 } else { 0 },
+            deadline: (draw(key, 5) < side.deadlines).then_some(deadline),
             meta: bytes::Bytes::new(),
             session: String::new(),
         }
     }
+
+    /// Some groups have penalties or stop strings: they restart from their prompt.
+    fn sampling(&self, key: &str) -> Sampling {
+        let plain = Sampling::new(self.scenario.max_tokens);
+        if draw(key, 0) >= self.scenario.trainer.replayed {
+            return plain;
+        }
+        // A few ask for the impossible, and are rejected.
+        let replay = if draw(key, 3) < 5 { Replay::default() } else { Replay::RestartOk };
+        match draw(key, 1) < 50 {
+            true => Sampling { presence_penalty: 0.5, replay, ..plain },
+            // The model writes no text: no string ever matches.
+            false => Sampling { stop_strings: vec!["stop".into()], replay, ..plain },
+        }
+    }
+}
+
+/// A property of a group, in [0, 100): the same each time that the group is submitted.
+fn draw(key: &str, property: u8) -> u64 {
+    let hash = blake3::Hasher::new().update(key.as_bytes()).update(&[property]).finalize();
+    u64::from(u16::from_le_bytes([hash.as_bytes()[0], hash.as_bytes()[1]])) % 100
 }

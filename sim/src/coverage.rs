@@ -1,0 +1,111 @@
+//! How often each event, action and edge of the manager's state graphs was seen, so that a change to the core is
+//! known to run under [`crate::run`]. A row under [`ENOUGH`] is marked: no digest guards it.
+
+mod edges;
+mod names;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use anabranch_manager::action::Action;
+use anabranch_manager::core::Core;
+use anabranch_manager::event::Event;
+
+/// Rows seen less often than this are marked.
+pub const ENOUGH: u64 = 20;
+
+/// Machine and id -> the state's name.
+pub(crate) type States = BTreeMap<(&'static str, String), &'static str>;
+
+/// Counts by row, of one world or of many together.
+#[derive(Clone, Debug, Default)]
+pub struct Coverage {
+    rows: BTreeMap<(&'static str, String), u64>,
+}
+
+/// One line of the table.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Row {
+    /// `event`, `fact`, `action`, `answer`, `notice`, or the machine whose edge it is.
+    pub of: &'static str,
+    pub name: String,
+    pub count: u64,
+}
+
+/// Where every machine of the core stands.
+pub(crate) fn states(core: &Core) -> States {
+    core.states().map(|(machine, id, name)| ((machine, id), name)).collect()
+}
+
+// === impl Coverage ===
+
+impl Coverage {
+    /// What goes into the core.
+    pub(crate) fn event(&mut self, event: &Event) {
+        self.count("event", names::event(event));
+        if let Event::FactsFound { facts, .. } = event {
+            facts.iter().for_each(|fact| self.count("fact", names::fact(fact)));
+        }
+    }
+
+    /// What the core decides.
+    pub(crate) fn action(&mut self, action: &Action) {
+        self.count("action", names::action(action));
+        match action {
+            Action::Emit(notice) => self.count("notice", names::notice(notice)),
+            Action::Reply { answer, .. } => self.count("answer", names::answer(answer)),
+            _ => {}
+        }
+    }
+
+    /// The states before and after one event, each sorted by machine and id.
+    pub(crate) fn edges(&mut self, before: &States, after: &States) {
+        let changed = |id| match (before.get(id), after.get(id)) {
+            (old, new) if old == new => None,
+            (old, new) => Some((old.copied().unwrap_or("-"), new.copied().unwrap_or("-"))),
+        };
+        for id in after.keys().chain(before.keys().filter(|id| !after.contains_key(id))) {
+            if let Some((from, to)) = changed(id) {
+                self.count(id.0, &format!("{from} > {to}"));
+            }
+        }
+    }
+
+    /// The counts of both.
+    pub fn add(&mut self, other: &Coverage) {
+        for (row, count) in &other.rows {
+            *self.rows.entry(row.clone()).or_default() += count;
+        }
+    }
+
+    /// Every row that could be seen, seen or not.
+    pub fn rows(&self) -> Vec<Row> {
+        let mut counts = self.rows.clone();
+        for (of, names) in names::ALL {
+            for name in *names {
+                counts.entry((of, (*name).into())).or_default();
+            }
+        }
+        for (machine, from, targets) in edges::EDGES {
+            for to in *targets {
+                counts.entry((machine, format!("{from} > {to}"))).or_default();
+            }
+        }
+        counts.into_iter().map(|((of, name), count)| Row { of, name, count }).collect()
+    }
+
+    fn count(&mut self, of: &'static str, name: &str) {
+        *self.rows.entry((of, name.to_owned())).or_default() += 1;
+    }
+}
+
+impl fmt::Display for Coverage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Row { of, name, count } in self.rows() {
+            let mark = if count < ENOUGH { "<20" } else { "" };
+            let line = format!("{of:<8} {name:<28} {count:>10} {mark:>4}");
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+}
