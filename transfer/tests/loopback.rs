@@ -55,7 +55,7 @@ fn versions_follow_each_other_over_the_same_streams_under_new_names() {
 fn flipped_bits_are_found_counted_and_fetched_again() {
     let (publisher, receiver, weights) = (publisher(), receiver(), Weights::new(16, 2));
     let v = publish(&publisher, 1, &weights).version;
-    let bad = Proxy::start(&publisher.addresses()[0], Fault::FlipEvery(3 << 20));
+    let bad = Proxy::start(&publisher.addresses()[0], Fault::FlipEvery(1 << 20));
     let sources = vec![source("flipping", bad.addr.to_string(), v), from(&publisher, v)];
     let staged = receiver.fetcher.fetch_blocking(&request(v, sources)).expect("fetch");
     assert_holds(staged.dir(), &weights);

@@ -47,5 +47,5 @@ names! { notice, NOTICES, Notice,
     JobOpened TrainerLost EngineAttached EngineRefused EngineReattached EngineSuspect EngineServing
     EngineDraining EngineReleased EngineGone EngineQuarantined SamplesMoved SamplesPlaced SampleHeld
     SampleAbandoned VersionAnnounced VersionAvailable VersionCurrent VersionSettled LoadOrdered LoadStage
-    StepSubmitted BatchOffered BatchAcked StepDone ModeSwitched PeerMisbehaved
+    StepSubmitted BatchOffered BatchAcked StepDone ModeSwitched PeerMisbehaved Missed Unknown
 }
