@@ -141,7 +141,7 @@ fn bad_sampling_is_refused_before_anything_is_sent() {
         ("--temperature", "-1", "temperature"),
         ("--top-p", "0", "top_p: 0 is not above 0"),
         ("--min-tokens", "999", "above max_tokens, 256"),
-        ("--stop", "", "stop string is empty"),
+        ("--stop", "", "stop_strings: empty"),
     ] {
         let mut command = anabranch();
         command.arg("submit").arg(format!("{flag}={value}")).stdin(Stdio::piped());
