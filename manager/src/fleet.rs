@@ -1,7 +1,7 @@
 //! Fleet: the engines of every lineage, what each runs, and whether it lives.
 //!
 //! Owns sessions, their states, links, leases and deaths, and the index of free seats. Does not know groups,
-//! queues, or how versions come. Durable state is in [`books`]; links, loads, reserves and seats are volatile.
+//! queues, or how versions come. Durable state is in `books`; links, loads, reserves and seats are volatile.
 
 mod books;
 mod engine;

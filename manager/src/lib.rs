@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Two pure cores: the [`ledger`] has the tokens, the [`core`] decides and never sees one. Both are
-//! driven by [`driver`] here and by the simulation in virtual time.
+//! driven by `driver` here and by the simulation in virtual time.
 
 // words that go in and out of the deciding core
 pub mod action;

@@ -1,7 +1,7 @@
 //! Rollout: one stream of work, from admitted groups through the queue to micro-batches that the trainer commits.
 //!
 //! Owns groups, samples, the queue, pools of finished samples, and delivery. Does not know engines beyond the
-//! session a sample runs on, nor weights beyond version numbers. Durable state is in [`books`]; the queue, pools,
+//! session a sample runs on, nor weights beyond version numbers. Durable state is in `books`; the queue, pools,
 //! consumers and indexes are volatile and follow from the books and from what engines and trainers say.
 
 mod ages;

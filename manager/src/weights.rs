@@ -1,7 +1,7 @@
 //! Weights: the versions of one lineage, who holds them, and how they roll forward over the fleet.
 //!
 //! Owns versions, publications, load orders and the plan of who fetches from whom. Sees engines as receivers:
-//! the coordinators say where each stands. Durable state is in [`versions::Books`]; senders, loads, probes and
+//! the coordinators say where each stands. Durable state is in `versions::Books`; senders, loads, probes and
 //! rates are volatile.
 
 mod change;

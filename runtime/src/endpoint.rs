@@ -1,5 +1,5 @@
 //! Addresses of a manager: `http://host:port`, `https://host:port`, or `file:PATH`, the announce
-//! file that a manager writes when it listens. [`crate::connect`] dials them.
+//! file that a manager writes when it listens. [`crate::connect()`] dials them.
 
 use std::fmt;
 use std::path::{Path, PathBuf};

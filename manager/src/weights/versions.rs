@@ -1,4 +1,4 @@
-//! Versions: which exist, who holds them, and which one is current. Durable; only [`Books::apply`] writes here,
+//! Versions: which exist, who holds them, and which one is current. Durable; only `Books::apply` writes here,
 //! but for each version's volatile part.
 //!
 //! ```text
