@@ -1,4 +1,4 @@
-//! What the core asked for, as the fleet and the trainer need it. The one file here that reads the manager's action
+//! Actions of the core, as the fleet and the trainer need them. The one file here that reads the manager's action
 //! types, besides the world, which hands them on.
 
 pub use anabranch_manager::action::{
@@ -8,7 +8,7 @@ pub use anabranch_manager::action::{
 /// The reason of a `SamplesMoved` notice when an engine was lost.
 const LOST: &str = "engine lost";
 
-/// What one event moved, by the actions that it led to.
+/// Count of what one event moved, by the actions that it led to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Moved {
     /// Samples and loads that changed their place: what the event may look at without costing more in a larger fleet.

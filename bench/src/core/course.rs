@@ -27,7 +27,7 @@ pub struct Length {
     pub cpu_limit_ns: u64,
 }
 
-/// What one run came to.
+/// Result of one run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Measured {
     pub engines: usize,
@@ -169,7 +169,7 @@ fn pass(world: &mut World, ms: u64, cpu_limit_ns: u64, what: &str) -> anyhow::Re
     Ok(world.ms() - from)
 }
 
-/// What happens besides the steady load, from here on.
+/// Times of the events besides the steady load, from here on.
 fn schedule(world: &mut World) {
     let at = |ms: u64| (ms as f64 * world.scale.pace) as u64;
     let mut dues = vec![(at(2500), Due::Lose { round: 0 }), (at(900), Due::Page)];

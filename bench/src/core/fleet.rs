@@ -72,7 +72,7 @@ pub struct Columns {
 // === impl Lives ===
 
 impl Lives {
-    /// For samples of which 1% finish a second: groups of `n`, whose first sample lives for `leader` seconds and all
+    /// Lengths of samples of which 1% finish a second: groups of `n`, whose first sample lives for `leader` seconds and all
     /// for 100 s in the mean.
     pub fn new(n: u32, leader: f64, tokens_per_second: f64, chunk: u32) -> Self {
         let sibling = (100.0 * f64::from(n) - leader) / f64::from(n - 1);

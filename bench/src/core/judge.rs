@@ -230,7 +230,7 @@ fn table_of(out: &mut String, run: &Measured) {
     out.push('\n');
 }
 
-/// As the tables have it: `w` stands for a version that waits.
+/// Name of a row of the tables: `w` stands for a version that waits.
 fn name(kind: Kind) -> String {
     format!("{}{}", kind.event, if kind.waiting { ", w" } else { "" })
 }

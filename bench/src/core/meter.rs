@@ -22,7 +22,7 @@ pub fn cpu_ns() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-/// What two readings of the clock in a row differ by: every measurement contains it once.
+/// Difference of two readings of the clock in a row: every measurement contains it once.
 fn reading_ns() -> u64 {
     let pair = |_| {
         let from = cpu_ns();
@@ -40,7 +40,7 @@ pub struct Kind {
     pub waiting: bool,
 }
 
-/// What happened in one call of the core.
+/// Cost of one call of the core.
 #[derive(Clone, Copy, Debug)]
 pub struct Sight {
     pub ns: u64,

@@ -83,7 +83,7 @@ impl Trainer {
         events::submitted(self.session, step, is_final, keys, N, &self.sampling)
     }
 
-    /// What it has and has not committed yet.
+    /// Batches that the trainer has and has not committed yet.
     pub fn commit(&mut self) -> Option<Event> {
         let seq = self.acked;
         let newer = seq > std::mem::replace(&mut self.committed, seq);

@@ -45,7 +45,7 @@ pub struct Scale {
     pub seed: u64,
 }
 
-/// What will happen.
+/// Things that will happen, by time.
 pub enum Due {
     Say(Event),
     Attach(usize),
@@ -81,7 +81,7 @@ pub struct World {
     pub agents: Vec<Agent>,
     pub trainer: Trainer,
     pub lives: Lives,
-    /// What broke: the run is not what it says it is.
+    /// Reason for which the run is not what it says it is, where there is one.
     pub trouble: Option<String>,
     /// Tokens of trajectories that were committed, so that the ledger has forgotten them.
     pub forgotten_tokens: u64,

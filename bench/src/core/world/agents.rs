@@ -1,4 +1,4 @@
-//! What agents do of themselves: attach, speak, generate, load, die. Owns when an agent speaks and in what order engines
+//! Agents, as far as they act of themselves: attach, speak, generate, load, die. Owns when an agent speaks and in what order engines
 //! are lost.
 
 use anabranch_proto::OrderId;
