@@ -1,31 +1,24 @@
-//! Seeded choices: the same seed plans the same faults and prompts. SplitMix64; no statistics rest on it.
+//! Seeded choices: the same seed plans the same faults and prompts. `fastrand` with the draws that benches make.
 
 #[derive(Clone, Debug)]
-pub struct Rng(u64);
+pub struct Rng(fastrand::Rng);
 
 impl Rng {
     pub fn new(seed: u64) -> Self {
-        Self(seed)
+        Self(fastrand::Rng::with_seed(seed))
     }
 
     pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
+        self.0.u64(..)
     }
 
     /// Uniform in `[low, high)`; `low` where that is empty.
     pub fn range(&mut self, low: u64, high: u64) -> u64 {
-        low + self.next() % high.saturating_sub(low).max(1)
+        self.0.u64(low..high.max(low + 1))
     }
 
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
-        for i in (1..items.len()).rev() {
-            let j = self.range(0, i as u64 + 1) as usize;
-            items.swap(i, j);
-        }
+        self.0.shuffle(items);
     }
 
     /// A prompt of `len` ids of a vocabulary whose first 16 are special.

@@ -1,14 +1,10 @@
-//! Keyed random numbers: every draw is a function of its key, never of the order of draws.
+//! Keyed random numbers: every draw is a function of its key, never of the order of draws. Keys go through BLAKE3.
 //!
-//! Owns the mixing function that seeds weights, problems and the local sampler. Not the engines'
-//! sampling: each engine keys its own.
+//! Seeds weights, problems and the local sampler. Not the engines' sampling: each engine keys its own.
 
-/// SplitMix64 over a two-part key.
+/// Draw `index` of the stream `key`.
 pub fn mix(key: u64, index: u64) -> u64 {
-    let mut z = key ^ index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    hash_bytes([key.to_le_bytes(), index.to_le_bytes()].as_flattened())
 }
 
 /// Uniform in (0, 1): never 0, so that its logarithm is finite.
@@ -18,19 +14,19 @@ pub fn unit(key: u64, index: u64) -> f64 {
 
 /// Standard normal draws 0..n of the stream `key` (Box-Muller).
 pub fn normals(key: u64, n: usize) -> Vec<f32> {
-    (0..n as u64)
-        .map(|i| {
-            let radius = (-2.0 * unit(key, 2 * i).ln()).sqrt();
-            (radius * (std::f64::consts::TAU * unit(key, 2 * i + 1)).cos()) as f32
-        })
-        .collect()
+    let mut draws = fastrand::Rng::with_seed(key);
+    let mut normal = || {
+        // 1 - [0, 1) is never 0, so that its logarithm is finite.
+        let radius = (-2.0 * (1.0 - draws.f64()).ln()).sqrt();
+        (radius * (std::f64::consts::TAU * draws.f64()).cos()) as f32
+    };
+    (0..n).map(|_| normal()).collect()
 }
 
-/// FNV-1a over bytes: names to keys.
+/// Key of a name: the first eight bytes of the name's BLAKE3 digest.
 pub fn hash_bytes(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
+    let digest = blake3::hash(bytes);
+    u64::from_le_bytes(*digest.as_bytes().first_chunk().expect("a digest has 32 bytes"))
 }
 
 #[cfg(test)]
