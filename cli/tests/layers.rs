@@ -44,7 +44,7 @@ const HOUSES: &[House] = &[
             &["timer", "need"],
             &["outbox"],
             // The owners do not know each other, nor the core.
-            &["fleet", "rollout", "weights"],
+            &["fleet", "job", "rollout", "weights"],
             &["core"],
             &["error"],
             &["announce", "config"],
@@ -53,8 +53,7 @@ const HOUSES: &[House] = &[
             &["driver"],
             &["server"],
         ],
-        // The handles of streams have no home of their own yet (docs/design/0004-house.md, "Next").
-        circles: &[&["wire::effects", "wire::gate", "wire::inbox"]],
+        circles: &[],
     },
     House {
         dir: "trainer",

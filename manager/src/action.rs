@@ -25,11 +25,11 @@ pub enum Action {
     /// `Ledger::begin`, then send `Start` with the kept tokens it returns (and the prompt, if this session
     /// has not had it). If the ledger says the sample is finished already, do nothing: the fact is on its way.
     Start(Box<StartOrder>),
-    /// The page's tokens are thrown away: the sample restarts from its prompt.
+    /// The page's tokens are thrown away: the sample restarts from its prompt. Answered by `PageCleared`.
     ClearPage {
         sample: SampleId,
     },
-    /// The sample ends as it is (cancelled): what its engine still sends is stale.
+    /// The sample ends as it is (cancelled): what its engine still sends is stale. Answered by `PageFrozen`, unless it had finished.
     FreezePage {
         sample: SampleId,
     },

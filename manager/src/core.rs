@@ -1,4 +1,4 @@
-//! The deciding core: holds the three owners (work, engines, weights), the deadlines and the outbox. Sees facts,
+//! The deciding core: holds the owners (job, work, engines, weights), the deadlines and the outbox. Sees facts,
 //! never tokens. Its coordinators are the files beside this one: each asks one owner and tells another.
 //!
 //! Methods are of three kinds. *Inputs*: [`Core::handle`]. *Outputs*: [`Core::poll_action`] until `None` after
@@ -16,7 +16,6 @@ mod check;
 mod delivering;
 mod facts;
 mod fold;
-mod job;
 mod leasing;
 mod losing;
 mod opening;
@@ -32,17 +31,17 @@ use self::config::CoreConfig;
 use crate::action::Action;
 use crate::event::Event;
 use crate::fleet::{EngineState, Fleet};
+use crate::job::Job;
 use crate::outbox::Outbox;
 use crate::rollout::{Moment, Rollout};
 use crate::timer::Timer;
 use crate::weights::{Stand, Standing, Weights};
 
 pub use fold::{Changes, Folded};
-pub(crate) use job::Job;
 
 pub struct Core {
     pub(crate) config: CoreConfig,
-    pub(crate) job: Option<Job>,
+    pub(crate) job: Job,
     pub(crate) rollout: Rollout,
     pub(crate) fleet: Fleet,
     pub(crate) weights: Weights,
@@ -55,7 +54,7 @@ impl Core {
     pub fn new(config: CoreConfig, now: Now) -> Self {
         Self {
             config,
-            job: None,
+            job: Job::default(),
             rollout: Rollout::default(),
             fleet: Fleet::default(),
             weights: Weights::default(),
@@ -138,7 +137,11 @@ impl Core {
         match event {
             Event::EngineAttached { link, hello } => self.attach_engine(now, link, *hello),
             Event::LinkLost { link, why } => self.lose_link(now, link, why),
-            Event::EngineHeard { session } => self.engine_heard(now, session),
+            Event::EngineHeard { session, tokens } => {
+                self.engine_heard(now, session);
+                self.fleet.note_tokens(session, tokens);
+                self.out.counters.tokens += tokens;
+            }
             Event::EngineBeat { session, kv_used, .. } => self.engine_beat(now, session, kv_used),
             Event::EngineDied { session, why } => self.part_with(now, session, &why, true),
             Event::PreemptionNoticed { session, within, why } => {
@@ -149,6 +152,13 @@ impl Core {
                 self.mode_reported(now, session, order, report);
             }
             Event::FactsFound { session, facts } => self.facts_found(now, session, facts),
+            Event::SilenceFound { session, silent } => self.silence_found(now, session, &silent),
+            Event::PageCleared { sample, tokens } => {
+                self.rollout.cleared(sample, tokens, &mut self.out);
+            }
+            Event::PageFrozen { sample, kept, oldest } => {
+                self.rollout.frozen(self.at(now), sample, (kept, oldest), &mut self.out);
+            }
             Event::DrainRequested { engine, deadline, reply } => {
                 self.drain_requested(now, &engine, deadline, reply);
             }
@@ -162,7 +172,6 @@ impl Core {
             match timer {
                 Timer::Lease(session) => self.suspect(now, session, "lease over"),
                 Timer::Reattach(session) => self.grace_over(now, session),
-                Timer::Progress(session) => self.look_for_silence(now, session),
                 Timer::Drain(session) => {
                     self.part_with(now, session, "drain deadline over", false);
                 }
@@ -173,6 +182,9 @@ impl Core {
                     self.out.wake_placement();
                 }
                 Timer::LoadRetry(session) => self.weights.retry(session),
+                Timer::Tidings(version) => {
+                    self.weights.tell_publishers(now, version, &mut self.out);
+                }
                 Timer::Leader(group) => self.rollout.release_siblings(group, &mut self.out),
                 Timer::Group(group) => self.group_overdue(now, group),
                 Timer::Flush(step) => self.rollout.flush(self.at(now), step, &mut self.out),

@@ -75,7 +75,10 @@ impl Driver {
                 Turn::Timeout => {
                     self.core.handle(self.clock.now(), Event::TimePassed { gap: Duration::ZERO })
                 }
-                Turn::Heartbeat => self.beat(&mut memory),
+                Turn::Heartbeat => {
+                    self.look_for_silence();
+                    self.beat(&mut memory);
+                }
             }
             self.carry_out();
         }
@@ -115,7 +118,16 @@ impl Driver {
                 gap.as_millis()
             );
             self.effects.metrics.stopped(gap);
+            self.effects.ledger.resumed(now);
             self.core.handle(now, Event::TimePassed { gap });
+        }
+    }
+
+    /// Attempts that the ledger finds silent.
+    fn look_for_silence(&mut self) {
+        let now = self.clock.now();
+        for (session, silent) in self.effects.ledger.sweep(now) {
+            self.core.handle(now, Event::SilenceFound { session, silent });
         }
     }
 

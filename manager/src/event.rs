@@ -5,14 +5,16 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anabranch_proto::{BatchSeq, EngineId, Incarnation, OrderId, SessionId, Step, Version};
+use anabranch_proto::{
+    BatchSeq, EngineId, Incarnation, OrderId, SampleId, SessionId, Step, Version,
+};
 pub use anabranch_proto::{
     Held, LoadStage, LogprobsMode, Model, OnExceed, OnRunning, Pack, ProbeResult, Replay, Sampling,
     SeedKeying, SenderOf, Shard, Staleness, Verdict,
 };
 use bytes::Bytes;
 
-use crate::ledger::Fact;
+use crate::ledger::{Fact, Silent};
 
 /// Whom an answer goes to. The driver keeps the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -114,9 +116,10 @@ pub enum Event {
         link: LinkId,
         why: &'static str,
     },
-    /// Any byte came from it (driver: at most every 100 ms).
+    /// Any byte came from it (driver: at most every 100 ms). `tokens`: new ones in the ledger since the last word.
     EngineHeard {
         session: SessionId,
+        tokens: u64,
     },
     EngineBeat {
         session: SessionId,
@@ -146,6 +149,22 @@ pub enum Event {
     FactsFound {
         session: SessionId,
         facts: Vec<Fact>,
+    },
+    /// What the ledger's sweep found: attempts that have made no token for the ledger's patience.
+    SilenceFound {
+        session: SessionId,
+        silent: Vec<Silent>,
+    },
+    /// The ledger has thrown a sample's tokens away.
+    PageCleared {
+        sample: SampleId,
+        tokens: u32,
+    },
+    /// The ledger has ended a sample as it was. Not said where the sample had finished: then that fact is on its way.
+    PageFrozen {
+        sample: SampleId,
+        kept: u32,
+        oldest: u64,
     },
 
     // People

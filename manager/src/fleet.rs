@@ -7,6 +7,7 @@ mod books;
 mod engine;
 mod seats;
 mod state;
+mod tally;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use crate::ledger::Maker;
 use crate::need::{Allowed, Need};
 use engine::Deaths;
 use seats::Seats;
+use tally::Tally;
 
 pub(crate) use books::{Books, Change};
 pub(crate) use engine::{Engine, RELAY, Running};
@@ -41,8 +43,7 @@ pub(crate) struct Fleet {
     reserved: BTreeMap<SampleId, SessionId>,
     colocated: BTreeSet<SessionId>,
     gone: BTreeSet<SessionId>,
-    /// Sessions by the version of their weights, with or without a link.
-    by_version: BTreeMap<Version, u32>,
+    tally: Tally,
 }
 
 impl Fleet {
@@ -80,6 +81,7 @@ impl Fleet {
         let loaded = hello.loaded;
         self.commit(Change::Attached { session, engine: engine.clone(), incarnation, loaded });
         let maker = Maker {
+            session,
             engine: engine.clone(),
             incarnation,
             by_trainer: hello.weights_by_trainer,
@@ -101,6 +103,7 @@ impl Fleet {
             mode_order: None,
             reserved: None,
             not_before: now,
+            makes_since: now,
             broken: 0,
             state: EngineState::Joining,
             seat: None,
@@ -110,6 +113,7 @@ impl Fleet {
         if engine.is_colocated() {
             self.colocated.insert(session);
         }
+        self.tally.enter(&engine);
         self.engines.insert(session, engine);
         self.by_link.insert(link, session);
     }
@@ -117,6 +121,9 @@ impl Fleet {
     /// The same agent is back over a new link.
     pub fn relink(&mut self, now: Now, session: SessionId, link: LinkId, hello: EngineHello) {
         let loaded = hello.loaded;
+        if let Some(engine) = self.engines.get(&session) {
+            self.tally.leave(engine);
+        }
         let old = self.update(session, |engine| {
             engine.hello = hello;
             engine.heard = now;
@@ -124,6 +131,9 @@ impl Fleet {
         });
         if let Some(old) = old.flatten() {
             self.by_link.remove(&old);
+        }
+        if let Some(engine) = self.engines.get(&session) {
+            self.tally.enter(engine);
         }
         self.by_link.insert(link, session);
         self.set_loaded(session, loaded);
@@ -146,30 +156,15 @@ impl Fleet {
         if engine.state == to {
             return;
         }
-        let before = engine.version();
+        self.tally.leave(engine);
         self.commit(Change::Moved { session, to: to.clone() });
         self.update(session, |engine| engine.state = to);
-        let (after, is_gone) = match self.engines.get(&session) {
-            Some(engine) => (engine.version(), engine.is_gone()),
-            None => (None, false),
-        };
-        if before != after {
-            self.count_version(before, false);
-            self.count_version(after, true);
-        }
-        match is_gone {
+        let Some(engine) = self.engines.get(&session) else { return };
+        self.tally.enter(engine);
+        match engine.is_gone() {
             true => self.gone.insert(session),
             false => self.gone.remove(&session),
         };
-    }
-
-    fn count_version(&mut self, version: Option<Version>, more: bool) {
-        let Some(version) = version else { return };
-        let count = self.by_version.entry(version).or_default();
-        *count = if more { *count + 1 } else { count.saturating_sub(1) };
-        if *count == 0 {
-            self.by_version.remove(&version);
-        }
     }
 
     /// The session's link is closed for good.
@@ -185,7 +180,9 @@ impl Fleet {
         while self.gone.len() > KEPT_SESSIONS
             && let Some(session) = self.gone.pop_first()
         {
-            self.engines.remove(&session);
+            if let Some(engine) = self.engines.remove(&session) {
+                self.tally.leave(&engine);
+            }
             self.colocated.remove(&session);
             self.commit(Change::Forgotten { session });
             forgotten.push(session);
@@ -389,7 +386,24 @@ impl Fleet {
 
     /// Versions that engines serve now, with or without a link.
     pub fn versions(&self) -> impl Iterator<Item = Version> {
-        self.by_version.keys().copied()
+        self.tally.versions()
+    }
+
+    /// Counts over all sessions that are shown.
+    pub fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    pub fn len(&self) -> usize {
+        self.engines.len()
+    }
+
+    /// `Err` where a count does not agree with the engines.
+    pub fn check_tally(&self) -> Result<(), String> {
+        match Tally::of(self.engines()) == self.tally {
+            true => Ok(()),
+            false => Err("the fleet's counts do not agree with its engines".into()),
+        }
     }
 
     pub fn all_gone(&self) -> bool {

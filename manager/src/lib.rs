@@ -24,6 +24,7 @@ pub mod ledger;
 
 // the owners
 pub mod fleet;
+mod job;
 pub mod rollout;
 pub mod weights;
 

@@ -121,11 +121,12 @@ fn assemble(config: &ManagerConfig, auth: Auth, drain: &Drain) -> (Arc<Gate>, Jo
     let (clock, life) = (Clock::start(), Life::new(&secret));
     let core_config = crate::core::config::CoreConfig { secret, ..config.core.clone() };
     let (inbox, from) = Inbox::new(clock);
-    let ledger = Arc::new(Ledger::new(config.ledger_shards));
+    let ledger = Arc::new(Ledger::new(config.ledger_shards, config.core.progress()));
     let notices = Arc::new(Notices::new(clock));
     let metrics = Arc::new(Metrics::new());
     let pulse = Arc::new(Pulse::default());
-    let effects = Effects::new(ledger.clone(), notices.clone(), metrics.clone(), life, config.tick);
+    let effects =
+        Effects::new(ledger.clone(), notices.clone(), metrics.clone(), life, config.tick, clock);
     let driver = Driver {
         core: Core::new(core_config, clock.now()),
         effects,

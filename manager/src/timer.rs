@@ -8,8 +8,6 @@ pub enum Timer {
     Lease(SessionId),
     /// A suspect engine did not come back: its samples move.
     Reattach(SessionId),
-    /// Looks at an engine's running samples for silent ones.
-    Progress(SessionId),
     /// An engine that was busy or silent may get work again.
     Rested(SessionId),
     /// A draining engine's time is up.
@@ -20,6 +18,8 @@ pub enum Timer {
     Load(SessionId),
     /// A failed load is ordered again.
     LoadRetry(SessionId),
+    /// The publishers of a version are told how it stands.
+    Tidings(u64),
     /// Siblings stop waiting for their leader's first token.
     Leader(GroupId),
     /// A group's own deadline.

@@ -217,6 +217,6 @@ impl Weights {
         let engines = record.live().engines.values().filter(active).count() as u32;
         self.commit(Change::Settled { number: version.number });
         out.tell(Notice::VersionSettled { version, engines, ms });
-        self.tell_publishers(version, out);
+        self.has_news(now, version, out);
     }
 }

@@ -9,3 +9,4 @@ pub(crate) mod gate;
 pub(crate) mod http;
 pub(crate) mod inbox;
 pub(crate) mod ingress;
+pub(crate) mod streams;

@@ -14,7 +14,7 @@ use anabranch_manager::action::{Answer, Batch, LoadOrder, ModeKind, StartOrder};
 use anabranch_manager::core::config::CoreConfig;
 use anabranch_manager::core::{Core, Folded};
 use anabranch_manager::event::{ConsumerId, Event, Held, LinkId, ReplyTo};
-use anabranch_manager::ledger::Ledger;
+use anabranch_manager::ledger::{Ledger, Taken};
 use anabranch_proto::pb;
 use anabranch_proto::{Attempt, OrderId, SampleId, SessionId, Version};
 use anabranch_runtime::clock::Now;
@@ -29,6 +29,8 @@ use crate::trainer::{Phase, Trainer};
 
 /// One way through the network.
 const LATENCY: Duration = Duration::from_millis(2);
+/// Time between two looks for silent samples.
+const SWEEP: Duration = Duration::from_millis(250);
 pub(crate) const TICK: Duration = Duration::from_millis(20);
 /// Events between two comparisons of the folded durable state with the live one.
 const FOLD_EVERY: u64 = 16;
@@ -132,6 +134,8 @@ pub(crate) enum Happening {
         answer: Answer,
     },
     Beats,
+    /// The driver looks for silent samples.
+    Sweep,
 }
 
 pub(crate) enum ToAgent {
@@ -174,6 +178,10 @@ pub(crate) struct World {
     /// The manager's side of each session: its newest link.
     pub sessions: BTreeMap<SessionId, LinkId>,
     acked: BTreeMap<SessionId, u64>,
+    /// New tokens of a session since its last word to the core.
+    made: BTreeMap<SessionId, u64>,
+    /// What the ledger said to the actions of this turn.
+    found: Vec<Event>,
     pub waiting: BTreeMap<ReplyTo, Waiting>,
     /// Group key -> n, as admitted.
     pub asked: BTreeMap<String, u32>,
@@ -224,15 +232,17 @@ impl World {
             outcome: Outcome { seed: scenario.seed, ..Outcome::default() },
             rng: Rng::new(rng.next()),
             now,
-            core: Core::new(config, now),
             folded: Folded::default(),
-            ledger: Ledger::new(4),
+            ledger: Ledger::new(4, config.progress()),
+            core: Core::new(config, now),
             trainer: Trainer::new(scenario.shards),
             queue: BTreeMap::new(),
             next: 0,
             links: BTreeMap::new(),
             sessions: BTreeMap::new(),
             acked: BTreeMap::new(),
+            made: BTreeMap::new(),
+            found: Vec::new(),
             waiting: BTreeMap::new(),
             asked: BTreeMap::new(),
             admitted: BTreeSet::new(),
@@ -259,6 +269,7 @@ impl World {
         let opens = Duration::from_millis(self.rng.range(0, 50));
         self.after(opens + self.scenario.trainer.opens_after, Happening::OpenJob);
         self.after(Duration::from_millis(500), Happening::Beats);
+        self.after(SWEEP, Happening::Sweep);
         for engine in 0..self.engines.len() {
             let joins = Duration::from_millis(self.rng.range(0, 3_000));
             self.after(joins, Happening::Redial { engine });
@@ -298,6 +309,7 @@ impl World {
     fn end_pause(&mut self) {
         if let Some((since, _)) = self.paused.filter(|(_, until)| *until <= self.now) {
             self.paused = None;
+            self.ledger.resumed(self.now);
             self.core_event(Event::TimePassed { gap: self.now.since(since) });
         }
     }
@@ -329,9 +341,10 @@ impl World {
         if !self.links.contains_key(&link) {
             return;
         }
-        match self.ledger.apply(tick) {
+        match self.ledger.apply(self.now, session, tick) {
             Err(bad) => self.core_event(Event::LinkLost { link, why: leak(bad.to_string()) }),
-            Ok(facts) => {
+            Ok(Taken { facts, tokens }) => {
+                *self.made.entry(session).or_default() += tokens;
                 let acked = self.acked.entry(session).or_default();
                 *acked = (*acked).max(tick.seq);
                 if !facts.is_empty() {
@@ -365,6 +378,17 @@ impl World {
         {
             self.fail(what);
         }
+        for event in std::mem::take(&mut self.found) {
+            self.core_event(event);
+        }
+    }
+
+    /// The driver's look at the ledger.
+    pub(crate) fn sweep(&mut self) {
+        for (session, silent) in self.ledger.sweep(self.now) {
+            self.core_event(Event::SilenceFound { session, silent });
+        }
+        self.after(SWEEP, Happening::Sweep);
     }
 
     fn note_edges(&mut self) {
@@ -484,7 +508,7 @@ fn config_of(scenario: &Scenario) -> CoreConfig {
 
 impl Happening {
     fn is_for_manager(&self) -> bool {
-        matches!(self, Self::Core(_) | Self::Tick { .. })
+        matches!(self, Self::Core(_) | Self::Tick { .. } | Self::Sweep)
     }
 }
 

@@ -74,10 +74,14 @@ pub struct LedgerView {
     pub repeated_tokens: u64,
     /// Tokens of an attempt that had been moved on.
     pub stale_tokens: u64,
+    /// Tokens from a session that does not run the sample.
+    pub foreign_tokens: u64,
     /// Tokens generated after a stop condition was met.
     pub past_stop_tokens: u64,
     /// Tokens thrown away by restarts from the prompt.
     pub cleared_tokens: u64,
+    /// Tokens that attempts after the first began with.
+    pub resumed_tokens: u64,
     /// Attempts ended because of malformed data.
     pub broken: u64,
     /// Samples whose tokens are kept now.

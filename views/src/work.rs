@@ -110,7 +110,7 @@ pub struct EgressView {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Counters {
-    /// Tokens that engines generated and the manager kept.
+    /// Tokens that engines generated and the manager kept, a tenth of a second late.
     pub tokens: u64,
     /// Samples finished.
     pub finished: u64,
@@ -126,8 +126,6 @@ pub struct Counters {
     pub dropped: u64,
     /// Times that a sample left an engine before it was finished.
     pub migrations: u64,
-    /// Tokens that migrating samples took along.
-    pub moved_tokens: u64,
     /// Times that a sample began again from its prompt.
     pub restarts: u64,
     /// Tokens thrown away by restarts, to be generated again.

@@ -109,10 +109,10 @@ fn state_json() -> Value {
         "egress": {"offered": 0, "acked": 0, "committed": 0, "retained_batches": 0, "consumers": false},
         "admitted_tokens": 0, "admission_limit": 0,
         "counters": {"tokens": 0, "finished": 0, "delivered": 0, "delivered_tokens": 0, "committed": 0,
-                     "abandoned": 0, "dropped": 0, "migrations": 0, "moved_tokens": 0, "restarts": 0,
+                     "abandoned": 0, "dropped": 0, "migrations": 0, "restarts": 0,
                      "regenerated_tokens": 0, "engine_deaths": 0, "misbehaved": 0},
-        "ledger": {"tokens": 0, "repeated_tokens": 0, "stale_tokens": 0, "past_stop_tokens": 0,
-                   "cleared_tokens": 0, "broken": 0, "pages": 0},
+        "ledger": {"tokens": 0, "repeated_tokens": 0, "stale_tokens": 0, "foreign_tokens": 0, "past_stop_tokens": 0,
+                   "cleared_tokens": 0, "resumed_tokens": 0, "broken": 0, "pages": 0},
     })
 }
 

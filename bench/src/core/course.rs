@@ -45,6 +45,8 @@ pub struct Measured {
     pub rows: Vec<Row>,
     /// One row: a call of the ledger for each tick.
     pub ledger: Row,
+    /// One row: a look of the ledger for silent samples.
+    pub sweep: Row,
     pub running_samples: usize,
     pub queued_groups: u64,
     pub tokens_made: u64,
@@ -80,9 +82,10 @@ pub fn run(scale: Scale, length: Length) -> anyhow::Result<Measured> {
         asked_seconds: length.measured_ms as f64 / 1e3,
         core_share: share(world.meter.core_ns()),
         state_share: share(state_ns),
-        ledger_share: share(world.meter.ledger.total_ns),
+        ledger_share: share(world.meter.ledger.total_ns + world.meter.sweep.total_ns),
         longest_turn_us: world.meter.longest_turn_ns as f64 / 1e3,
         rows,
+        sweep: world.meter.sweep.row(Kind { event: "sweep", waiting: false }),
         ledger: world.meter.ledger.row(Kind { event: "tick", waiting: false }),
         running_samples: world.running(),
         queued_groups: world.trainer.queued(),

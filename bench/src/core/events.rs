@@ -52,6 +52,9 @@ pub fn kind(event: &Event) -> &'static str {
         Event::EngineDied { .. } => "engine died",
         Event::LoadReported { .. } => "load reported",
         Event::FactsFound { facts, .. } => kind_of_facts(facts),
+        Event::SilenceFound { .. } => "silence found",
+        Event::PageCleared { .. } => "page cleared",
+        Event::PageFrozen { .. } => "page frozen",
         Event::TimePassed { .. } => "time passed",
         _ => "other",
     }

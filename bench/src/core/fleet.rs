@@ -24,6 +24,8 @@ pub struct Agent {
     pub load: Option<Load>,
     /// Set while the trainer has the engine's memory.
     pub released: bool,
+    /// New tokens in the ledger since the agent's last word to the core.
+    pub made: u64,
     phases: [Vec<Run>; PHASES],
     ends: Vec<pb::End>,
     ticks: u64,
@@ -129,6 +131,7 @@ impl Agent {
             loaded: Version::base(0),
             load: None,
             released: false,
+            made: 0,
             phases: Default::default(),
             ends: Vec::new(),
             ticks: 0,

@@ -212,7 +212,7 @@ fn table_of(out: &mut String, run: &Measured) {
         "visited",
         "moved"
     );
-    for row in run.rows.iter().chain([&run.ledger]) {
+    for row in run.rows.iter().chain([&run.ledger, &run.sweep]) {
         let _ = writeln!(
             out,
             "  {:34} {:>9} {:>10.1} {:>9.1} {:>9.1} {:>9.1} {:>10.1} {:>10.2} {:>8.2}",

@@ -80,6 +80,8 @@ pub struct Meter {
     kinds: BTreeMap<Kind, Costs>,
     /// Calls of `Ledger::apply`, one for each tick.
     pub ledger: Costs,
+    /// Calls of `Ledger::sweep`; part of the driver's turn.
+    pub sweep: Costs,
     turn_ns: u64,
     turn_inputs: u32,
     pub longest_turn_ns: u64,
@@ -93,6 +95,7 @@ impl Meter {
             reading_ns: reading_ns(),
             kinds: BTreeMap::new(),
             ledger: Costs::default(),
+            sweep: Costs::default(),
             turn_ns: 0,
             turn_inputs: 0,
             longest_turn_ns: 0,
@@ -119,6 +122,12 @@ impl Meter {
         }
     }
 
+    /// The driver's look for silent samples, in its turn.
+    pub fn swept(&mut self, ns: u64) {
+        self.sweep.add(Sight { ns, visited: 0, moved: 0 });
+        self.turn_ns += ns;
+    }
+
     /// The inputs since the last end make one turn of the driver's loop.
     pub fn end_turn(&mut self) {
         self.longest_turn_ns = self.longest_turn_ns.max(self.turn_ns);
@@ -131,7 +140,7 @@ impl Meter {
 
     /// All that it has measured.
     pub fn total_ns(&self) -> u64 {
-        self.core_ns() + self.ledger.total_ns
+        self.core_ns() + self.ledger.total_ns + self.sweep.total_ns
     }
 
     pub fn rows(&self) -> Vec<Row> {

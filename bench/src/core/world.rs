@@ -25,6 +25,8 @@ const TICK_MS: u64 = 20;
 /// Between two words of a living engine that the driver passes on.
 const HEARD_MS: u64 = 100;
 const BEAT_MS: u64 = 1000;
+/// Between two looks for silent samples.
+const SWEEP_MS: u64 = 250;
 /// Shards of the ledger: the manager's default on 16 cores.
 const SHARDS: usize = 32;
 /// One engine of so many shares its GPU with the trainer.
@@ -111,8 +113,8 @@ impl World {
         let agent = |at: usize| Agent::new(at, at % COLOCATED == 5);
         Self {
             scale,
+            ledger: Ledger::new(SHARDS, config.progress()),
             core: Core::new(config, now),
-            ledger: Ledger::new(SHARDS),
             meter: Meter::new(),
             agents: (0..scale.engines).map(agent).collect(),
             trainer: Trainer::new(scale.engines),
@@ -160,6 +162,9 @@ impl World {
         }
         for engine in every(self.ms, HEARD_MS, self.agents.len()) {
             self.hear(engine);
+        }
+        if self.ms.is_multiple_of(SWEEP_MS) {
+            self.sweep();
         }
         for engine in every(self.ms, TICK_MS, self.agents.len()) {
             self.tick(engine);

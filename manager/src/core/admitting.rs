@@ -66,7 +66,7 @@ impl Core {
         if books.by_key(&new.key).is_some() {
             return SubmitVerdict::Duplicate;
         }
-        let job = self.job.as_ref().expect("submit has checked it");
+        let job = self.job.settings().expect("submit has checked it");
         let (booked, limit) = (books.admitted_tokens(), self.config.admission_tokens);
         let verdict = match self.check_pin(&new) {
             Ok(()) => admission::check(&new, &job.model, booked, limit),

@@ -50,9 +50,9 @@ impl Core {
             let why = format!("engine {} is quarantined: it died too often", hello.id);
             return Some((why, Some(until.since(now).max(Duration::from_millis(100)))));
         }
-        let job = self.job.as_mut()?;
-        let unfit = job.adopt(&hello.model, &hello.logprobs_modes).err()?;
-        Some((format!("engine {} does not fit job {}: {unfit}", hello.id, job.name), None))
+        let unfit = self.job.adopt(&hello.model, &hello.logprobs_modes).err()?;
+        let job = &self.job.settings()?.name;
+        Some((format!("engine {} does not fit job {job}: {unfit}", hello.id), None))
     }
 
     fn continues(&self, session: SessionId, hello: &EngineHello) -> bool {
@@ -152,10 +152,12 @@ impl Core {
     /// Decides where an engine stands towards the job, by what it has loaded.
     pub(super) fn join_job(&mut self, now: Now, session: SessionId) {
         self.out.wake_placement();
-        let Some(job) = self.job.as_mut() else { return };
+        if self.job.settings().is_none() {
+            return;
+        }
         let Some(engine) = self.fleet.engine(session) else { return };
         let Some(link) = engine.link.filter(|_| engine.state().is_live()) else { return };
-        if let Err(unfit) = job.adopt(&engine.hello.model, &engine.hello.logprobs_modes) {
+        if let Err(unfit) = self.job.adopt(&engine.hello.model, &engine.hello.logprobs_modes) {
             let (why, engine) = (unfit.to_string(), engine.id.clone());
             self.out.tell(Notice::EngineRefused { engine, why: why.clone() });
             self.out.act(Action::Refuse { link, why, retry_after: None });
@@ -173,7 +175,7 @@ impl Core {
         };
         if proven {
             let at = if current.is_base() && loaded.is_base() { current } else { loaded };
-            self.serve(session, at, None);
+            self.serve(now, session, at, None);
         } else {
             self.set_engine(session, EngineState::Syncing { to: current });
         }

@@ -15,6 +15,8 @@ impl Core {
         self.check_moves()?;
         self.check_samples()?;
         self.check_engines()?;
+        self.fleet.check_tally()?;
+        self.weights.check_stages()?;
         self.check_bounds()
     }
 
@@ -121,7 +123,7 @@ impl Core {
         if queued && !waits {
             return Err(format!("{id} is {:?} and in the queue", sample.state()));
         }
-        if waits && !queued && (released || id.index == 0) {
+        if waits && !queued && !sample.live.ending && (released || id.index == 0) {
             return Err(format!("{id} waits for nothing, outside the queue"));
         }
         Ok(())

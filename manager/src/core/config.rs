@@ -70,6 +70,11 @@ impl CoreConfig {
         Duration::from_millis(self.reattach_grace_ms)
     }
 
+    /// How long a running sample may be silent, whatever else its engine runs.
+    pub fn progress(&self) -> Duration {
+        Duration::from_millis(self.progress_ms)
+    }
+
     /// How long one of `running` samples on an engine may be silent.
     pub(crate) fn silence(&self, running: usize, had_token: bool) -> Duration {
         let base = if had_token { self.progress_ms } else { self.first_token_ms };

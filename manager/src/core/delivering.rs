@@ -23,9 +23,7 @@ impl Core {
             return self.out.act(Action::CloseConsumer { consumer, why });
         }
         self.trainer_heard(now);
-        if let Some(job) = self.job.as_mut() {
-            job.paused = false;
-        }
+        self.job.pause(false);
         self.out.wake_placement();
         self.rollout.repack(self.at(now), pack, &mut self.out);
     }

@@ -1,4 +1,4 @@
-//! Facts of the ledger: samples grow, finish, or lose their attempt.
+//! Facts of the ledger: samples grow, finish, lose their attempt, or are silent.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,7 +9,8 @@ use anabranch_runtime::clock::Now;
 use super::Core;
 use super::losing::Moved;
 use crate::action::{Action, Finish, Notice};
-use crate::ledger::{Ended, Fact, Finished};
+use crate::fleet::EngineState;
+use crate::ledger::{Ended, Fact, Finished, Silent};
 use crate::rollout::Grown;
 use crate::timer::Timer;
 
@@ -26,13 +27,14 @@ impl Core {
         for fact in facts {
             match fact {
                 Fact::Grew { sample, attempt, kept, oldest } => {
-                    self.sample_grew(now, session, Grown { sample, attempt, kept, oldest });
+                    self.sample_grew(session, Grown { sample, attempt, kept, oldest });
                 }
                 Fact::Finished { sample, attempt, kept, oldest, how, running } => {
-                    self.sample_grew(now, session, Grown { sample, attempt, kept, oldest });
+                    self.sample_grew(session, Grown { sample, attempt, kept, oldest });
                     self.sample_finished(now, session, (sample, attempt), how, running);
                 }
-                Fact::Ended { sample, attempt, why, .. } => {
+                Fact::Ended { sample, attempt, kept, oldest, why } => {
+                    self.sample_grew(session, Grown { sample, attempt, kept, oldest });
                     if let Some((label, kept)) =
                         self.attempt_ended(now, session, (sample, attempt), why)
                     {
@@ -48,10 +50,8 @@ impl Core {
         }
     }
 
-    fn sample_grew(&mut self, now: Now, session: SessionId, grown: Grown) {
-        if let Some(gained) = self.rollout.grew(now, session, grown, &mut self.out) {
-            self.fleet.note_tokens(session, gained);
-        }
+    fn sample_grew(&mut self, session: SessionId, grown: Grown) {
+        self.rollout.grew(session, grown, &mut self.out);
     }
 
     fn sample_finished(
@@ -77,6 +77,7 @@ impl Core {
         let how = match how {
             Finished::Stop(matched) => Finish::Stop(matched),
             Finished::Length => Finish::Length,
+            Finished::Cancelled => Finish::Cancelled,
         };
         self.rollout.finish(self.at(now), id, how, &mut self.out);
     }
@@ -121,10 +122,48 @@ impl Core {
         Some((label, kept))
     }
 
+    /// Attempts whose engine has said nothing about them for too long go on elsewhere.
+    pub(super) fn silence_found(&mut self, now: Now, session: SessionId, silent: &[Silent]) {
+        let Some(engine) = self.fleet.engine(session) else { return };
+        // While it loads weights, and while its link is lost, an engine makes no tokens.
+        let quiet = matches!(
+            engine.state(),
+            EngineState::Updating { .. } | EngineState::Suspect { .. } | EngineState::Gone { .. }
+        );
+        if engine.link.is_none() || quiet {
+            return;
+        }
+        let (running, makes_since) = (engine.running.len(), engine.makes_since);
+        self.out.visit(silent.len());
+        let mut moved = Moved::default();
+        for silent in silent {
+            let patience = self.config.silence(running, silent.had_token);
+            let id = silent.sample;
+            if now.since(silent.since.max(makes_since)) <= patience
+                || !self.rollout.is_current(session, id, silent.attempt)
+            {
+                continue;
+            }
+            moved.add(self.rollout.sample(id));
+            self.take_off(id, "no progress");
+            if self.note_loss(now, id, "no progress within its deadline").is_some() {
+                self.rollout.requeue(id, &mut self.out);
+            }
+        }
+        if moved.samples > 0 {
+            // Do not send them straight back to an engine that hangs.
+            self.rest_until(session, now + self.config.silence(0, true));
+        }
+        self.tell_moved(session, moved, "no progress");
+    }
+
     /// Nothing new for this engine for a moment.
     fn rest(&mut self, now: Now, session: SessionId) {
         let Some(engine) = self.fleet.engine(session) else { return };
-        let until = engine.not_before.max(now + BUSY_PAUSE);
+        self.rest_until(session, engine.not_before.max(now + BUSY_PAUSE));
+    }
+
+    fn rest_until(&mut self, session: SessionId, until: Now) {
         self.fleet.rest(session, until);
         self.out.timers.set(Timer::Rested(session), until);
     }

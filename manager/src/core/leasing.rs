@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anabranch_proto::{SampleId, SessionId};
+use anabranch_proto::SessionId;
 use anabranch_runtime::clock::Now;
 
 use super::Core;
@@ -74,9 +74,6 @@ impl Core {
                     self.out.timers.set(timer, (at + gap).max(lease));
                 }
             }
-            let Some(engine) = self.fleet.engine(session) else { continue };
-            let running: Vec<SampleId> = engine.running.keys().copied().collect();
-            self.rollout.forgive(&running, gap);
         }
         if let Some(at) = self.out.timers.get(Timer::TrainerLost) {
             self.out.timers.set(Timer::TrainerLost, at + gap);

@@ -5,15 +5,21 @@ use anabranch_runtime::clock::Now;
 
 use super::Core;
 use crate::action::Notice;
-use crate::fleet::{Engine, EngineState};
-use crate::rollout::{POISON_DEATHS, SUSPICIOUS_DEATHS};
-use crate::timer::Timer;
+use crate::rollout::{POISON_DEATHS, SUSPICIOUS_DEATHS, Sample};
 
 /// Samples that left an engine together, for one line in the log.
 #[derive(Default)]
 pub(super) struct Moved {
     pub samples: u32,
+    /// At least so many: the core hears of a sample's tokens when they are eight times as many.
     pub kept_tokens: u64,
+}
+
+impl Moved {
+    pub fn add(&mut self, sample: Option<&Sample>) {
+        self.samples += 1;
+        self.kept_tokens += sample.map_or(0, |sample| u64::from(sample.live.kept));
+    }
 }
 
 impl Core {
@@ -127,8 +133,7 @@ impl Core {
         let mut moved = Moved::default();
         for sample in running {
             let Some(record) = self.rollout.sample(sample) else { continue };
-            moved.samples += 1;
-            moved.kept_tokens += u64::from(record.live.kept);
+            moved.add(Some(record));
             let silent = !record.live.had_token;
             self.take_off(sample, why);
             match died && silent {
@@ -140,46 +145,5 @@ impl Core {
         self.out.visit(samples as usize);
         self.tell_moved(session, moved, why);
         samples
-    }
-
-    /// Running samples whose engine has said nothing about them for too long go on elsewhere.
-    pub(super) fn look_for_silence(&mut self, now: Now, session: SessionId) {
-        self.out.wake_placement();
-        let Some(engine) = self.fleet.engine(session) else { return };
-        if engine.link.is_none() || engine.running.is_empty() || engine.is_gone() {
-            return;
-        }
-        let silent = self.silent_samples(now, engine);
-        self.out.timers.set(Timer::Progress(session), now + self.config.silence(0, true) / 4);
-        let mut moved = Moved::default();
-        for sample in silent {
-            moved.samples += 1;
-            moved.kept_tokens += self.rollout.sample(sample).map_or(0, |s| u64::from(s.live.kept));
-            self.take_off(sample, "no progress");
-            if self.note_loss(now, sample, "no progress within its deadline").is_some() {
-                self.rollout.requeue(sample, &mut self.out);
-            }
-        }
-        if moved.samples > 0 {
-            // Do not send them straight back to an engine that hangs.
-            let pause = now + self.config.silence(0, true);
-            self.fleet.rest(session, pause);
-            self.out.timers.set(Timer::Rested(session), pause);
-        }
-        self.tell_moved(session, moved, "no progress");
-    }
-
-    fn silent_samples(&self, now: Now, engine: &Engine) -> Vec<SampleId> {
-        // While it loads weights an engine makes no tokens.
-        if matches!(engine.state(), EngineState::Updating { .. } | EngineState::Suspect { .. }) {
-            return Vec::new();
-        }
-        let overdue = |id: &&SampleId| {
-            self.rollout.sample(**id).is_some_and(|sample| {
-                let patience = self.config.silence(engine.running.len(), sample.live.had_token);
-                now.since(sample.live.progress) > patience
-            })
-        };
-        engine.running.keys().filter(overdue).copied().collect()
     }
 }

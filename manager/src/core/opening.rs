@@ -4,14 +4,14 @@ use anabranch_proto::{SampleId, SessionId};
 use anabranch_runtime::clock::Now;
 
 use super::Core;
-use super::job::Job;
 use crate::action::{Action, Answer, FailKind, Notice};
 use crate::event::{OpenJob, ReplyTo};
+use crate::job::Settings;
 use crate::timer::Timer;
 
 impl Core {
     pub(super) fn open_job(&mut self, now: Now, open: OpenJob, reply: ReplyTo) {
-        let joins = match &self.job {
+        let joins = match self.job.settings() {
             Some(job) if job.name == open.job && job.epoch == open.epoch => true,
             Some(job) if job.name == open.job && open.epoch < job.epoch => {
                 let why = format!(
@@ -20,7 +20,7 @@ impl Core {
                 );
                 return self.out.fail(reply, FailKind::Conflict, why);
             }
-            Some(job) if job.name != open.job && !job.sessions.is_empty() => {
+            Some(job) if job.name != open.job && !self.job.books().sessions().is_empty() => {
                 let why = format!(
                     "this manager runs job {}; close it first, or start another manager for {}",
                     job.name, open.job
@@ -41,9 +41,8 @@ impl Core {
         }
         let (floor, current) = (self.rollout.books().floor(), self.weights.current());
         let serve_key = self.config.serve_key("trainer", session.0);
-        let job = self.job.as_mut().expect("joined or begun above");
-        job.sessions.insert(session);
-        job.paused = false;
+        self.job.open_session(session);
+        self.job.pause(false);
         self.trainer_heard(now);
         self.out.wake_placement();
         let resumed = joins || resume.is_some();
@@ -54,13 +53,13 @@ impl Core {
     /// Begins a new job, or a new epoch of this one. The same job's undelivered work goes on: its trainer was
     /// restarted and will ask for that work from its cursor; another job's work is dropped.
     fn begin_epoch(&mut self, now: Now, open: OpenJob) {
-        let same_job = self.job.as_ref().is_some_and(|job| job.name == open.job);
+        let same_job = self.job.settings().is_some_and(|job| job.name == open.job);
         if !same_job {
             self.drop_everything(now);
         }
         self.rollout.begin_epoch();
         self.weights.begin(open.epoch);
-        self.job = Some(Job::new(open, now));
+        self.job.begin(now, open);
         for session in self.fleet.sessions() {
             self.join_job(now, session);
         }
@@ -77,9 +76,9 @@ impl Core {
     }
 
     pub(super) fn trainer_heard(&mut self, now: Now) {
-        let Some(job) = self.job.as_mut() else { return };
-        job.last_heard = now;
+        let Some(job) = self.job.settings() else { return };
         let at = now + job.on_trainer_lost;
+        self.job.heard(now);
         self.out.timers.set(Timer::TrainerLost, at);
     }
 
@@ -88,8 +87,7 @@ impl Core {
         if self.rollout.egress().has_consumers() {
             return self.trainer_heard(now);
         }
-        let Some(job) = self.job.as_mut() else { return };
-        job.paused = true;
+        self.job.pause(true);
         let running: Vec<SampleId> =
             self.fleet.engines().flat_map(|engine| engine.running.keys().copied()).collect();
         self.out.tell(Notice::TrainerLost { running: running.len() as u32 });
@@ -106,9 +104,7 @@ impl Core {
         cancel_running: bool,
         reply: ReplyTo,
     ) {
-        if let Some(job) = self.job.as_mut() {
-            job.sessions.remove(&session);
-        }
+        self.job.close_session(session);
         if cancel_running {
             for group in self.rollout.open_groups() {
                 self.give_up_group(now, group, "the trainer closed the job", false);
@@ -118,9 +114,9 @@ impl Core {
     }
 
     /// The job, if this session is one of its trainer's.
-    pub(super) fn job_of(&self, session: SessionId) -> Result<&Job, (FailKind, String)> {
-        match &self.job {
-            Some(job) if job.sessions.contains(&session) => Ok(job),
+    pub(super) fn job_of(&self, session: SessionId) -> Result<&Settings, (FailKind, String)> {
+        match self.job.settings() {
+            Some(job) if self.job.books().sessions().contains(&session) => Ok(job),
             Some(job) => Err((
                 FailKind::Conflict,
                 format!(

@@ -48,7 +48,6 @@ impl Core {
         for timer in [
             Timer::Lease(session),
             Timer::Reattach(session),
-            Timer::Progress(session),
             Timer::Rested(session),
             Timer::Drain(session),
             Timer::Load(session),

@@ -12,7 +12,6 @@ use crate::event::SeedKeying;
 use crate::fleet::Running;
 use crate::need::{Allowed, Need};
 use crate::rollout::{Pass, Rank, SampleState};
-use crate::timer::Timer;
 
 /// Samples that one pass has placed on one engine.
 #[derive(Default)]
@@ -25,8 +24,8 @@ impl Core {
     /// One pass over the queue.
     pub(super) fn place(&mut self, now: Now) {
         self.lift_reserves();
-        let Some(job) = &self.job else { return };
-        if job.paused || self.rollout.queue().is_empty() || !self.fleet.any_serving() {
+        let Some(job) = self.job.settings() else { return };
+        if self.job.is_paused() || self.rollout.queue().is_empty() || !self.fleet.any_serving() {
             return;
         }
         let max_lag = job.staleness.max_lag;
@@ -90,7 +89,7 @@ impl Core {
     }
 
     fn start(&mut self, now: Now, id: SampleId, session: SessionId) {
-        let model = self.job.as_ref().expect("place has checked it").model.clone();
+        let model = self.job.settings().expect("place has checked it").model.clone();
         if let Err(reject) = self.rollout.open_page(id, &model, &mut self.out) {
             return self.give_up_group(now, id.group, &reject.to_string(), false);
         }
@@ -101,8 +100,6 @@ impl Core {
         let spec = group.spec.clone();
         let weight = need.weight();
         self.fleet.add(session, id, Running { attempt, weight, digest: spec.digest });
-        let looks = now + self.config.silence(0, true) / 4;
-        self.out.set_if_unset(Timer::Progress(session), looks);
         let Some(engine) = self.fleet.engine(session) else { return };
         let own = group.samples()[id.index as usize].seed();
         let seed = match engine.hello.seed_keying {

@@ -49,7 +49,7 @@ impl Core {
     /// job said to wait for them.
     pub(super) fn advance_current(&mut self, now: Now) {
         let Some(next) = self.weights.books().pending() else { return };
-        let Some(job) = &self.job else { return };
+        let Some(job) = self.job.settings() else { return };
         let staleness = job.staleness;
         let floor = staleness.max_lag.map(|max_lag| next.number.saturating_sub(max_lag));
         match (floor, staleness.on_exceed) {
@@ -79,7 +79,7 @@ impl Core {
     /// Some engine serves a version that may still make tokens, or can get the current one.
     fn current_is_within_reach(&self) -> bool {
         let current = self.weights.current();
-        let max_lag = self.job.as_ref().and_then(|job| job.staleness.max_lag);
+        let max_lag = self.job.settings().and_then(|job| job.staleness.max_lag);
         let recent = |at: Version| {
             let lag = at.lag_behind(&current);
             max_lag.is_none_or(|max| lag.is_some_and(|lag| lag <= max))
@@ -94,7 +94,7 @@ impl Core {
         if self.weights.current().is_base() {
             return;
         }
-        let Some(job) = &self.job else { return };
+        let Some(job) = self.job.settings() else { return };
         let pins_changed = self.rollout.take_pins_changed();
         if !self.weights.wants_orders() && !pins_changed {
             return;
@@ -142,7 +142,7 @@ impl Core {
             Reported::Active(version, verdict) => {
                 self.weights.done(session, report, &mut self.out);
                 self.fleet.set_loaded(session, version);
-                self.serve(session, version, verdict);
+                self.serve(now, session, version, verdict);
                 self.weights.check_settled(now, version, &mut self.out);
             }
             Reported::Failed(why) => self.load_failed(now, session, &why),
@@ -164,13 +164,20 @@ impl Core {
     }
 
     /// The engine may be given samples: it has this version, proven or attested.
-    pub(super) fn serve(&mut self, session: SessionId, version: Version, probe: Option<Verdict>) {
+    pub(super) fn serve(
+        &mut self,
+        now: Now,
+        session: SessionId,
+        version: Version,
+        probe: Option<Verdict>,
+    ) {
         let Some(engine) = self.fleet.engine(session) else { return };
         if !engine.state().is_live() {
             return;
         }
         let engine = engine.id.clone();
         self.set_engine(session, EngineState::Serving { at: version });
+        self.fleet.update(session, |engine| engine.makes_since = now);
         self.out.wake_placement();
         self.out.tell(Notice::EngineServing { engine, version, probe });
     }
@@ -182,6 +189,7 @@ impl Core {
         let state = self.fleet.engine(session).map(|engine| engine.state().clone());
         if let Some(EngineState::Updating { from, .. }) = state {
             self.set_engine(session, EngineState::Serving { at: from });
+            self.fleet.update(session, |engine| engine.makes_since = now);
         }
     }
 
@@ -195,7 +203,7 @@ impl Core {
     /// The trainer loaded this engine itself and says so.
     pub(super) fn attest(
         &mut self,
-        _now: Now,
+        now: Now,
         session: SessionId,
         engine: EngineId,
         version: Version,
@@ -231,7 +239,7 @@ impl Core {
         let (target, version) = (record.session, published.unwrap_or(version));
         self.fleet.set_loaded(target, version);
         self.fleet.set_attested(target, Some(version));
-        self.serve(target, version, None);
+        self.serve(now, target, version, None);
         self.out.reply(reply, Answer::Done);
     }
 }

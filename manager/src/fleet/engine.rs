@@ -40,6 +40,8 @@ pub(crate) struct Engine {
     pub reserved: Option<SampleId>,
     /// No new work before this instant: the engine was busy, silent, or lost a stream.
     pub not_before: Now,
+    /// Since when tokens are expected of the engine: it serves, or serves again.
+    pub makes_since: Now,
     /// Malformed streams so far.
     pub broken: u32,
     /// Copy of the book's state, so that a look at the engine is one look-up.

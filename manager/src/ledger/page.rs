@@ -1,7 +1,7 @@
 //! One sample's page: its tokens and log-probabilities as columns, and spans that tile them.
 //!
 //! ```text
-//! Open ──append──▶ Open ──stop condition, or the engine's finish──▶ Finished
+//! Open ──append──▶ Open ──stop condition, the engine's finish, freeze──▶ Finished
 //!   ▲  └─begin(attempt)─┘
 //!   └──clear (restart from the prompt)
 //! ```
@@ -9,11 +9,15 @@
 use std::sync::Arc;
 
 use anabranch_proto::tokens::{self, WIDTH};
-use anabranch_proto::{Attempt, Version};
+use anabranch_proto::{Attempt, SessionId, Version};
+use anabranch_runtime::clock::Now;
 use bytes::{Bytes, BytesMut};
 
 use super::rules::Verdict;
 use super::{Finished, Maker, StopRules};
+
+/// The core is told of growth where the tokens are so many times what it was told before.
+const TELLS_AT_TIMES: u32 = 8;
 
 pub(super) struct Page {
     rules: Arc<StopRules>,
@@ -24,6 +28,14 @@ pub(super) struct Page {
     attempt: Attempt,
     maker: Option<Arc<Maker>>,
     finished: Option<Finished>,
+    /// Lowest version number among the tokens; `u64::MAX` without tokens.
+    oldest: u64,
+    /// When the attempt began or last made a token.
+    progress: Now,
+    /// True once the attempt has made a token.
+    had_token: bool,
+    /// Tokens and oldest version as the core was last told.
+    told: (u32, u64),
 }
 
 /// Maker and weights of the tokens [start, start + len).
@@ -59,6 +71,7 @@ pub struct PageView {
 
 /// A segment of a tick, already cut out of its columns.
 pub(super) struct Piece<'a> {
+    pub session: SessionId,
     pub attempt: Attempt,
     pub offset: u32,
     pub tokens: &'a [u8],
@@ -72,9 +85,13 @@ pub(super) struct Piece<'a> {
 pub(super) enum Appended {
     /// The tokens are of an attempt that had been moved on, or come after the end.
     Stale,
+    /// The tokens are from a session that does not run the sample.
+    Foreign,
+    /// `tell`: the core is to hear of it.
     Grew {
         new: u32,
         repeated: u32,
+        tell: bool,
     },
     Finished {
         new: u32,
@@ -97,7 +114,27 @@ impl Page {
             attempt: Attempt(0),
             maker: None,
             finished: None,
+            oldest: u64::MAX,
+            progress: Now::ZERO,
+            had_token: false,
+            told: (0, u64::MAX),
         }
+    }
+
+    /// Lowest version number among the tokens; `u64::MAX` without tokens.
+    pub(super) fn oldest(&self) -> u64 {
+        self.oldest
+    }
+
+    /// When the running attempt began or last made a token, and whether it has made one.
+    pub(super) fn progress(&self) -> (Now, bool) {
+        (self.progress, self.had_token)
+    }
+
+    /// The session that runs `attempt`, where that is the page's and not over.
+    pub(super) fn runs_on(&self, attempt: Attempt) -> Option<SessionId> {
+        let maker = self.maker.as_ref().filter(|_| !self.is_finished())?;
+        (self.attempt == attempt).then_some(maker.session)
     }
 
     pub(super) fn kept(&self) -> u32 {
@@ -112,17 +149,10 @@ impl Page {
         self.finished.as_ref()
     }
 
-    pub(super) fn is_current(&self, attempt: Attempt) -> bool {
-        self.attempt == attempt && self.maker.is_some()
-    }
-
-    pub(super) fn spans(&self) -> &[SpanRecord] {
-        &self.spans
-    }
-
-    pub(super) fn begin(&mut self, attempt: Attempt, maker: Arc<Maker>) -> Bytes {
+    pub(super) fn begin(&mut self, now: Now, attempt: Attempt, maker: Arc<Maker>) -> Bytes {
         self.attempt = attempt;
         self.maker = Some(maker);
+        (self.progress, self.had_token) = (now, false);
         Bytes::copy_from_slice(&self.tokens)
     }
 
@@ -141,6 +171,7 @@ impl Page {
         self.logprobs.clear();
         self.spans.clear();
         self.columns.clear();
+        (self.oldest, self.told) = (u64::MAX, (0, u64::MAX));
         self.end_attempt();
         had
     }
@@ -156,9 +187,11 @@ impl Page {
 
     /// Adds what is new of a piece. A piece may repeat what is there (a tick sent again after a re-attach);
     /// it must never leave a gap.
-    pub(super) fn append(&mut self, piece: &Piece<'_>) -> Appended {
-        if !self.is_current(piece.attempt) || self.is_finished() {
-            return Appended::Stale;
+    pub(super) fn append(&mut self, now: Now, piece: &Piece<'_>) -> Appended {
+        match self.runs_on(piece.attempt) {
+            None => return Appended::Stale,
+            Some(session) if session != piece.session => return Appended::Foreign,
+            Some(_) => {}
         }
         let kept = self.kept();
         let Some(skip) = kept.checked_sub(piece.offset) else {
@@ -176,9 +209,13 @@ impl Page {
         match self.judge(&piece.tokens[from..], &piece.logprobs[from..]) {
             Err(what) => Appended::Broken(what),
             Ok((take, finish)) => {
-                self.push(piece, from, take);
+                let first = take > 0 && !self.had_token;
+                self.push(now, piece, from, take);
                 match finish {
-                    None => Appended::Grew { new: take, repeated: skip },
+                    None => {
+                        let tell = self.tells(first);
+                        Appended::Grew { new: take, repeated: skip, tell }
+                    }
                     Some(how) => {
                         self.finished = Some(how);
                         let past_stop = count - skip - take;
@@ -187,6 +224,16 @@ impl Page {
                 }
             }
         }
+    }
+
+    /// True where the core is to hear of growth; `first`: of the attempt.
+    fn tells(&mut self, first: bool) -> bool {
+        let (kept, oldest) = self.told;
+        let tell = first || oldest != self.oldest || self.kept() / TELLS_AT_TIMES >= kept.max(1);
+        if tell {
+            self.told = (self.kept(), self.oldest);
+        }
+        tell
     }
 
     /// Rows of a column for tokens [at, at + rows).
@@ -235,10 +282,12 @@ impl Page {
         Ok((take, None))
     }
 
-    fn push(&mut self, piece: &Piece<'_>, from: usize, take: u32) {
+    fn push(&mut self, now: Now, piece: &Piece<'_>, from: usize, take: u32) {
         if take == 0 {
             return;
         }
+        (self.progress, self.had_token) = (now, true);
+        self.oldest = self.oldest.min(piece.version.number);
         let start = self.kept();
         let to = from + take as usize * WIDTH;
         self.tokens.extend_from_slice(&piece.tokens[from..to]);

@@ -4,10 +4,20 @@ use std::collections::BTreeMap;
 
 use anabranch_proto::pb::{self, end::Why};
 use anabranch_proto::tokens::WIDTH;
-use anabranch_proto::{Attempt, SampleId, Version};
+use anabranch_proto::{Attempt, SampleId, SessionId, Version};
+use anabranch_runtime::clock::Now;
 
 use super::page::{Appended, ColumnRecord, Page, Piece};
-use super::{Ended, Fact, Finished, Ledger, oldest};
+use super::{Ended, Fact, Finished, Ledger};
+
+/// What a tick came to.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Taken {
+    /// What the deciding core must hear, at most one fact a sample.
+    pub facts: Vec<Fact>,
+    /// New tokens that were kept.
+    pub tokens: u64,
+}
 
 /// The tick as a whole makes no sense; none of it was taken.
 #[derive(Debug, thiserror::Error)]
@@ -24,17 +34,24 @@ pub enum BadTick {
     Extra { seq: u64, name: String, bytes: usize, rows: u64, row_bytes: usize },
 }
 
-pub(super) fn apply(ledger: &Ledger, tick: &pb::Tick) -> Result<Vec<Fact>, BadTick> {
+pub(super) fn apply(
+    ledger: &Ledger,
+    now: Now,
+    session: SessionId,
+    tick: &pb::Tick,
+) -> Result<Taken, BadTick> {
     let versions = versions(tick)?;
     let columns = columns(tick)?;
     // At most one fact a sample and tick: the last word on it.
     let mut facts: BTreeMap<(SampleId, Attempt), Fact> = BTreeMap::new();
+    let mut tokens = 0;
     let mut at = 0;
     for seg in &tick.segs {
         let rows = at..at + seg.count as usize;
         at = rows.end;
         let sample = SampleId::new(seg.group, seg.index);
         let piece = Piece {
+            session,
             attempt: Attempt(seg.attempt),
             offset: seg.offset,
             tokens: &tick.tokens[rows.start * WIDTH..rows.end * WIDTH],
@@ -43,51 +60,59 @@ pub(super) fn apply(ledger: &Ledger, tick: &pb::Tick) -> Result<Vec<Fact>, BadTi
             exact: !seg.inexact,
             kv_recomputed: !seg.kv_stale,
         };
-        if let Some(fact) = append(ledger, sample, &piece, &columns, rows) {
+        let (new, fact) = append(ledger, now, sample, &piece, &columns, rows);
+        tokens += u64::from(new);
+        if let Some(fact) = fact {
             facts.insert((sample, piece.attempt), fact);
         }
     }
     for end in &tick.ends {
         let Some(sample) = end.sample else { continue };
         let key = (SampleId::from(sample), Attempt(end.attempt));
-        if let Some(fact) = close(ledger, key, end, facts.get(&key)) {
+        if let Some(fact) = close(ledger, session, key, end, facts.get(&key)) {
             facts.insert(key, fact);
         }
     }
-    Ok(facts.into_values().collect())
+    Ok(Taken { facts: facts.into_values().collect(), tokens })
 }
 
+/// Number of new tokens, and what the core must hear.
 fn append(
     ledger: &Ledger,
+    now: Now,
     sample: SampleId,
     piece: &Piece<'_>,
     columns: &[(ColumnRecord, &[u8])],
     rows: std::ops::Range<usize>,
-) -> Option<Fact> {
+) -> (u32, Option<Fact>) {
     let mut shard = ledger.shard(sample);
     let shard = &mut *shard;
     let stats = &mut shard.stats;
     let count = rows.len() as u64;
     let Some(page) = shard.pages.get_mut(&sample) else {
         stats.stale_tokens += count;
-        return None;
+        return (0, None);
     };
     let attempt = piece.attempt;
-    match page.append(piece) {
+    let ended = |page: &Page, why| {
+        let (kept, oldest) = (page.kept(), page.oldest());
+        (0, Some(Fact::Ended { sample, attempt, kept, oldest, why }))
+    };
+    match page.append(now, piece) {
         Appended::Stale => {
             stats.stale_tokens += count;
-            None
+            (0, None)
         }
-        Appended::Grew { new, repeated } => {
+        Appended::Foreign => {
+            stats.foreign_tokens += count;
+            (0, None)
+        }
+        Appended::Grew { new, repeated, tell } => {
             stats.tokens += u64::from(new);
             stats.repeated_tokens += u64::from(repeated);
             put_columns(page, piece.offset, columns, rows);
-            (new > 0).then(|| Fact::Grew {
-                sample,
-                attempt,
-                kept: page.kept(),
-                oldest: oldest(page.spans()),
-            })
+            let (kept, oldest) = (page.kept(), page.oldest());
+            (new, tell.then_some(Fact::Grew { sample, attempt, kept, oldest }))
         }
         Appended::Finished { new, repeated, past_stop } => {
             stats.tokens += u64::from(new);
@@ -95,24 +120,25 @@ fn append(
             stats.past_stop_tokens += u64::from(past_stop);
             put_columns(page, piece.offset, columns, rows);
             let how = page.finished().expect("append said so").clone();
-            let (kept, oldest) = (page.kept(), oldest(page.spans()));
-            Some(Fact::Finished { sample, attempt, kept, oldest, how, running: true })
+            let (kept, oldest) = (page.kept(), page.oldest());
+            (new, Some(Fact::Finished { sample, attempt, kept, oldest, how, running: true }))
         }
         Appended::PastPin(what) => {
             stats.stale_tokens += count;
             page.end_attempt();
-            Some(Fact::Ended { sample, attempt, kept: page.kept(), why: Ended::Lost(what) })
+            ended(page, Ended::Lost(what))
         }
         Appended::Broken(what) => {
             stats.broken += 1;
             page.end_attempt();
-            Some(Fact::Ended { sample, attempt, kept: page.kept(), why: Ended::Broken(what) })
+            ended(page, Ended::Broken(what))
         }
     }
 }
 
 fn close(
     ledger: &Ledger,
+    session: SessionId,
     key: (SampleId, Attempt),
     end: &pb::End,
     earlier: Option<&Fact>,
@@ -132,11 +158,11 @@ fn close(
             running: false,
         });
     }
-    if !page.is_current(attempt) || page.is_finished() {
+    if page.runs_on(attempt) != Some(session) {
         return None;
     }
-    let kept = page.kept();
-    let ended = |why| Some(Fact::Ended { sample, attempt, kept, why });
+    let (kept, oldest) = (page.kept(), page.oldest());
+    let ended = |why| Some(Fact::Ended { sample, attempt, kept, oldest, why });
     let why = Why::try_from(end.why).unwrap_or(Why::Unspecified);
     let says_finish = matches!(why, Why::StopId | Why::StopString | Why::Length);
     if says_finish && end.at != kept {
@@ -153,14 +179,7 @@ fn close(
         }
     };
     page.finish(how.clone());
-    Some(Fact::Finished {
-        sample,
-        attempt,
-        kept,
-        oldest: oldest(page.spans()),
-        how,
-        running: false,
-    })
+    Some(Fact::Finished { sample, attempt, kept, oldest, how, running: false })
 }
 
 fn unfinished(why: Why, detail: &str) -> Ended {

@@ -39,7 +39,8 @@ impl Rollout {
         self.sample_ended(at, id.group, out);
     }
 
-    /// Ends one waiting sample of a group that is given up: as it is, or not delivered at all.
+    /// Ends one waiting sample of a group that is given up: as it is, once the ledger has said what there is
+    /// ([`Self::frozen`]), or not delivered at all.
     pub fn give_up(
         &mut self,
         at: Moment,
@@ -48,15 +49,35 @@ impl Rollout {
         keep_partial: bool,
         out: &mut Outbox,
     ) {
-        let has_tokens = self.sample(id).is_some_and(|sample| sample.live.kept > 0);
-        if keep_partial && has_tokens {
-            out.act(Action::FreezePage { sample: id });
-            self.finish(at, id, Finish::Cancelled, out);
-        } else {
-            self.end_sample(id, SampleState::Abandoned { why: why.to_owned() });
-            out.act(Action::Forget { samples: vec![id] });
-            self.sample_ended(at, id.group, out);
+        let has_page = self.sample(id).is_some_and(|sample| sample.live.has_page);
+        if keep_partial && has_page {
+            if let Some(live) = self.books.sample_live_mut(id) {
+                live.ending = true;
+            }
+            return out.act(Action::FreezePage { sample: id });
         }
+        self.end_sample(id, SampleState::Abandoned { why: why.to_owned() });
+        out.act(Action::Forget { samples: vec![id] });
+        self.sample_ended(at, id.group, out);
+    }
+
+    /// The ledger has ended a sample as it was, with `kept` tokens.
+    pub fn frozen(
+        &mut self,
+        at: Moment,
+        id: SampleId,
+        (kept, oldest): (u32, u64),
+        out: &mut Outbox,
+    ) {
+        let waits = self.sample(id).is_some_and(|sample| *sample.state() == SampleState::Waiting);
+        let Some(live) = self.books.sample_live_mut(id).filter(|_| waits) else { return };
+        (live.kept, live.oldest) = (kept, oldest);
+        self.ages_changed(id.group);
+        if kept > 0 {
+            return self.finish(at, id, Finish::Cancelled, out);
+        }
+        let why = self.books.group(id.group).and_then(|group| group.why_short.clone());
+        self.give_up(at, id, why.as_deref().unwrap_or_default(), false, out);
     }
 
     /// A group is about to be given up: its samples wait for no leader any more.

@@ -96,7 +96,7 @@ impl Rollout {
             live.warm = Some(session);
         }
         if let Some(live) = self.books.sample_live_mut(id) {
-            (live.progress, live.had_token) = (now, false);
+            live.had_token = false;
         }
         if ages {
             self.exposure.count(session, true);

@@ -3,7 +3,6 @@
 use std::cmp::Reverse;
 
 use anabranch_proto::{Attempt, GroupId, SampleId, SessionId};
-use anabranch_runtime::clock::Now;
 
 use super::Rollout;
 use super::change::Change;
@@ -33,39 +32,31 @@ impl Rollout {
         self.sample(sample).is_some_and(|s| s.running_on() == Some((session, attempt)))
     }
 
-    /// Notes growth. Gives the tokens gained; `None` where the fact says nothing new.
-    pub fn grew(
-        &mut self,
-        now: Now,
-        session: SessionId,
-        grown: Grown,
-        out: &mut Outbox,
-    ) -> Option<u64> {
+    /// Notes growth that the ledger told.
+    pub fn grew(&mut self, session: SessionId, grown: Grown, out: &mut Outbox) {
         let Grown { sample: id, attempt, kept, oldest } = grown;
         // A fact may come after the sample was moved on: the ledger took the tokens before, so they count.
         let current = self.is_current(session, id, attempt);
-        let sample = self.books.sample(id)?;
+        let Some(sample) = self.books.sample(id) else { return };
         if !sample.is_open() || kept < sample.live.kept {
-            return None;
+            return;
         }
-        let live = self.books.sample_live_mut(id)?;
-        let gained = u64::from(kept - live.kept);
+        let has_more = kept > sample.live.kept;
+        let Some(live) = self.books.sample_live_mut(id) else { return };
         let older = live.oldest != oldest;
         (live.kept, live.oldest) = (kept, oldest);
-        if current {
+        if current && has_more {
             (live.deaths, live.losses) = (0, 0);
-            (live.progress, live.had_token) = (now, true);
+            live.had_token = true;
         }
-        out.counters.tokens += gained;
         if older {
             self.ages_changed(id.group);
         }
-        let group = self.books.live_mut(id.group)?;
-        if !group.released {
+        let Some(group) = self.books.live_mut(id.group) else { return };
+        if has_more && !group.released {
             group.warm = Some(session);
             self.release_siblings(id.group, out);
         }
-        Some(gained)
     }
 
     /// Notes a broken stream. `Err` says why the sample must be given up over it.
@@ -110,8 +101,6 @@ impl Rollout {
         out.counters.migrations += 1;
         if restarts && kept > 0 {
             self.restart(id, out);
-        } else {
-            out.counters.moved_tokens += u64::from(kept);
         }
         self.enqueue(id, out);
     }
@@ -119,17 +108,24 @@ impl Rollout {
     /// Throws the sample's tokens away: they cannot be continued exactly, or are too old.
     pub fn restart(&mut self, id: SampleId, out: &mut Outbox) {
         let Some(live) = self.books.sample_live_mut(id) else { return };
-        let lost = std::mem::take(&mut live.kept);
-        live.oldest = u64::MAX;
+        (live.kept, live.oldest) = (0, u64::MAX);
         out.counters.restarts += 1;
-        out.counters.regenerated_tokens += u64::from(lost);
-        self.commit_change(Change::Restarted { sample: id, lost });
         self.ages_changed(id.group);
         out.act(crate::action::Action::ClearPage { sample: id });
     }
 
+    /// The ledger has thrown `tokens` tokens of a sample away.
+    pub fn cleared(&mut self, id: SampleId, tokens: u32, out: &mut Outbox) {
+        out.counters.regenerated_tokens += u64::from(tokens);
+        if self.books.sample(id).is_some() {
+            self.commit_change(Change::Restarted { sample: id, lost: tokens });
+        }
+    }
+
     pub fn enqueue(&mut self, id: SampleId, out: &mut Outbox) {
-        let waits = self.sample(id).is_some_and(|sample| *sample.state() == SampleState::Waiting);
+        let waits = self
+            .sample(id)
+            .is_some_and(|sample| *sample.state() == SampleState::Waiting && !sample.live.ending);
         if waits && let Some((class, place)) = self.place_of(id) {
             self.queue.push(class, place);
             out.wake_placement();
@@ -196,15 +192,6 @@ impl Rollout {
                 && let Some((class, place)) = self.place_of(sample)
             {
                 self.queue.push(class, place);
-            }
-        }
-    }
-
-    /// The manager itself was stopped for `gap`: running samples are not held to have been silent meanwhile.
-    pub fn forgive(&mut self, samples: &[SampleId], gap: std::time::Duration) {
-        for &sample in samples {
-            if let Some(live) = self.books.sample_live_mut(sample) {
-                live.progress = live.progress + gap;
             }
         }
     }

@@ -12,7 +12,6 @@
 //! ```
 
 use anabranch_proto::{Attempt, BatchSeq, SessionId};
-use anabranch_runtime::clock::Now;
 
 use crate::action::Finish;
 
@@ -50,14 +49,14 @@ pub(crate) struct Sample {
 /// Volatile part of a sample: a mirror of the ledger, and suspicions.
 #[derive(Clone, Debug)]
 pub(crate) struct SampleLive {
-    /// Tokens in the ledger, as last heard.
+    /// Tokens in the ledger, as last heard: above an eighth of what there is, and exact at an end.
     pub kept: u32,
     /// Lowest version number among the kept tokens; `u64::MAX` without tokens.
     pub oldest: u64,
     /// True once the running attempt has made a token.
     pub had_token: bool,
-    /// When the running attempt started or last made a token.
-    pub progress: Now,
+    /// True once the ledger was told to end the sample as it is: the answer is on its way.
+    pub ending: bool,
     /// True once the ledger was told to open a page.
     pub has_page: bool,
     /// Engine deaths while the sample ran, since its last token.
@@ -72,7 +71,7 @@ impl Default for SampleLive {
             kept: 0,
             oldest: u64::MAX,
             had_token: false,
-            progress: Now::ZERO,
+            ending: false,
             has_page: false,
             deaths: 0,
             losses: 0,

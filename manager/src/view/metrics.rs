@@ -185,6 +185,7 @@ fn ledger_counts(ledger: &LedgerStats) {
     counter!("anabranch_stale_tokens_total").absolute(ledger.stale_tokens);
     counter!("anabranch_past_stop_tokens_total").absolute(ledger.past_stop_tokens);
     counter!("anabranch_discarded_tokens_total").absolute(ledger.cleared_tokens);
+    counter!("anabranch_migrated_tokens_total").absolute(ledger.resumed_tokens);
     counter!("anabranch_broken_segments_total").absolute(ledger.broken);
     gauge!("anabranch_ledger_pages").set(ledger.pages as f64);
 }
@@ -197,7 +198,6 @@ fn core_counts(state: &StateView) {
     counter!("anabranch_abandoned_samples_total").absolute(counters.abandoned);
     counter!("anabranch_dropped_samples_total").absolute(counters.dropped);
     counter!("anabranch_migrations_total").absolute(counters.migrations);
-    counter!("anabranch_migrated_tokens_total").absolute(counters.moved_tokens);
     counter!("anabranch_restarts_total").absolute(counters.restarts);
     counter!("anabranch_regenerated_tokens_total").absolute(counters.regenerated_tokens);
     counter!("anabranch_engine_deaths_total").absolute(counters.engine_deaths);

@@ -2,7 +2,6 @@
 //! Owns no field names; those are the views'. A state of an owner is converted by an exhaustive match, so that
 //! a new one cannot be forgotten here.
 
-use std::collections::BTreeMap;
 
 use anabranch_proto::{EngineId, SessionId, Step};
 use anabranch_runtime::clock::Now;
@@ -65,26 +64,21 @@ impl Core {
     }
 
     fn fleet_view(&self) -> FleetView {
-        let mut view = FleetView::default();
-        for engine in self.fleet.engines() {
-            view.engines += 1;
-            let state = shown(engine.state());
-            *view.states.entry(state.name().into()).or_default() += 1;
-            view.serving_gpus += if state.is_serving() { engine.hello.gpus } else { 0 };
-        }
-        view
+        let tally = self.fleet.tally();
+        let states = tally.states().iter().map(|(name, count)| ((*name).into(), *count)).collect();
+        FleetView { engines: self.fleet.len(), states, serving_gpus: tally.serving_gpus() }
     }
 
     fn job_view(&self, now: Now) -> Option<JobView> {
-        self.job.as_ref().map(|job| JobView {
+        self.job.settings().map(|job| JobView {
             name: job.name.clone(),
             epoch: job.epoch,
             staleness: Some(job.staleness),
             convention: job.logprobs_mode.into(),
             on_running: job.on_running.into(),
-            trainers: job.sessions.len(),
-            paused: job.paused,
-            trainer_heard_ms: now.since(job.last_heard).as_millis() as u64,
+            trainers: self.job.books().sessions().len(),
+            paused: self.job.is_paused(),
+            trainer_heard_ms: now.since(self.job.last_heard()).as_millis() as u64,
         })
     }
 
@@ -151,9 +145,9 @@ impl Core {
 
     fn queue_view(&self) -> QueueView {
         let queue = self.rollout.queue();
-        let blocked = match &self.job {
+        let blocked = match self.job.settings() {
             _ if queue.is_empty() => None,
-            Some(job) if job.paused => Some("the trainer is lost"),
+            Some(_) if self.job.is_paused() => Some("the trainer is lost"),
             _ if self.fleet.all_gone() => Some("no engine is attached"),
             _ if !self.fleet.any_serving() => Some("no engine serves yet"),
             _ if self.weights.books().pending().is_some() => {
@@ -192,10 +186,7 @@ fn shown(state: &EngineState) -> ShownState {
 
 /// A version, with the progress of `engines` only.
 fn version_view(record: &VersionRecord, engines: &[&Engine]) -> VersionView {
-    let mut stages = BTreeMap::new();
-    for progress in record.live().engines.values() {
-        *stages.entry(progress.stage.into()).or_default() += 1;
-    }
+    let stages = record.live().stages.iter().map(|(stage, n)| ((*stage).into(), *n)).collect();
     let on = |id: &EngineId| Some((id.to_string(), progress_view(record.live().engines.get(id)?)));
     VersionView {
         version: record.version(),

@@ -34,6 +34,10 @@ pub(crate) struct VersionLive {
     pub sealed: Option<Now>,
     /// Progress of each engine, since the seal.
     pub engines: BTreeMap<EngineId, Progress>,
+    /// Engines by stage.
+    pub stages: BTreeMap<LoadStage, u32>,
+    /// When the publishers were last told how the version stands.
+    pub told: Option<Now>,
 }
 
 /// One process that publishes a version, with all of its chunks or a part of them.

@@ -18,8 +18,8 @@ use crate::event::Event;
 use crate::wire::auth::bearer;
 use crate::wire::gate::Gate;
 use crate::wire::http::state_json;
-use crate::wire::inbox::Out;
 use crate::wire::ingress::failed;
+use crate::wire::streams::Out;
 
 const ANSWER: Duration = Duration::from_secs(10);
 /// Deadline of a drain that names none.

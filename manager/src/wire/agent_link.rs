@@ -19,9 +19,10 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::action::Notice;
 use crate::event::{EngineHello, Event, LinkId};
 use crate::wire::auth::bearer;
-use crate::wire::effects::sessions::{Attached, OUTGOING};
 use crate::wire::gate::Gate;
-use crate::wire::inbox::{Attach, Closed, Input, Out};
+use crate::wire::inbox::{Attach, Closed, Input};
+use crate::wire::streams::Out;
+use crate::wire::streams::sessions::{Attached, OUTGOING};
 
 /// For the first message of a stream.
 const FIRST_WORD: Duration = Duration::from_secs(5);

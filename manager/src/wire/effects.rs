@@ -4,15 +4,14 @@
 //! This is the seam for a journal: what must survive is [`crate::ledger::Fact`]s on the way in, and here
 //! `OpenPage`, `ClearPage`, `Forget`, `Start` and `Deliver` on the way out.
 
-pub(crate) mod consumers;
 mod orders;
-pub(crate) mod sessions;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_proto::{LogprobsMode, SessionId, pb};
+use anabranch_runtime::Clock;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
@@ -23,9 +22,10 @@ use crate::view::metrics::Metrics;
 use crate::view::notice_log;
 use crate::view::notices::Notices;
 use crate::wire::gate::Life;
-use crate::wire::inbox::{Attach, NewConsumer, Out, ToPublisher};
-use consumers::{Consumers, ToConsumer};
-use sessions::{Attached, Data, Link, Live, Overflow, Session};
+use crate::wire::inbox::{Attach, NewConsumer};
+use crate::wire::streams::consumers::{Consumers, ToConsumer};
+use crate::wire::streams::sessions::{Attached, Data, Link, Live, Session};
+use crate::wire::streams::{Out, Overflow, ToPublisher};
 
 pub(crate) struct Effects {
     pub ledger: Arc<Ledger>,
@@ -33,6 +33,7 @@ pub(crate) struct Effects {
     pub metrics: Arc<Metrics>,
     pub life: Life,
     pub tick: Duration,
+    clock: Clock,
     links: BTreeMap<LinkId, Link>,
     sessions: BTreeMap<SessionId, Session>,
     pub consumers: Consumers,
@@ -52,6 +53,7 @@ impl Effects {
         metrics: Arc<Metrics>,
         life: Life,
         tick: Duration,
+        clock: Clock,
     ) -> Self {
         Self {
             ledger,
@@ -59,6 +61,7 @@ impl Effects {
             metrics,
             life,
             tick,
+            clock,
             links: BTreeMap::new(),
             sessions: BTreeMap::new(),
             consumers: Consumers::default(),
@@ -73,8 +76,15 @@ impl Effects {
     pub fn apply(&mut self, action: Action) {
         match action {
             Action::OpenPage { sample, rules } => self.ledger.open(sample, rules),
-            Action::ClearPage { sample } => self.ledger.clear(sample),
-            Action::FreezePage { sample } => self.ledger.freeze(sample),
+            Action::ClearPage { sample } => {
+                let tokens = self.ledger.clear(sample);
+                self.found.push(Event::PageCleared { sample, tokens });
+            }
+            Action::FreezePage { sample } => {
+                if let Some((kept, oldest)) = self.ledger.freeze(sample) {
+                    self.found.push(Event::PageFrozen { sample, kept, oldest });
+                }
+            }
             Action::Forget { samples } => self.forget(&samples),
             Action::Start(order) => self.start(&order),
             Action::Stop { session, sample, attempt, why } => {
@@ -134,7 +144,7 @@ impl Effects {
         }
     }
 
-    /// What broke while actions were carried out.
+    /// What broke, and what the ledger said, while actions were carried out.
     pub fn take_found(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.found)
     }

@@ -56,8 +56,10 @@ fn ledger_view(stats: LedgerStats) -> LedgerView {
         tokens,
         repeated_tokens,
         stale_tokens,
+        foreign_tokens,
         past_stop_tokens,
         cleared_tokens,
+        resumed_tokens,
         broken,
         pages,
     } = stats;
@@ -65,8 +67,10 @@ fn ledger_view(stats: LedgerStats) -> LedgerView {
         tokens,
         repeated_tokens,
         stale_tokens,
+        foreign_tokens,
         past_stop_tokens,
         cleared_tokens,
+        resumed_tokens,
         broken,
         pages,
     }

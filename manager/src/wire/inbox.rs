@@ -13,22 +13,14 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use crate::action::{Answer, VersionStatus};
+use crate::action::Answer;
 use crate::event::{ConsumerId, EngineHello, Event, LinkId, Pack, PublisherId, ReplyTo, Shard};
-use crate::wire::effects::consumers::ToConsumer;
-use crate::wire::effects::sessions::Attached;
+use crate::wire::streams::consumers::ToConsumer;
+use crate::wire::streams::sessions::Attached;
+use crate::wire::streams::{Out, ToPublisher};
 
 /// Ticks of a second of 80 engines; the loop takes them in batches.
 const CAPACITY: usize = 4096;
-
-/// What streams to an agent or a trainer are made of.
-/// What a Publish stream is told.
-pub(crate) enum ToPublisher {
-    Status(VersionStatus),
-    Dial(pb::publish_event::DialReceiver),
-}
-
-pub(crate) type Out<T> = mpsc::Sender<Result<T, Status>>;
 
 pub(crate) enum Input {
     Event(Event),
@@ -166,7 +158,8 @@ impl Inbox {
     /// The same for an engine.
     pub async fn engine_heard(&self, from: &Attached) -> Result<(), Closed> {
         if self.due(&from.tally.heard_ms) {
-            self.event(Event::EngineHeard { session: from.session }).await
+            let tokens = from.tally.tokens.swap(0, Ordering::Relaxed);
+            self.event(Event::EngineHeard { session: from.session, tokens }).await
         } else {
             Ok(())
         }

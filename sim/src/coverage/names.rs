@@ -31,7 +31,7 @@ names! { event, EVENTS, Event,
     JobOpened TrainerHeard JobClosed GroupsSubmitted GroupsCancelled ConsumerAttached ConsumerLost CreditGranted
     BatchAcked BatchCommitted ModeRequested EngineReported VersionAnnounced VersionSealed PublisherLost
     EngineAttached LinkLost EngineHeard EngineBeat EngineDied PreemptionNoticed LoadReported ModeReported
-    FactsFound DrainRequested RemoveRequested TimePassed
+    FactsFound SilenceFound PageCleared PageFrozen DrainRequested RemoveRequested TimePassed
 }
 
 names! { fact, FACTS, Fact, Grew Finished Ended }

@@ -174,7 +174,8 @@ fn start(record: &mut Record<'_>, order: &StartOrder) {
 }
 
 fn maker_of(record: &mut Record<'_>, maker: &Maker) {
-    let Maker { engine, incarnation, by_trainer, numerics } = maker;
+    let Maker { session, engine, incarnation, by_trainer, numerics } = maker;
+    record.num(session.0);
     record.text(engine.as_str());
     record.num(incarnation.0);
     record.flag(*by_trainer);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anabranch_manager::action::{Action, Batch};
-use anabranch_manager::event::ConsumerId;
+use anabranch_manager::event::{ConsumerId, Event};
 use anabranch_manager::ledger::Begun;
 
 use super::{Happening, LATENCY, ToAgent, World};
@@ -16,8 +16,15 @@ impl World {
             // Whoever dials is a matter of the data plane.
             Action::DialReceiver(_) => {}
             Action::OpenPage { sample, rules } => self.ledger.open(sample, rules),
-            Action::ClearPage { sample } => self.ledger.clear(sample),
-            Action::FreezePage { sample } => self.ledger.freeze(sample),
+            Action::ClearPage { sample } => {
+                let tokens = self.ledger.clear(sample);
+                self.found.push(Event::PageCleared { sample, tokens });
+            }
+            Action::FreezePage { sample } => {
+                if let Some((kept, oldest)) = self.ledger.freeze(sample) {
+                    self.found.push(Event::PageFrozen { sample, kept, oldest });
+                }
+            }
             Action::Forget { samples } => self.ledger.forget(&samples),
             Action::Start(order) => self.start(order),
             Action::Welcome { link, session, keep, .. } => {
@@ -81,7 +88,7 @@ impl World {
     }
 
     fn start(&mut self, order: Box<anabranch_manager::action::StartOrder>) {
-        match self.ledger.begin(order.sample, order.attempt, order.maker.clone()) {
+        match self.ledger.begin(self.now, order.sample, order.attempt, order.maker.clone()) {
             Begun::Kept(kept) if !kept.is_empty() && cannot_resume(&order) => {
                 self.fail(format!("{} is continued, and cannot be replayed", order.sample));
             }

@@ -21,7 +21,8 @@ impl World {
             if let (true, true, true, Some(session)) =
                 (agent.alive, agent.net_up, agent.attached, agent.session)
             {
-                self.post(Event::EngineHeard { session });
+                let tokens = self.made.remove(&session).unwrap_or_default();
+                self.post(Event::EngineHeard { session, tokens });
                 self.post(Event::EngineBeat { session, running: 0, waiting: 0, kv_used: 0.0 });
             }
         }

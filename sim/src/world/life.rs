@@ -26,6 +26,7 @@ impl World {
                 self.drain_over(engine, incarnation, order);
             }
             Happening::Beats => self.beats(),
+            Happening::Sweep => self.sweep(),
             Happening::OpenJob => self.open_job(),
             Happening::Submit { step } => self.submit_again(step),
             Happening::Close => self.close(),

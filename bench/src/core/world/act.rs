@@ -19,8 +19,15 @@ impl World {
         }
         match action {
             Action::OpenPage { sample, rules } => self.ledger.open(sample, rules),
-            Action::ClearPage { sample } => self.ledger.clear(sample),
-            Action::FreezePage { sample } => self.ledger.freeze(sample),
+            Action::ClearPage { sample } => {
+                let tokens = self.ledger.clear(sample);
+                self.after(1, Due::Say(Event::PageCleared { sample, tokens }));
+            }
+            Action::FreezePage { sample } => {
+                if let Some((kept, oldest)) = self.ledger.freeze(sample) {
+                    self.after(1, Due::Say(Event::PageFrozen { sample, kept, oldest }));
+                }
+            }
             Action::Forget { samples } => {
                 let kept = samples.iter().filter_map(|sample| self.ledger.kept(*sample));
                 self.forgotten_tokens += kept.map(u64::from).sum::<u64>();
@@ -92,7 +99,7 @@ impl World {
         let sample = order.sample;
         self.trainer.placed(sample.index, order.attempt.0);
         self.newest_group = self.newest_group.max(sample.group.0);
-        match self.ledger.begin(sample, order.attempt, order.maker.clone()) {
+        match self.ledger.begin(self.now, sample, order.attempt, order.maker.clone()) {
             Begun::Kept(kept) => {
                 let (lives, kept) = (self.lives, (kept.len() / WIDTH) as u32);
                 if let Some(agent) = self.agent_of(order.session) {

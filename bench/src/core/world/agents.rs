@@ -1,6 +1,7 @@
 //! Agents, as far as they act of themselves: attach, speak, generate, load, die. Owns when an agent speaks and in what order engines
 //! are lost.
 
+use anabranch_manager::ledger::Taken;
 use anabranch_proto::OrderId;
 
 use super::super::events::{self, Event, LinkId};
@@ -82,7 +83,19 @@ impl World {
 
     pub(super) fn hear(&mut self, engine: usize) {
         if let Some(session) = self.agents[engine].session {
-            self.input(Event::EngineHeard { session });
+            let tokens = std::mem::take(&mut self.agents[engine].made);
+            self.input(Event::EngineHeard { session, tokens });
+        }
+    }
+
+    /// The driver's look for silent samples.
+    pub(super) fn sweep(&mut self) {
+        let from = meter::cpu_ns();
+        let found = self.ledger.sweep(self.now);
+        let ns = self.meter.since(from);
+        self.meter.swept(ns);
+        for (session, silent) in found {
+            self.input(Event::SilenceFound { session, silent });
         }
     }
 
@@ -91,12 +104,16 @@ impl World {
         let Some(session) = agent.session else { return };
         let Some(tick) = agent.tick(&self.columns) else { return };
         let from = meter::cpu_ns();
-        let found = self.ledger.apply(&tick);
+        let found = self.ledger.apply(self.now, session, &tick);
         let ns = self.meter.since(from);
         self.meter.ledger.add(Sight { ns, visited: 0, moved: 0 });
         match found {
-            Ok(facts) if facts.is_empty() => {}
-            Ok(facts) => self.input(Event::FactsFound { session, facts }),
+            Ok(Taken { facts, tokens }) => {
+                self.agents[engine].made += tokens;
+                if !facts.is_empty() {
+                    self.input(Event::FactsFound { session, facts });
+                }
+            }
             Err(bad) => {
                 self.trouble.get_or_insert(bad.to_string());
             }

@@ -76,6 +76,10 @@ fn orders(actions: &[Action]) -> Vec<LoadOrder> {
     actions.iter().filter_map(order).collect()
 }
 
+fn tellings(actions: &[Action]) -> usize {
+    actions.iter().filter(|action| matches!(action, Action::TellPublisher { .. })).count()
+}
+
 fn refusal(actions: &[Action]) -> Option<String> {
     actions.iter().find_map(|action| match action {
         Action::Reply { answer: Answer::Failed { why, .. }, .. } => Some(why.clone()),
@@ -122,8 +126,12 @@ fn a_version_of_several_senders_is_available_when_the_last_has_sealed_and_comes_
             served: 0,
         }),
     });
-    let publishers = told.iter().filter(|a| matches!(a, Action::TellPublisher { .. })).count();
-    assert_eq!(publishers, 3);
+    assert_eq!(tellings(&told), 3, "of the order");
+    for (ms, expected) in [(0, 0), (99, 0), (1, 3), (100, 0)] {
+        senders.bench.now = senders.bench.now + Duration::from_millis(ms);
+        let told = senders.bench.tell(Event::TimePassed { gap: Duration::ZERO });
+        assert_eq!(tellings(&told), expected, "the report, not before 100 ms have passed");
+    }
 }
 
 #[test]

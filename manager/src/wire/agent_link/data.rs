@@ -13,9 +13,11 @@ use tonic::{Status, Streaming};
 
 use super::{FIRST_WORD, misbehaved};
 use crate::event::Event;
-use crate::wire::effects::sessions::Attached;
+use crate::ledger::Taken;
 use crate::wire::gate::Gate;
-use crate::wire::inbox::{Closed, Input, Out};
+use crate::wire::inbox::{Closed, Input};
+use crate::wire::streams::Out;
+use crate::wire::streams::sessions::Attached;
 
 /// An ack goes out after so many ticks, or so long after the first that it covers.
 const ACK_TICKS: u64 = 4;
@@ -117,18 +119,20 @@ impl DataStream {
         let Attached { session, tally, .. } = &self.attached;
         let seq = tick.seq;
         let tokens = (tick.tokens.len() / WIDTH) as u64;
-        let facts = match self.gate.ledger.apply(&tick) {
-            Ok(facts) => facts,
-            Err(bad) => {
-                self.gate.metrics.families.bad_ticks.increment(1);
-                misbehaved(&self.gate, &self.attached, &bad.to_string());
-                // Not to be sent again: what was in it is missing, and is found so sample by sample.
-                tally.acked_tick.fetch_max(seq, Ordering::AcqRel);
-                return Err("malformed tick");
-            }
-        };
-        self.gate.metrics.tick(tokens, tick.held_ms);
         let session = *session;
+        let Taken { facts, tokens: new } =
+            match self.gate.ledger.apply(self.gate.clock.now(), session, &tick) {
+                Ok(taken) => taken,
+                Err(bad) => {
+                    self.gate.metrics.families.bad_ticks.increment(1);
+                    misbehaved(&self.gate, &self.attached, &bad.to_string());
+                    // Not to be sent again: what was in it is missing, and is found so sample by sample.
+                    tally.acked_tick.fetch_max(seq, Ordering::AcqRel);
+                    return Err("malformed tick");
+                }
+            };
+        self.gate.metrics.tick(tokens, tick.held_ms);
+        tally.tokens.fetch_add(new, Ordering::Relaxed);
         if !facts.is_empty() {
             let event = Event::FactsFound { session, facts };
             self.gate.inbox.event(event).await.map_err(|Closed| "the manager stops")?;

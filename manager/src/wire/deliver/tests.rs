@@ -1,5 +1,8 @@
 use anabranch_proto::tokens::{encode_ids, encode_logprobs};
-use anabranch_proto::{Attempt, BatchSeq, EngineId, Finish, Incarnation, Step, Version};
+use std::time::Duration;
+
+use anabranch_proto::{Attempt, BatchSeq, EngineId, Finish, Incarnation, SessionId, Step, Version};
+use anabranch_runtime::Now;
 
 use super::*;
 use crate::ledger::StopRules;
@@ -10,9 +13,10 @@ fn sample(index: u32) -> SampleId {
 
 /// A ledger with `n` finished samples of `len` tokens each.
 fn ledger(n: u32, len: u32) -> Ledger {
-    let ledger = Ledger::new(2);
+    let ledger = Ledger::new(2, Duration::from_secs(5));
     let rules = Arc::new(StopRules { max_tokens: len, ..StopRules::default() });
     let maker = Arc::new(Maker {
+        session: SessionId(1),
         engine: EngineId::new("e1"),
         incarnation: Incarnation(3),
         by_trainer: false,
@@ -20,7 +24,7 @@ fn ledger(n: u32, len: u32) -> Ledger {
     });
     for index in 0..n {
         ledger.open(sample(index), rules.clone());
-        ledger.begin(sample(index), Attempt(1), maker.clone());
+        ledger.begin(Now::ZERO, sample(index), Attempt(1), maker.clone());
         let ids: Vec<u32> = (0..len).collect();
         let tick = pb::Tick {
             seq: 1,
@@ -30,7 +34,7 @@ fn ledger(n: u32, len: u32) -> Ledger {
             versions: vec![Version::base(0).into()],
             ..pb::Tick::default()
         };
-        ledger.apply(&tick).expect("well formed");
+        ledger.apply(Now::ZERO, SessionId(1), &tick).expect("well formed");
     }
     ledger
 }

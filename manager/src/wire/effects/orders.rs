@@ -10,18 +10,24 @@ use anabranch_proto::tokens::WIDTH;
 use anabranch_proto::{Held, OrderId, Sampling, SessionId, pb};
 use bytes::Bytes;
 
-use super::sessions::Live;
-use super::{Effects, Overflow};
+use super::Effects;
 use crate::action::{DialOrder, LoadOrder, ModeKind, StartOrder};
 use crate::event::LinkId;
 use crate::ledger::Begun;
+use crate::wire::streams::Overflow;
+use crate::wire::streams::sessions::Live;
 
 /// Holders count it from a grant's first use; a fetch that takes longer asks again.
 const GRANT_TTL: Duration = Duration::from_secs(3600);
 
 impl Effects {
     pub(super) fn start(&mut self, order: &StartOrder) {
-        let kept = match self.ledger.begin(order.sample, order.attempt, order.maker.clone()) {
+        let kept = match self.ledger.begin(
+            self.clock.now(),
+            order.sample,
+            order.attempt,
+            order.maker.clone(),
+        ) {
             Begun::Kept(kept) => kept,
             Begun::AlreadyFinished => return,
             Begun::Unknown => {

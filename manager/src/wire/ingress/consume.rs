@@ -12,9 +12,10 @@ use tonic::{Status, Streaming};
 
 use crate::event::{ConsumerId, Event};
 use crate::wire::deliver::{Parts, step_done};
-use crate::wire::effects::consumers::{OutgoingBatch, ToConsumer, WAITING_BATCHES};
 use crate::wire::gate::Gate;
-use crate::wire::inbox::{Input, NewConsumer, Out};
+use crate::wire::inbox::{Input, NewConsumer};
+use crate::wire::streams::Out;
+use crate::wire::streams::consumers::{OutgoingBatch, ToConsumer, WAITING_BATCHES};
 
 /// Parts made and not yet taken by the transport: 1 MiB each.
 const PARTS: usize = 2;

@@ -14,7 +14,8 @@ use super::{ANSWER, convert, done};
 use crate::action::VersionStatus;
 use crate::event::{Event, PublisherId};
 use crate::wire::gate::Gate;
-use crate::wire::inbox::{Closed, Input, Out, ToPublisher};
+use crate::wire::inbox::{Closed, Input};
+use crate::wire::streams::{Out, ToPublisher};
 
 /// Statuses that the trainer has not taken; each replaces the one before.
 const STATUSES: usize = 64;

@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use crate::wire::gate::Gate;
-use crate::wire::inbox::Out;
+use crate::wire::streams::Out;
 
 const EVERY: Duration = Duration::from_millis(200);
 const STATUSES: usize = 64;

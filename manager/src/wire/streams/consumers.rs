@@ -8,7 +8,7 @@ use std::time::Instant;
 use anabranch_proto::SampleId;
 use tokio::sync::mpsc;
 
-use super::sessions::Overflow;
+use super::Overflow;
 use crate::action::{Batch, StepReport};
 use crate::event::ConsumerId;
 use crate::ledger::Fact;

@@ -11,8 +11,8 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use super::{Out, Overflow};
 use crate::event::LinkId;
-use crate::wire::inbox::Out;
 
 /// Messages to one agent that it has not taken yet. Prompts in them are shared, not copied, so this
 /// bounds a few MiB; it is large enough for 256 starts with prompts of 32 frames each.
@@ -59,6 +59,8 @@ pub(crate) struct Tally {
     pub acked_tick: AtomicU64,
     /// Time of the last `EngineHeard`, in ms of the clock.
     pub heard_ms: AtomicU64,
+    /// New tokens in the ledger since the last `EngineHeard`.
+    pub tokens: AtomicU64,
 }
 
 /// What the tasks of a link know of their session.
@@ -70,10 +72,6 @@ pub(crate) struct Attached {
     pub tally: Arc<Tally>,
     pub closed: CancellationToken,
 }
-
-/// The agent does not take what it is sent.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Overflow;
 
 impl Live {
     pub fn send(&mut self, message: pb::data_to_agent::Kind) -> Result<(), Overflow> {
