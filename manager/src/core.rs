@@ -37,7 +37,7 @@ use crate::rollout::{Moment, Rollout};
 use crate::timer::Timer;
 use crate::weights::{Stand, Standing, Weights};
 
-pub use fold::{Changes, Folded};
+pub use fold::{Changes, Folded, Move, graphs};
 
 pub struct Core {
     pub(crate) config: CoreConfig,
@@ -182,6 +182,8 @@ impl Core {
                     self.out.wake_placement();
                 }
                 Timer::LoadRetry(session) => self.weights.retry(session),
+                // They are ordered at the end of the turn.
+                Timer::Orders => self.weights.order_more(),
                 Timer::Tidings(version) => {
                     self.weights.tell_publishers(now, version, &mut self.out);
                 }

@@ -10,7 +10,7 @@ mod rules;
 mod silence;
 mod tick;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -119,7 +119,8 @@ pub struct Ledger {
 
 #[derive(Default)]
 struct Shard {
-    pages: BTreeMap<SampleId, Page>,
+    /// Looked up by sample only: the order of a walk would not reproduce.
+    pages: HashMap<SampleId, Page>,
     watch: silence::Watch,
     stats: LedgerStats,
 }

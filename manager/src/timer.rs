@@ -18,6 +18,8 @@ pub enum Timer {
     Load(SessionId),
     /// A failed load is ordered again.
     LoadRetry(SessionId),
+    /// Loads that did not fit into the turn before are ordered.
+    Orders,
     /// The publishers of a version are told how it stands.
     Tidings(u64),
     /// Siblings stop waiting for their leader's first token.

@@ -59,6 +59,7 @@ pub(crate) struct Weights {
     unsettled: bool,
     /// True where holders have changed, so that receivers without a path may have one.
     holders_changed: bool,
+    planned: loads::Planned,
     /// Pinned versions, as last told.
     pins: Vec<Version>,
 }

@@ -1,21 +1,17 @@
 //! How often each event, action and edge of the manager's state graphs was seen, so that a change to the core is
 //! known to run under [`crate::run`]. A row under [`ENOUGH`] is marked: no digest guards it.
 
-mod edges;
 mod names;
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use anabranch_manager::action::Action;
-use anabranch_manager::core::Core;
+use anabranch_manager::core::{Move, graphs};
 use anabranch_manager::event::Event;
 
 /// Rows seen less often than this are marked.
 pub const ENOUGH: u64 = 20;
-
-/// Machine and id -> the state's name.
-pub(crate) type States = BTreeMap<(&'static str, String), &'static str>;
 
 /// Counts by row, of one world or of many together.
 #[derive(Clone, Debug, Default)]
@@ -30,11 +26,6 @@ pub struct Row {
     pub of: &'static str,
     pub name: String,
     pub count: u64,
-}
-
-/// Where every machine of the core stands.
-pub(crate) fn states(core: &Core) -> States {
-    core.states().map(|(machine, id, name)| ((machine, id), name)).collect()
 }
 
 // === impl Coverage ===
@@ -58,17 +49,9 @@ impl Coverage {
         }
     }
 
-    /// The states before and after one event, each sorted by machine and id.
-    pub(crate) fn edges(&mut self, before: &States, after: &States) {
-        let changed = |id| match (before.get(id), after.get(id)) {
-            (old, new) if old == new => None,
-            (old, new) => Some((old.copied().unwrap_or("-"), new.copied().unwrap_or("-"))),
-        };
-        for id in after.keys().chain(before.keys().filter(|id| !after.contains_key(id))) {
-            if let Some((from, to)) = changed(id) {
-                self.count(id.0, &format!("{from} > {to}"));
-            }
-        }
+    /// A move along a state graph.
+    pub(crate) fn moved(&mut self, (machine, from, to): Move) {
+        self.count(machine, &format!("{from} > {to}"));
     }
 
     /// The counts of both.
@@ -86,10 +69,8 @@ impl Coverage {
                 counts.entry((of, (*name).into())).or_default();
             }
         }
-        for (machine, from, targets) in edges::EDGES {
-            for to in *targets {
-                counts.entry((machine, format!("{from} > {to}"))).or_default();
-            }
+        for (machine, from, to) in graphs() {
+            counts.entry((machine, format!("{from} > {to}"))).or_default();
         }
         counts.into_iter().map(|((of, name), count)| Row { of, name, count }).collect()
     }

@@ -60,6 +60,8 @@ pub struct TrainerSide {
     pub closes: bool,
     /// The manager admits little more than one step.
     pub tight_admission: bool,
+    /// Training takes so long where the trainer has GPUs of its own back for it.
+    pub trains: Duration,
 }
 
 /// From where engines get a version.
@@ -83,6 +85,8 @@ pub struct FleetSide {
     pub load_deadline: Duration,
     /// Engines keep what they loaded for their peers.
     pub holds: bool,
+    /// `CoreConfig::quarantine_deaths`.
+    pub quarantine_deaths: u32,
 }
 
 impl Scenario {
@@ -159,6 +163,7 @@ impl TrainerSide {
             overlaps: rng.chance(60),
             closes: rng.chance(50),
             tight_admission: rng.chance(20),
+            trains: if rng.chance(50) { ms(rng.range(0, 8_000)) } else { Duration::ZERO },
         }
     }
 }
@@ -171,6 +176,7 @@ impl FleetSide {
             shares_hosts: rng.chance(30),
             load_deadline: if rng.chance(30) { Duration::from_secs(3) } else { slow },
             holds: rng.chance(50),
+            quarantine_deaths: *rng.pick(&[1, 2, 3, 5]).unwrap_or(&5),
         }
     }
 }

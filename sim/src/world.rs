@@ -20,7 +20,7 @@ use anabranch_proto::{Attempt, OrderId, SampleId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 use bytes::Bytes;
 
-use crate::coverage::{self, Coverage, States};
+use crate::coverage::Coverage;
 use crate::digest::Digest;
 use crate::fleet::SimEngine;
 use crate::rng::Rng;
@@ -136,6 +136,8 @@ pub(crate) enum Happening {
     Beats,
     /// The driver looks for silent samples.
     Sweep,
+    /// The trainer has trained on a step, on its own GPUs.
+    Trained { step: u64 },
 }
 
 pub(crate) enum ToAgent {
@@ -193,7 +195,7 @@ pub(crate) struct World {
     pub paused: Option<(Now, Now)>,
     pub outcome: Outcome,
     digest: Digest,
-    coverage: Option<(Coverage, States)>,
+    coverage: Option<Coverage>,
     story: VecDeque<String>,
     broken: Option<String>,
 }
@@ -210,7 +212,7 @@ pub fn run_covered(scenario: Scenario) -> (Result<Outcome, Box<Failure>>, Covera
     let mut world = World::new(scenario);
     world.coverage = Some(Default::default());
     world.go();
-    let (coverage, _) = world.coverage.take().unwrap_or_default();
+    let coverage = world.coverage.take().unwrap_or_default();
     (world.finish(), coverage)
 }
 
@@ -357,19 +359,23 @@ impl World {
 
     pub(crate) fn core_event(&mut self, event: Event) {
         self.outcome.events += 1;
-        if let Some((coverage, _)) = &mut self.coverage {
+        if let Some(coverage) = &mut self.coverage {
             coverage.event(&event);
         }
         self.core.handle(self.now, event);
-        self.note_edges();
         while let Some(action) = self.core.poll_action() {
-            if let Some((coverage, _)) = &mut self.coverage {
+            if let Some(coverage) = &mut self.coverage {
                 coverage.action(&action);
             }
             self.digest.action(self.now, &action);
             self.act(action);
         }
-        self.folded.apply(&self.core.take_changes());
+        let coverage = &mut self.coverage;
+        self.folded.apply_telling(&self.core.take_changes(), &mut |step| {
+            if let Some(coverage) = coverage {
+                coverage.moved(step);
+            }
+        });
         if let Err(what) = self.core.check() {
             self.fail(what);
         }
@@ -389,13 +395,6 @@ impl World {
             self.core_event(Event::SilenceFound { session, silent });
         }
         self.after(SWEEP, Happening::Sweep);
-    }
-
-    fn note_edges(&mut self) {
-        if let Some((coverage, states)) = &mut self.coverage {
-            let before = std::mem::replace(states, coverage::states(&self.core));
-            coverage.edges(&before, states);
-        }
     }
 
     pub(crate) fn post(&mut self, event: Event) {
@@ -495,7 +494,7 @@ fn config_of(scenario: &Scenario) -> CoreConfig {
     let sample = u64::from(scenario.max_tokens) + LONGEST_PROMPT;
     let step = sample * u64::from(scenario.n) * scenario.groups_per_step;
     let mut config = CoreConfig {
-        quarantine_deaths: 5,
+        quarantine_deaths: scenario.fleet.quarantine_deaths,
         quarantine_ms: 3_000,
         load_deadline_ms: scenario.fleet.load_deadline.as_millis() as u64,
         ..CoreConfig::default()

@@ -12,6 +12,7 @@ use anabranch_manager::core::config::CoreConfig;
 use anabranch_manager::ledger::Ledger;
 use anabranch_proto::{OrderId, SessionId};
 use anabranch_runtime::clock::Now;
+use anabranch_views::StatePage;
 
 use super::actions::{self, Action};
 use super::events::{self, Event};
@@ -251,7 +252,7 @@ impl World {
     fn page(&mut self) {
         let visited = self.core.visited();
         let from = meter::cpu_ns();
-        let page = self.core.state(self.now);
+        let page = self.core.state_page(self.now, StatePage::default());
         let ns = self.meter.since(from);
         drop(page);
         let visited = self.core.visited() - visited;

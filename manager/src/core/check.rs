@@ -40,26 +40,6 @@ impl Core {
         }
     }
 
-    /// State of every machine, by machine and id: for tables of the edges that a simulation has seen.
-    pub fn states(&self) -> impl Iterator<Item = (&'static str, String, &'static str)> {
-        let samples = self.rollout.books().groups().flat_map(|(id, group)| {
-            let name = |(sample, record): (SampleId, &Sample)| {
-                ("sample", sample.to_string(), record.state().name())
-            };
-            group.ids(id).zip(group.samples()).map(name)
-        });
-        let engines = self
-            .fleet
-            .engines()
-            .map(|engine| ("engine", engine.session.0.to_string(), engine.state().name()));
-        let versions = self
-            .weights
-            .books()
-            .iter()
-            .map(|record| ("version", record.version().to_string(), record.state().name()));
-        samples.chain(engines).chain(versions)
-    }
-
     fn check_moves(&self) -> Result<(), String> {
         let illegal = [
             ("sample", self.rollout.books().illegal_moves()),

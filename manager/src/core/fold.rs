@@ -1,6 +1,10 @@
 //! Fold: the durable state of the core as a journal would have it, folded from the changes of each turn.
 
+use anabranch_proto::VersionState;
+
 use super::Core;
+use crate::fleet::EngineState;
+use crate::rollout::SampleState;
 use crate::{fleet, job, rollout, weights};
 
 /// Durable changes of a turn, owner by owner, each in order.
@@ -64,13 +68,71 @@ impl Core {
     }
 }
 
+/// A move along a state graph: the machine, and the names of both states.
+pub type Move = (&'static str, &'static str, &'static str);
+
+/// Every move that the graphs of samples, engines and versions have.
+pub fn graphs() -> Vec<Move> {
+    fn edges<S>(
+        machine: &'static str,
+        states: &[S],
+        name: fn(&S) -> &'static str,
+        may_become: fn(&S, &S) -> bool,
+    ) -> Vec<Move> {
+        let pairs = states.iter().flat_map(|from| states.iter().map(move |to| (from, to)));
+        let legal = pairs.filter(|(from, to)| may_become(from, to));
+        legal.map(|(from, to)| (machine, name(from), name(to))).collect()
+    }
+    let mut all = edges("engine", &EngineState::all(), EngineState::name, EngineState::may_become);
+    all.extend(edges("sample", &SampleState::all(), SampleState::name, SampleState::may_become));
+    all.extend(edges(
+        "version",
+        VersionState::ALL,
+        |state| state.name(),
+        |from, to| from.may_become(*to),
+    ));
+    all
+}
+
 impl Folded {
-    pub fn apply(&mut self, changes: &Changes) {
-        changes.job.iter().for_each(|change| self.job.apply(change));
-        changes.rollout.iter().for_each(|(_, change)| self.rollout.apply(change));
-        changes.weights.iter().for_each(|(_, change)| self.weights.apply(change));
-        changes.fleet.iter().for_each(|change| {
+    /// The same, and tells each move along a state graph.
+    pub fn apply_telling(&mut self, changes: &Changes, tell: &mut dyn FnMut(Move)) {
+        for (_, change) in &changes.rollout {
+            if let rollout::Change::Moved { sample, to } = change
+                && let Some(sample) = self.rollout.sample(*sample)
+            {
+                tell(("sample", sample.state().name(), to.name()));
+            }
+            if let rollout::Change::BatchCut { batch, .. } = change {
+                batch.samples.iter().for_each(|_| tell(("sample", "finished", "delivered")));
+            }
+            self.rollout.apply(change);
+        }
+        for change in &changes.fleet {
+            if let fleet::Change::Moved { session, to } = change
+                && let Some(session) = self.fleet.session(*session)
+            {
+                tell(("engine", session.state().name(), to.name()));
+            }
             self.fleet.apply(change);
-        });
+        }
+        for (_, change) in &changes.weights {
+            if let weights::Change::Moved { number, to } = change
+                && let Some(record) = self.weights.get(*number)
+            {
+                tell(("version", record.state().name(), to.name()));
+            }
+            match change {
+                weights::Change::Sealed { .. } => tell(("version", "announced", "available")),
+                weights::Change::Current { .. } => tell(("version", "available", "current")),
+                _ => {}
+            }
+            self.weights.apply(change);
+        }
+        changes.job.iter().for_each(|change| self.job.apply(change));
+    }
+
+    pub fn apply(&mut self, changes: &Changes) {
+        self.apply_telling(changes, &mut |_| {});
     }
 }

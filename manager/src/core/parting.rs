@@ -18,7 +18,8 @@ impl Core {
     /// The end of a session: its samples move, the engine is gone. `died`: not by anybody's wish.
     pub(super) fn part_with(&mut self, now: Now, session: SessionId, why: &str, died: bool) {
         let Some(engine) = self.fleet.engine(session) else { return };
-        if engine.is_gone() {
+        // A quarantined engine is apart already, and stays away for its time.
+        if engine.is_gone() || *engine.state() == EngineState::Quarantined {
             return;
         }
         let id = engine.id.clone();
@@ -94,7 +95,14 @@ impl Core {
 
     pub(super) fn remove_requested(&mut self, now: Now, id: &EngineId, reply: ReplyTo) {
         let Some(session) = self.fleet.live(id) else { return self.no_such_engine(id, reply) };
-        let running = self.fleet.engine(session).map_or(0, |engine| engine.running.len());
+        let Some(engine) = self.fleet.engine(session) else { return };
+        let running = engine.running.len();
+        if *engine.state() == EngineState::Quarantined {
+            self.out.timers.clear(Timer::Quarantine(session));
+            self.quarantine_over(session);
+            let said = format!("engine {id} was quarantined; it may attach again");
+            return self.out.reply(reply, Answer::Said(said));
+        }
         self.order_mode(session, ModeKind::Leave, Duration::ZERO, "removed by a person");
         self.part_with(now, session, "removed by a person", false);
         let said = format!("engine {id} is removed; {running} samples continue elsewhere");

@@ -271,3 +271,25 @@ fn a_version_waits_for_samples_whose_first_tokens_may_be_on_their_way() {
     let fact = Fact::Finished { sample, attempt, kept: 10, oldest: 0, how, running: false };
     assert!(becomes_current(&bench.tell(Event::FactsFound { session, facts: vec![fact] })));
 }
+
+#[test]
+fn a_quarantined_engine_stays_away_for_its_time_unless_a_person_removes_it() {
+    for removed in [false, true] {
+        let mut bench = Bench::new();
+        let mut session = SessionId(0);
+        for _ in 0..CoreConfig::default().quarantine_deaths {
+            session = bench.attach("a").iter().find_map(welcomed).expect("welcome");
+            bench.tell(Event::EngineDied { session, why: "it crashed".into() });
+        }
+        // Its agent says it once more, late.
+        bench.tell(Event::EngineDied { session, why: "it crashed".into() });
+        if removed {
+            let (engine, reply) = (EngineId::new("a"), ReplyTo(9));
+            bench.tell(Event::RemoveRequested { engine, reply });
+        }
+        assert_eq!(bench.attach("a").iter().any(|a| welcomed(a).is_some()), removed);
+        bench.now = bench.now + Duration::from_secs(11);
+        bench.tell(Event::TimePassed { gap: Duration::ZERO });
+        assert!(bench.attach("a").iter().any(|a| welcomed(a).is_some()));
+    }
+}

@@ -50,6 +50,23 @@ pub enum EngineState {
 }
 
 impl EngineState {
+    /// One value of each state.
+    pub(crate) fn all() -> [Self; 10] {
+        let (v, why) = (Version::default(), String::new);
+        [
+            Self::Joining,
+            Self::Syncing { to: v },
+            Self::Serving { at: v },
+            Self::Updating { from: v, to: v },
+            Self::Suspect { why: why() },
+            Self::Releasing,
+            Self::Released,
+            Self::Draining { why: why() },
+            Self::Quarantined,
+            Self::Gone { why: why() },
+        ]
+    }
+
     /// The graph above.
     pub fn may_become(&self, to: &Self) -> bool {
         use EngineState::*;
@@ -103,19 +120,7 @@ mod tests {
 
     #[test]
     fn the_graph_has_these_edges_and_no_others() {
-        let (v, why) = (Version::default(), String::new);
-        let states = [
-            EngineState::Joining,
-            EngineState::Syncing { to: v },
-            EngineState::Serving { at: v },
-            EngineState::Updating { from: v, to: v },
-            EngineState::Suspect { why: why() },
-            EngineState::Releasing,
-            EngineState::Released,
-            EngineState::Draining { why: why() },
-            EngineState::Quarantined,
-            EngineState::Gone { why: why() },
-        ];
+        let states = EngineState::all();
         let line = |from: &EngineState| {
             let to = states.iter().filter(|to| from.may_become(to)).map(|to| to.name());
             format!("{}: {}", from.name(), to.collect::<Vec<_>>().join(" "))

@@ -1,7 +1,7 @@
 //! Silence: which running attempts have made no token for too long. Each attempt is looked at when its deadline comes,
 //! not at every sweep.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use anabranch_proto::{Attempt, SampleId, SessionId};
@@ -51,7 +51,7 @@ impl Watch {
         now: Now,
         patience: Duration,
         looks: usize,
-        pages: &BTreeMap<SampleId, Page>,
+        pages: &HashMap<SampleId, Page>,
         silent: &mut BTreeMap<SessionId, Vec<Silent>>,
     ) {
         for _ in 0..looks {

@@ -82,6 +82,17 @@ impl Default for SampleLive {
 impl SampleState {
     pub const NAMES: [&str; 5] = ["waiting", "running", "finished", "delivered", "abandoned"];
 
+    /// One value of each state.
+    pub fn all() -> [Self; 5] {
+        [
+            Self::Waiting,
+            Self::Running { session: SessionId(1), attempt: Attempt(1) },
+            Self::Finished { how: Finish::Length },
+            Self::Delivered { seq: BatchSeq(1) },
+            Self::Abandoned { why: String::new() },
+        ]
+    }
+
     pub fn index(&self) -> usize {
         match self {
             Self::Waiting => 0,
@@ -151,21 +162,11 @@ impl Sample {
 mod tests {
     use super::*;
 
-    fn every_state() -> Vec<SampleState> {
-        vec![
-            SampleState::Waiting,
-            SampleState::Running { session: SessionId(1), attempt: Attempt(1) },
-            SampleState::Finished { how: Finish::Length },
-            SampleState::Delivered { seq: BatchSeq(1) },
-            SampleState::Abandoned { why: String::new() },
-        ]
-    }
-
     #[test]
     fn the_graph_has_these_edges_and_no_others() {
         let mut edges = Vec::new();
-        for from in every_state() {
-            for to in every_state().iter().filter(|to| from.may_become(to)) {
+        for from in SampleState::all() {
+            for to in SampleState::all().iter().filter(|to| from.may_become(to)) {
                 edges.push(format!("{}-{}", from.name(), to.name()));
             }
         }

@@ -2,7 +2,6 @@
 //! Owns no field names; those are the views'. A state of an owner is converted by an exhaustive match, so that
 //! a new one cannot be forgotten here.
 
-
 use anabranch_proto::{EngineId, SessionId, Step};
 use anabranch_runtime::clock::Now;
 use anabranch_views::{

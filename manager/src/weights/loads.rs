@@ -1,6 +1,6 @@
 //! Loads: orders to load a version, and how far each one is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use anabranch_proto::{OrderId, SessionId, Version};
@@ -32,10 +32,28 @@ pub(crate) enum Reported {
     Misreported(String),
 }
 
+/// Orders of one turn, about 5 ms.
+const MOST_ORDERS: usize = 128;
+const BETWEEN_ORDERS: Duration = Duration::from_millis(20);
+
+/// Receivers that are planned and not ordered yet.
+#[derive(Default)]
+pub(super) struct Planned {
+    version: Version,
+    feeds: VecDeque<(SessionId, Feed)>,
+    /// No more of them are ordered before it.
+    next: Now,
+}
+
 impl Weights {
     /// True where something has changed that may let a load be ordered.
     pub fn wants_orders(&self) -> bool {
         self.unsettled
+    }
+
+    /// Orders that did not fit into a turn before are due.
+    pub fn order_more(&mut self) {
+        self.news(false);
     }
 
     /// Pinned versions that no engine has, with the engine that should get each. Loads of older versions that
@@ -75,15 +93,25 @@ impl Weights {
             || !self.feeds(pin, &[session]).is_empty()
     }
 
-    /// Orders the current version where it is missing, as the roll-forward allows. Gives who was ordered.
+    /// Orders the current version where it is missing, as the roll-forward allows: planned at once, and ordered for at
+    /// most 128 receivers a turn, the rest from 20 ms to 20 ms. Gives who was ordered.
     pub fn order_current(
         &mut self,
         now: Now,
         terms: &Terms,
         out: &mut Outbox,
     ) -> Vec<(SessionId, Version)> {
+        let current = self.current();
         let wave = self.receivers.front.wave(&self.pins, terms.keep_serving);
-        self.order_wave(now, &wave, self.current(), terms, out)
+        if self.planned.version == current && !self.planned.feeds.is_empty() {
+            if now < self.planned.next {
+                return Vec::new();
+            }
+            let wave: BTreeSet<SessionId> = wave.into_iter().collect();
+            self.planned.feeds.retain(|(session, _)| wave.contains(session));
+            return self.order_planned(now, terms, out);
+        }
+        self.order_wave(now, &wave, current, terms, out)
     }
 
     /// Orders a version for several receivers, planned together so that they feed each other.
@@ -98,19 +126,44 @@ impl Weights {
         let Some(record) = self.books.find(version).filter(|_| !wave.is_empty()) else {
             return Vec::new();
         };
-        out.visit(wave.len());
         let in_directory = record.directory().is_some();
         let mut feeds = if in_directory { BTreeMap::new() } else { self.feeds(version, wave) };
-        let mut ordered = Vec::new();
+        self.planned = Planned { version, feeds: VecDeque::new(), next: now };
         for &session in wave {
             let feed = feeds.remove(&session).or_else(|| in_directory.then(Feed::default));
             match feed {
-                Some(feed) => {
-                    self.order(now, session, version, feed, terms, out);
-                    ordered.push((session, version));
-                }
+                Some(feed) => self.planned.feeds.push_back((session, feed)),
                 None => self.no_path(session, version, out),
             }
+        }
+        if self.planned.feeds.len() > MOST_ORDERS {
+            // The plan of so many has taken its turn.
+            self.planned.next = now + Duration::from_millis(1);
+            out.timers.set(Timer::Orders, self.planned.next);
+            return Vec::new();
+        }
+        self.order_planned(now, terms, out)
+    }
+
+    /// Orders what one turn may of the planned feeds.
+    fn order_planned(
+        &mut self,
+        now: Now,
+        terms: &Terms,
+        out: &mut Outbox,
+    ) -> Vec<(SessionId, Version)> {
+        let version = self.planned.version;
+        let turn = self.planned.feeds.len().min(MOST_ORDERS);
+        // The plan looked at each once as well.
+        out.visit(turn);
+        let mut ordered = Vec::with_capacity(turn);
+        for (session, feed) in self.planned.feeds.drain(..turn).collect::<Vec<_>>() {
+            self.order(now, session, version, feed, terms, out);
+            ordered.push((session, version));
+        }
+        if !self.planned.feeds.is_empty() {
+            self.planned.next = now + BETWEEN_ORDERS;
+            out.timers.set(Timer::Orders, self.planned.next);
         }
         ordered
     }

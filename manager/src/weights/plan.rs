@@ -98,15 +98,17 @@ pub fn plan(image: Image, peers: &[Peer]) -> BTreeMap<SessionId, Feed> {
         }
     }
     forest.parents.extend(parents.clone());
-    let longest = parents.keys().map(|id| forest.depth(*id, 0)).max().unwrap_or(0);
+    let depths = forest.depths(0);
+    let longest = parents.keys().filter_map(|id| depths.get(id)).max().copied().unwrap_or(0);
     let streams = streams(image, stripes, longest);
     let wanting = peers.iter().filter(|peer| peer.at == Place::Wants);
     for guest in wanting.map(|peer| peer.id) {
         parents.extend(forest.lodge(guest).map(|at| (guest, at)));
     }
+    let complete = forest.ranked(|peer| peer.at == Place::Complete && peer.serves);
     let feed = |(id, parents): (SessionId, Vec<Holder>)| {
         let reached = !image.trainer_dials || forest.peers[&id].serves;
-        let sources = forest.sources(id, image.at_trainer && reached);
+        let sources = forest.sources(id, &complete, image.at_trainer && reached);
         let hangs = reached || !parents.contains(&Holder::Trainer);
         hangs.then_some((id, Feed { parents, sources, streams }))
     };
@@ -119,6 +121,8 @@ pub const MOST_STRIPES: usize = 4;
 const MOST_STREAMS: usize = 4;
 /// Sources of a receiver besides the trainer.
 pub const MOST_PEERS: usize = 8;
+/// Nodes above a receiver that are considered as sources, in each stripe.
+const MOST_ABOVE: usize = 2 * MOST_PEERS;
 /// The time that chains take to fill, as a share of the transfer's, if there is more than one stripe.
 const FILL_PERCENT: u64 = 3;
 /// A node's egress is counted in twelfths of a copy: exact for 1 to 4 stripes.
@@ -203,9 +207,10 @@ impl<'a> Forest<'a> {
     /// Those that have it all and whose egress has room: many short chains.
     fn seeds(&self, image: Image, wanting: usize) -> Option<Vec<Vec<Holder>>> {
         let seeds = self.ranked(|peer| peer.at == Place::Complete && peer.serves);
+        let given = self.given();
         let laid_out = (1..=MOST_STRIPES).rev().find_map(|count| {
             let unit = COPY / count as u32;
-            let slots = self.slots(&seeds, unit);
+            let slots = self.slots(&seeds, &given, unit);
             let chains = wanting.min(slots.len() / count);
             let depth = (chains > 0).then(|| wanting.div_ceil(chains))?;
             let useful =
@@ -218,10 +223,15 @@ impl<'a> Forest<'a> {
     }
 
     /// Each seed once for each `unit` of its egress that is free, dealt in rounds, the least busy first.
-    fn slots(&self, seeds: &[SessionId], unit: u32) -> Vec<Holder> {
+    fn slots(
+        &self,
+        seeds: &[SessionId],
+        given: &BTreeMap<SessionId, u32>,
+        unit: u32,
+    ) -> Vec<Holder> {
         let mut free: Vec<(SessionId, u32)> = seeds
             .iter()
-            .map(|&id| (id, COPY.saturating_sub(self.given(id)) / unit))
+            .map(|&id| (id, COPY.saturating_sub(given.get(&id).copied().unwrap_or(0)) / unit))
             .filter(|(_, free)| *free > 0)
             .collect();
         free.sort_by_key(|(id, free)| (self.ranks[id], std::cmp::Reverse(*free), *id));
@@ -238,14 +248,15 @@ impl<'a> Forest<'a> {
         }
         let (&count, _) = by_count.iter().filter(|(_, n)| **n > 0).max_by_key(|(_, n)| **n)?;
         let tail = |stripe: usize| {
+            let (busy, depths) = (self.with_child(stripe, count), self.depths(stripe));
             let free = |id: &&SessionId| {
                 self.peers[*id].serves
                     && self.parents[*id].len() == count
-                    && !self.has_child(**id, stripe, count)
+                    && !busy.contains(id)
                     && !self.is_below_a_newcomer(**id, stripe, count)
             };
             let best = self.chained().map(|(id, _)| id).filter(free);
-            let best = best.min_by_key(|id| (self.ranks[*id], self.depth(**id, stripe), **id));
+            let best = best.min_by_key(|id| (self.ranks[*id], depths[*id], **id));
             best.map(|id| Holder::Peer(*id)).or(trainer).or_else(|| self.least_busy())
         };
         let tails: Vec<Vec<Holder>> =
@@ -256,21 +267,30 @@ impl<'a> Forest<'a> {
 
     fn least_busy(&self) -> Option<Holder> {
         let seeds = self.ranked(|peer| peer.at == Place::Complete && peer.serves);
-        seeds.into_iter().min_by_key(|id| self.given(*id)).map(Holder::Peer)
+        let given = self.given();
+        let busy = |id: &SessionId| given.get(id).copied().unwrap_or(0);
+        seeds.into_iter().min_by_key(busy).map(Holder::Peer)
     }
 
-    /// What it gives to those that are receiving, in twelfths of a copy.
-    fn given(&self, id: SessionId) -> u32 {
-        let from_it = |parents: &Vec<Holder>| {
-            let stripes = parents.iter().filter(|at| **at == Holder::Peer(id)).count();
-            stripes as u32 * COPY / parents.len() as u32
-        };
-        self.chained().map(|(_, parents)| from_it(parents)).sum()
+    /// What peers give to those that are receiving, in twelfths of a copy. Peers that give nothing are not in it.
+    fn given(&self) -> BTreeMap<SessionId, u32> {
+        let mut given = BTreeMap::new();
+        for (_, parents) in self.chained() {
+            let mut stripes: BTreeMap<SessionId, u32> = BTreeMap::new();
+            for parent in parents.iter().filter_map(|at| at.peer()) {
+                *stripes.entry(parent).or_default() += 1;
+            }
+            for (parent, stripes) in stripes {
+                *given.entry(parent).or_default() += stripes * COPY / parents.len() as u32;
+            }
+        }
+        given
     }
 
-    fn has_child(&self, id: SessionId, stripe: usize, of: usize) -> bool {
-        self.chained()
-            .any(|(_, parents)| parents.len() == of && parents[stripe] == Holder::Peer(id))
+    /// Peers that are parents in this stripe, one of `of`.
+    fn with_child(&self, stripe: usize, of: usize) -> BTreeSet<SessionId> {
+        let alike = self.chained().filter(|(_, parents)| parents.len() == of);
+        alike.filter_map(|(_, parents)| parents[stripe].peer()).collect()
     }
 
     /// Whether this stripe comes to it through one that wants the version (again), or would after some
@@ -312,8 +332,29 @@ impl<'a> Forest<'a> {
         std::iter::successors(self.above(id, stripe), up).take(self.peers.len())
     }
 
-    fn depth(&self, id: SessionId, stripe: usize) -> usize {
-        self.ancestors(id, stripe).count()
+    /// The nodes next above a receiver, as far as they may be its sources.
+    fn nearest(&self, id: SessionId, stripe: usize) -> impl Iterator<Item = Holder> {
+        self.ancestors(id, stripe).take(MOST_ABOVE)
+    }
+
+    /// Number of nodes above each peer that has parents.
+    fn depths(&self, stripe: usize) -> BTreeMap<SessionId, usize> {
+        let mut depths: BTreeMap<SessionId, usize> = BTreeMap::new();
+        for &id in self.parents.keys() {
+            let up = |at: &SessionId| self.above(*at, stripe).and_then(Holder::peer);
+            // Up to one whose depth is known, or whose parents are not; bounded as `ancestors` is.
+            let unknown = std::iter::successors(Some(id), up).take(self.peers.len());
+            let path: Vec<SessionId> = unknown.take_while(|at| !depths.contains_key(at)).collect();
+            for at in path.into_iter().rev() {
+                let depth = match self.above(at, stripe) {
+                    None => 0,
+                    Some(Holder::Trainer) => 1,
+                    Some(Holder::Peer(above)) => 1 + depths.get(&above).copied().unwrap_or(0),
+                };
+                depths.insert(at, depth);
+            }
+        }
+        depths
     }
 
     /// Best first; within a rank, in an order of this stripe's own.
@@ -323,15 +364,14 @@ impl<'a> Forest<'a> {
     }
 
     /// Parents, then their parents stripe by stripe, then others that have it all, the trainer last.
-    fn sources(&self, id: SessionId, at_trainer: bool) -> Vec<Source> {
+    fn sources(&self, id: SessionId, complete: &[SessionId], at_trainer: bool) -> Vec<Source> {
         let parents = &self.parents[&id];
         let chains: Vec<Vec<Holder>> =
-            (0..parents.len()).map(|stripe| self.ancestors(id, stripe).collect()).collect();
+            (0..parents.len()).map(|stripe| self.nearest(id, stripe).collect()).collect();
         let deepest = chains.iter().map(Vec::len).max().unwrap_or(0);
         let upwards = (0..deepest).flat_map(|up| chains.iter().filter_map(move |c| c.get(up)));
-        let complete = self.ranked(|peer| peer.at == Place::Complete && peer.serves);
         let mut named = BTreeSet::from([Holder::Peer(id), Holder::Trainer]);
-        let peers = upwards.copied().chain(complete.into_iter().map(Holder::Peer));
+        let peers = upwards.copied().chain(complete.iter().copied().map(Holder::Peer));
         let peers = peers.filter(|at| at.peer().is_some_and(|peer| self.reaches(id, peer)));
         let peers = peers.filter(move |at| named.insert(*at)).take(MOST_PEERS);
         let mut above: Vec<Above> = chains.iter().map(|chain| Above::parent_of(chain)).collect();

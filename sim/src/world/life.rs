@@ -31,6 +31,7 @@ impl World {
             Happening::Submit { step } => self.submit_again(step),
             Happening::Close => self.close(),
             Happening::Publish => self.publish(None),
+            Happening::Trained { step } => self.trained(step),
             Happening::Republish => self.republish(),
             Happening::Consume { shard } => self.consume(shard),
             Happening::Take { consumer, batch, samples } => self.take(consumer, &batch, &samples),

@@ -181,9 +181,7 @@ impl World {
             (Waiting::Seal { version, step }, Answer::Done) => self.sealed(version, step),
             (Waiting::Train { step, by }, Answer::ModeSet(_)) => {
                 self.in_time(by);
-                if self.trainer.phase == (Phase::Training { step }) {
-                    self.publish(Some(step));
-                }
+                self.after(self.scenario.trainer.trains, Happening::Trained { step });
             }
             (Waiting::Generate { step, by }, Answer::ModeSet(_)) => {
                 self.in_time(by);
@@ -212,6 +210,12 @@ impl World {
         }
         if let Some(wait) = again {
             self.after(wait, Happening::Submit { step });
+        }
+    }
+
+    pub(super) fn trained(&mut self, step: u64) {
+        if self.trainer.phase == (Phase::Training { step }) {
+            self.publish(Some(step));
         }
     }
 
