@@ -17,48 +17,59 @@ use anabranch_runtime::{Announce, Child, Drain};
 
 pub use dirs::Dirs;
 
-/// A manager that is not ready by then will not be.
+/// Longest time that the manager may take to listen.
 const MANAGER_START: Duration = Duration::from_secs(20);
+/// Time between two looks at a process that starts or ends.
 const POLL: Duration = Duration::from_millis(20);
-/// After SIGTERM.
+/// Time that a process has to end after SIGTERM; then it is killed.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
-/// Lines of a log that an error repeats.
+/// Last lines of a log that an error repeats.
 const TAIL_LINES: usize = 6;
 
+/// Reason why the demo's processes do not run.
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterError {
+    /// A folder or file cannot be made.
     #[error("cannot make {path}: {source}")]
     Make { path: PathBuf, source: io::Error },
+    /// The path of the running program is unknown.
     #[error("cannot find this program's own file, to start it as manager and engines: {0}")]
     NoExe(io::Error),
+    /// No port of loopback can be bound.
     #[error("no free port on loopback: {0}")]
     NoPort(io::Error),
+    /// A process cannot be started.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// A process ended by itself, or was not ready in time.
     #[error("{name} {how}; its log is {log}{tail}")]
     NotUp { name: String, how: String, log: PathBuf, tail: String },
+    /// A process cannot be signalled.
     #[error("cannot signal {name}: {source}")]
     Signal { name: String, source: io::Error },
 }
 
-/// How every engine of the demo generates.
+/// Settings with which every engine of the demo generates.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EngineFlags {
-    /// Tokens a second of each running sample: slow enough that answers are cut in the middle.
+    /// Tokens per second of each running sample: slow enough that answers are cut in the middle.
     pub rate: f64,
     /// Tokens per stream chunk.
     pub chunk: u32,
+    /// Samples that an engine runs at a time; more wait.
     pub max_running: u32,
 }
 
-/// Whose GPUs an engine runs on.
+/// Owner of the GPUs that an engine runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
+    /// GPUs of the engine alone.
     Spare,
-    /// On the trainer's own: the trainer loads its weights and takes it back to train.
+    /// GPUs of the trainer, which loads the engine's weights and takes the GPUs back to train.
     Colocated,
 }
 
+/// The manager and the engines with their agents, as child processes.
 pub struct Cluster {
     exe: PathBuf,
     dirs: Arc<Dirs>,
@@ -100,11 +111,12 @@ impl Cluster {
         &self.url
     }
 
+    /// Folders that the processes write to.
     pub fn dirs(&self) -> &Dirs {
         &self.dirs
     }
 
-    /// Starts an engine with the start-up weights, and its agent. It attaches when it is up.
+    /// Starts an engine with the start-up weights, and its agent, which attaches as soon as it is up.
     pub async fn attach(&mut self, id: &str, place: Place) -> Result<(), ClusterError> {
         let addr = free_addr()?;
         let url = format!("http://{addr}");
@@ -142,19 +154,19 @@ impl Cluster {
         Ok(Child::start(&name, command, output, &self.drain).await?)
     }
 
-    /// The engine's own HTTP address.
+    /// HTTP address of the engine `id`; `None` if there is no such engine.
     pub fn engine_url(&self, id: &str) -> Option<&str> {
         self.nodes.get(id).map(|node| node.url.as_str())
     }
 
-    /// SIGKILL to the engine process alone: its agent lives to tell.
+    /// Sends SIGKILL to the engine process alone: its agent lives on and tells the manager.
     pub async fn kill_engine(&mut self, id: &str) -> Result<(), ClusterError> {
         let Some(node) = self.nodes.get_mut(id) else { return Ok(()) };
         let killed = node.engine.kill().await;
         killed.map(drop).map_err(|source| ClusterError::Signal { name: id.to_owned(), source })
     }
 
-    /// Ends what is left of an engine that is gone for the manager.
+    /// Ends the remaining processes of an engine that has left the manager.
     pub async fn bury(&mut self, id: &str) -> Result<(), ClusterError> {
         let Some(mut node) = self.nodes.remove(id) else { return Ok(()) };
         for child in [&mut node.agent, &mut node.engine] {
@@ -164,19 +176,19 @@ impl Cluster {
         Ok(())
     }
 
-    /// An error with the end of its log where the manager ended by itself.
+    /// Fails, with the end of the log, if the manager ended by itself.
     pub fn check(&mut self) -> Result<(), ClusterError> {
         still_up(&mut self.manager, &self.dirs)
     }
 
-    /// Like [`Self::check`], for one engine and its agent.
+    /// Fails, with the end of the log, if the engine `id` or its agent ended by itself.
     pub fn check_node(&mut self, id: &str) -> Result<(), ClusterError> {
         let Some(node) = self.nodes.get_mut(id) else { return Ok(()) };
         still_up(&mut node.engine, &self.dirs)?;
         still_up(&mut node.agent, &self.dirs)
     }
 
-    /// Ends everything: agents, engines, then the manager.
+    /// Ends all processes: agents, engines, then the manager.
     pub async fn stop(mut self) -> Result<(), ClusterError> {
         for node in self.nodes.values() {
             // All at once; each is waited for below.
@@ -195,7 +207,7 @@ impl Cluster {
     }
 }
 
-/// Tokens that an engine's streams ever made; its file outlives a kill. `None`: it is not ours.
+/// Tokens that the streams of the engine `id` ever made, from a file that outlives a kill. `None`: no engine of ours.
 pub fn tokens_made(dirs: &Dirs, id: &str) -> Option<u64> {
     let bytes = fs::read(dirs.meter(id)).ok()?;
     bytes.first_chunk::<8>().map(|word| u64::from_le_bytes(*word))
@@ -245,7 +257,7 @@ fn not_up(name: &str, how: String, dirs: &Dirs) -> ClusterError {
     ClusterError::NotUp { name: name.to_owned(), how, log, tail }
 }
 
-/// Free now; the engine binds it a moment later.
+/// Address on loopback that is free now; the engine binds it a moment later.
 fn free_addr() -> Result<String, ClusterError> {
     let socket = TcpListener::bind(("127.0.0.1", 0)).map_err(ClusterError::NoPort)?;
     Ok(socket.local_addr().map_err(ClusterError::NoPort)?.to_string())

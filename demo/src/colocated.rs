@@ -17,22 +17,30 @@ use serde_json::json;
 
 use crate::model::{CheckpointError, Model};
 
-/// For each of the two barriers.
+/// Time for each of the two barriers.
 const BARRIER: Duration = Duration::from_secs(10);
+/// Time for the engine to load weights.
 const LOAD: Duration = Duration::from_secs(20);
 
+/// Reason why the colocated engine could not be lent or taken back.
 #[derive(Debug, thiserror::Error)]
 pub enum ColocatedError {
+    /// The manager failed a call.
     #[error(transparent)]
     Sdk(#[from] Error),
+    /// The weights for the engine cannot be written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// Weights of an older version cannot be removed.
     #[error("cannot remove {path}: {source}")]
     Remove { path: PathBuf, source: io::Error },
+    /// The engine did not change its mode.
     #[error("{engine} did not switch: {why}")]
     NotSwitched { engine: String, why: String },
+    /// The engine does not answer a call.
     #[error("{engine} does not answer {call}: {source}")]
     Http { engine: String, call: &'static str, source: reqwest::Error },
+    /// The engine answers that it did not load the weights.
     #[error("{engine} refused the weights: {why}")]
     Refused { engine: String, why: String },
 }
@@ -43,12 +51,13 @@ enum Held {
     Ours,
 }
 
+/// The engine on the trainer's own GPU, with the weights that it was given last.
 pub struct Colocated {
     engine: String,
     url: String,
-    /// What the engine was started with.
+    /// Folder of the weights that the engine was started with.
     start_up: PathBuf,
-    /// In shared memory; one directory per version, the last one only.
+    /// Folder in shared memory with one directory per version; only the newest version is kept.
     dir: PathBuf,
     newest: Option<PathBuf>,
     http: reqwest::Client,
@@ -56,7 +65,7 @@ pub struct Colocated {
     switches: u64,
 }
 
-/// The answer of `/update_weights_from_disk`.
+/// Body of the answer to `/update_weights_from_disk`.
 #[derive(Deserialize)]
 struct Updated {
     success: bool,
@@ -79,22 +88,24 @@ impl Colocated {
         }
     }
 
+    /// Whether the engine generates now.
     pub fn is_lent(&self) -> bool {
         self.held == Held::Lent
     }
 
+    /// Number of mode switches so far, in both directions.
     pub fn switches(&self) -> u64 {
         self.switches
     }
 
-    /// The trainer needs its GPU: samples that run there go on elsewhere.
+    /// Takes the GPU back to train: samples that run there continue on other engines.
     pub async fn take_back(&mut self, job: &Job) -> Result<(), ColocatedError> {
         self.switch(job, Mode::Train).await?;
         self.held = Held::Ours;
         Ok(())
     }
 
-    /// Lends the GPU with the weights of `model`, which are `version`; the start-up weights without.
+    /// Lends the GPU with the weights of `model`, which are `version`; with the start-up weights if `model` is `None`.
     pub async fn lend(
         &mut self,
         job: &Job,

@@ -6,8 +6,8 @@ use anabranch_trainer::{Sampling, Version};
 use crate::rollouts::{Ask, RolloutError, Rollouts};
 use crate::task::{Problem, Task};
 
-/// Share of the first `count` held-out problems that are answered exactly at `version`. Takes a whole
-/// step of the job.
+/// Share of the first `count` held-out problems that are answered exactly at `version`. Takes one whole step of the
+/// job.
 pub async fn exact_match(
     rollouts: &mut Rollouts,
     task: &dyn Task,

@@ -19,28 +19,39 @@ use crate::task::Score;
 /// A finished answer with the log-probabilities of the engines that made it, token by token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rollout {
+    /// Token ids of the prompt.
     pub prompt: Vec<u32>,
+    /// Token ids of the answer.
     pub tokens: Vec<u32>,
+    /// Natural log-probability of each token of the answer, as the engine reported it.
     pub logprobs: Vec<f32>,
+    /// Number of the problem; the answers to one problem form a group.
     pub group: u64,
+    /// Verdict on the answer.
     pub score: Score,
 }
 
+/// Settings of the clipped surrogate and of its advantages.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GrpoConfig {
+    /// Clip range below a ratio of 1, as a difference.
     pub clip_low: f64,
+    /// Clip range above a ratio of 1, as a difference.
     pub clip_high: f64,
+    /// Factor of the entropy per token in the objective.
     pub entropy_bonus: f64,
+    /// Factor of the outcome part of an advantage.
     pub outcome_weight: f32,
+    /// Factor of the process part of an advantage.
     pub process_weight: f32,
 }
 
-/// Group standard deviations below this mean that all siblings did equally well: no signal.
+/// Smallest standard deviation of a group's rewards that is a signal; below it all siblings did equally well.
 const MIN_STD: f32 = 1e-4;
-/// Bounds exp(): a log-ratio beyond it is clipped anyway.
+/// Bound of the log-ratio before `exp()`; larger ones are clipped anyway.
 const MAX_LOG_RATIO: f64 = 10.0;
 
-/// One advantage per token. `rollouts` must hold whole groups.
+/// Computes one advantage per token. `rollouts` must hold whole groups.
 pub fn advantages(rollouts: &[Rollout], config: &GrpoConfig) -> Vec<Vec<f32>> {
     let mut advantages: Vec<Vec<f32>> =
         rollouts.iter().map(|r| vec![0.0; r.tokens.len()]).collect();
@@ -62,7 +73,7 @@ fn add_outcome(rollouts: &[Rollout], members: &[usize], weight: f32, out: &mut [
     }
 }
 
-/// Siblings that ended earlier have no token at a position and take no part in its comparison.
+/// Adds the process part. Siblings that ended earlier take no part in the comparison at a later position.
 fn add_process(rollouts: &[Rollout], members: &[usize], weight: f32, out: &mut [Vec<f32>]) {
     let longest = members.iter().map(|m| rollouts[*m].score.per_token.len()).max().unwrap_or(0);
     for position in 0..longest {
@@ -79,7 +90,7 @@ fn add_process(rollouts: &[Rollout], members: &[usize], weight: f32, out: &mut [
     }
 }
 
-/// (reward - mean) / standard deviation; all zero when the rewards do not differ.
+/// Computes (reward - mean) / standard deviation; all zero if the rewards do not differ.
 fn normalised(rewards: &[f32]) -> Vec<f32> {
     let count = rewards.len() as f32;
     let mean = rewards.iter().sum::<f32>() / count;
@@ -90,19 +101,23 @@ fn normalised(rewards: &[f32]) -> Vec<f32> {
     rewards.iter().map(|r| (r - mean) / std).collect()
 }
 
-/// What one pass over some rollouts saw; sums, so that passes add up.
+/// Sums over one pass over some rollouts; passes add up.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct PassStats {
+    /// Part of the step's loss.
     pub loss: f64,
+    /// Tokens of the answers.
     pub tokens: usize,
     /// Tokens whose ratio was outside the clip range.
     pub clipped: usize,
+    /// Sum of the policy's entropy at each token, in nats.
     pub entropy_sum: f64,
     /// Sum of (ratio - 1 - log ratio), the k3 estimate of KL(rollout policy || policy).
     pub kl_sum: f64,
 }
 
 impl PassStats {
+    /// Adds the sums of another pass.
     pub fn add(&mut self, other: &Self) {
         self.loss += other.loss;
         self.tokens += other.tokens;
@@ -112,8 +127,8 @@ impl PassStats {
     }
 }
 
-/// The loss of some rollouts as a scalar that can be differentiated. `denominator` is the whole
-/// step's, known before the step begins: the sum over any split into micro-batches is the same.
+/// The loss of some rollouts as a scalar that can be differentiated. `denominator` is the whole step's, known before
+/// the step begins: the sum over any split into micro-batches is the same. Fails if candle does.
 pub fn surrogate(
     weights: &Weights,
     rollouts: &[Rollout],
@@ -140,7 +155,7 @@ pub fn surrogate(
     Ok((loss, stats))
 }
 
-/// Per-token values of all rollouts, end to end.
+/// Values per token of all rollouts, end to end.
 struct Columns {
     tokens: Vec<u32>,
     logprobs: Vec<f32>,
@@ -157,8 +172,8 @@ impl Columns {
     }
 }
 
-/// Ids [B, T], padded on the right, and the flat rows whose logits predict each answer token.
-/// The last answer token is predicted but never fed.
+/// Ids [B, T], padded on the right, and the flat rows whose logits predict each answer token. The last answer token is
+/// predicted but never fed.
 pub(crate) fn sequence_tensors<'a>(
     pairs: impl Iterator<Item = (&'a [u32], &'a [u32])> + Clone,
 ) -> Result<(Tensor, Tensor)> {

@@ -15,22 +15,30 @@ use crate::task::{Problem, Score, Task, Vocabulary};
 const EOS: u32 = 0;
 const BOS: u32 = 1;
 const FIRST_BYTE: u32 = 2;
-/// Longer questions are left out: attention over them would dominate the run.
+/// Longest question that is used: attention over longer ones would dominate the run.
 const MAX_QUESTION_BYTES: usize = 256;
+/// Longest answer; one token is one byte.
 const MAX_ANSWER_TOKENS: usize = 32;
+/// Text between a question and its answer.
 const CUE: &[u8] = b"\nAnswer: ";
+/// One problem in this many is held out of training.
 const HELD_OUT_SHARE: u64 = 8;
 
+/// Reason why the problems cannot be used.
 #[derive(Debug, Error)]
 pub enum Gsm8kError {
+    /// The file cannot be read.
     #[error("cannot read {path}: {source}")]
     Read { path: PathBuf, source: std::io::Error },
+    /// A line is no JSON object with the two fields.
     #[error(
         "{path}, line {line}: {source}; expected one JSON object a line with `question` and `answer`"
     )]
     Line { path: PathBuf, line: usize, source: serde_json::Error },
+    /// An answer has no number after `####`.
     #[error("{path}, line {line}: the answer has no number after ####")]
     NoNumber { path: PathBuf, line: usize },
+    /// Too few problems are short enough.
     #[error(
         "{path}: of {read} problems, {train} to train on and {held_out} to hold out are at most \
          {MAX_QUESTION_BYTES} bytes long; both sides need at least one"
@@ -38,6 +46,7 @@ pub enum Gsm8kError {
     TooFew { path: PathBuf, read: usize, train: usize, held_out: usize },
 }
 
+/// Problems of one file, split into those to train on and those held out.
 pub struct Gsm8k {
     seed: u64,
     train: Vec<Problem>,
@@ -52,6 +61,7 @@ struct Line {
 }
 
 impl Gsm8k {
+    /// Reads the problems from a file of JSON lines; `seed` decides their order.
     pub fn read(path: &Path, seed: u64) -> Result<Self, Gsm8kError> {
         let text = fs::read_to_string(path)
             .map_err(|source| Gsm8kError::Read { path: path.to_owned(), source })?;
@@ -139,7 +149,7 @@ impl Task for Gsm8k {
     }
 }
 
-/// A number as written by people: spaces and thousands separators go.
+/// A number without spaces, dollar signs and thousands separators.
 fn plain(number: &str) -> String {
     number.trim().replace([',', '$'], "")
 }

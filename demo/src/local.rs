@@ -10,32 +10,40 @@ use candle_core::{D, Result, Tensor};
 use crate::model::{Weights, id_tensor, rms_norm, rope_tables, rotate, softmax_last};
 use crate::rng::unit;
 
-/// How the next token is chosen.
+/// Rule by which the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
+    /// The most probable token.
     Greedy,
-    /// Temperature 1, keyed by (seed, position): a resumed sample takes the same path.
+    /// Sampling at temperature 1, keyed by (seed, position): a resumed sample takes the same path.
     Sampled,
 }
 
+/// One answer to generate.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
+    /// Token ids of the prompt.
     pub prompt: Vec<u32>,
-    /// Tokens of an earlier attempt, to be continued.
+    /// Tokens of an earlier attempt, which the answer continues.
     pub kept: Vec<u32>,
+    /// Natural log-probability of each token in `kept`.
     pub kept_logprobs: Vec<f32>,
+    /// Key of the answer's random numbers.
     pub seed: u64,
-    /// Budget for the whole answer, kept tokens included.
+    /// Longest answer in tokens, kept tokens included.
     pub max_tokens: usize,
 }
 
+/// One generated answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Answer {
+    /// Token ids, kept tokens included.
     pub tokens: Vec<u32>,
+    /// Natural log-probability of each token, at temperature 1.
     pub logprobs: Vec<f32>,
 }
 
-/// Generates all answers; requests of one length run as one batch.
+/// Generates all answers, in the order of `requests`; requests of one length run as one batch. Fails if candle does.
 pub fn generate(weights: &Weights, requests: &[Request], choice: Choice) -> Result<Vec<Answer>> {
     let mut by_length: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
     for (i, request) in requests.iter().enumerate() {
@@ -100,7 +108,7 @@ fn generate_batch(
     }
 }
 
-/// Token and its log-probability at temperature 1, in f64 and in a fixed order.
+/// The chosen token and its log-probability at temperature 1, in f64 and in a fixed order of sums.
 fn choose(logits: &[f32], choice: Choice, draw: f64) -> (u32, f32) {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weights: Vec<f64> = logits.iter().map(|x| f64::from(x - max).exp()).collect();
@@ -170,7 +178,7 @@ impl<'a> Cache<'a> {
         self.weights.project(&last.contiguous()?)
     }
 
-    /// [len, length + len]: each new position sees all older ones and those before it.
+    /// Causal mask [len, length + len]: each new position sees all older positions, and the new ones up to itself.
     fn mask(&self, len: usize) -> Result<Tensor> {
         let (old, width) = (self.length, self.length + len);
         let hidden = |i: usize| if i % width > old + i / width { f32::NEG_INFINITY } else { 0.0 };

@@ -18,17 +18,28 @@ use serde::{Deserialize, Serialize};
 use crate::rng::{hash_bytes, mix, normals};
 use crate::task::Task;
 
+/// Sizes and constants of the decoder, named as in Hugging Face's `config.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
+    /// Number of token ids.
     pub vocab_size: usize,
+    /// Width of the residual stream.
     pub hidden_size: usize,
+    /// Width of the SwiGLU block.
     pub intermediate_size: usize,
+    /// Number of layers.
     pub num_hidden_layers: usize,
+    /// Number of attention heads.
     pub num_attention_heads: usize,
+    /// Longest sequence, in tokens.
     pub max_position_embeddings: usize,
+    /// Base of the rotary embedding.
     pub rope_theta: f64,
+    /// Number added to the mean square in RMSNorm.
     pub rms_norm_eps: f64,
+    /// Token id that begins a prompt.
     pub bos_token_id: u32,
+    /// Token id that ends an answer.
     pub eos_token_id: u32,
 }
 
@@ -53,36 +64,43 @@ impl ModelConfig {
         }
     }
 
+    /// Width of one attention head.
     pub fn head_dim(&self) -> usize {
         self.hidden_size / self.num_attention_heads
     }
 }
 
-/// How a parameter's numbers are laid out in memory.
+/// Order in which a parameter's numbers lie in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
-    /// The same in memory and on disk.
+    /// The order on disk.
     AsNamed,
     /// [in, out] in memory, [out, in] on disk.
     Transposed,
 }
 
+/// One trainable tensor.
 #[derive(Debug, Clone)]
 pub struct Parameter {
+    /// Name in Hugging Face's format.
     pub name: String,
+    /// Order of the numbers in memory.
     pub layout: Layout,
+    /// The values.
     pub var: Var,
 }
 
 /// The trainable parameters, always in the same order.
 #[derive(Debug, Clone)]
 pub struct Model {
+    /// Sizes and constants.
     pub config: ModelConfig,
+    /// The parameters.
     pub parameters: Vec<Parameter>,
 }
 
 impl Model {
-    /// Random weights, a function of `seed` alone.
+    /// Makes random weights, a function of `seed` alone.
     pub fn random(config: ModelConfig, seed: u64) -> Result<Self> {
         let parameters = blueprint(&config)
             .into_iter()
@@ -95,10 +113,12 @@ impl Model {
         Ok(Self { config, parameters })
     }
 
+    /// Handles to the parameters' values, in their order, for the optimizer.
     pub fn vars(&self) -> Vec<Var> {
         self.parameters.iter().map(|p| p.var.clone()).collect()
     }
 
+    /// Number of trainable numbers in all parameters.
     pub fn parameter_count(&self) -> usize {
         self.parameters.iter().map(|p| p.var.elem_count()).sum()
     }
@@ -109,7 +129,7 @@ impl Model {
             .expect("cloning a handle cannot fail")
     }
 
-    /// A frozen copy: later optimizer steps do not show in it.
+    /// A frozen copy: later optimizer steps do not change it.
     pub fn snapshot(&self) -> Result<Weights> {
         Weights::from_tensors(&self.config, |i| self.parameters[i].var.as_detached_tensor().copy())
     }
@@ -121,8 +141,8 @@ enum Init {
     Normal {
         std: f32,
     },
-    /// Rows share one random direction beside their own. It gives queries and keys a part that
-    /// does not depend on the token, so "look n places back" is learnable without biases.
+    /// Rows share one random direction beside their own. Queries and keys get a part that does not depend on the token,
+    /// so "look n places back" is learnable without biases.
     Embedding {
         std: f32,
         shared: f32,
@@ -178,7 +198,7 @@ fn initial_values(name: &str, shape: &[usize], init: Init, seed: u64) -> Vec<f32
     }
 }
 
-/// Ids as a [rows, columns] tensor.
+/// Token ids as a [rows, columns] tensor.
 pub fn id_tensor(ids: Vec<u32>, columns: usize) -> Result<Tensor> {
     let rows = ids.len() / columns.max(1);
     Tensor::from_vec(ids, (rows, columns), &Device::Cpu)

@@ -6,18 +6,26 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 
+/// Settings of AdamW, of the gradient clip and of the learning-rate schedule.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct OptimConfig {
+    /// Learning rate at the top of the schedule.
     pub lr: f64,
-    /// Linear rise over this many steps.
+    /// Steps over which the learning rate rises linearly, at the begin.
     pub lr_rise_steps: usize,
-    /// Linear fall to `lr * lr_floor` over this share of all steps, at the end.
+    /// Share of all steps over which the learning rate falls linearly to `lr * lr_floor`, at the end.
     pub lr_fall_share: f64,
+    /// Lowest learning rate of the fall, as a share of `lr`.
     pub lr_floor: f64,
+    /// Steps of the whole run.
     pub total_steps: usize,
+    /// Decay of AdamW's first moment.
     pub beta1: f64,
+    /// Decay of AdamW's second moment.
     pub beta2: f64,
+    /// Weight decay of AdamW.
     pub weight_decay: f64,
+    /// Largest global norm of the gradients; a larger one is scaled down to it.
     pub clip_norm: f64,
 }
 
@@ -32,10 +40,12 @@ impl OptimConfig {
     }
 }
 
+/// Figures of one optimizer step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct UpdateStats {
+    /// Learning rate of the step.
     pub lr: f64,
-    /// Before clipping.
+    /// Global norm of the gradients before the clip.
     pub grad_norm: f64,
 }
 
@@ -46,10 +56,12 @@ pub struct GradientSum {
 }
 
 impl GradientSum {
+    /// An empty sum for so many parameters.
     pub fn new(parameters: usize) -> Self {
         Self { sums: vec![None; parameters] }
     }
 
+    /// Adds the gradients of one backward pass, in the parameters' order.
     pub fn add(&mut self, gradients: Vec<Option<Tensor>>) -> Result<()> {
         for (sum, gradient) in self.sums.iter_mut().zip(gradients) {
             *sum = match (sum.take(), gradient) {
@@ -60,6 +72,7 @@ impl GradientSum {
         Ok(())
     }
 
+    /// The sums in the parameters' order; `None` where no pass had a gradient.
     pub fn sums(&self) -> &[Option<Tensor>] {
         &self.sums
     }
@@ -71,6 +84,7 @@ pub fn gradients(loss: &Tensor, vars: &[Var]) -> Result<Vec<Option<Tensor>>> {
     Ok(vars.iter().map(|var| store.remove(var)).collect())
 }
 
+/// AdamW over fixed parameters, with clip and schedule.
 pub struct Updater {
     config: OptimConfig,
     vars: Vec<Var>,
@@ -79,6 +93,7 @@ pub struct Updater {
 }
 
 impl Updater {
+    /// Makes an optimizer of `vars` at step 0.
     pub fn new(vars: Vec<Var>, config: OptimConfig) -> Result<Self> {
         let params = ParamsAdamW {
             lr: config.lr,
@@ -91,6 +106,7 @@ impl Updater {
         Ok(Self { config, vars, adam, steps: 0 })
     }
 
+    /// Makes one optimizer step from the sum of its gradients.
     pub fn apply(&mut self, gradients: &GradientSum) -> Result<UpdateStats> {
         let grad_norm = global_norm(gradients.sums())?;
         let scale = (self.config.clip_norm / grad_norm.max(f64::MIN_POSITIVE)).min(1.0);

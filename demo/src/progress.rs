@@ -13,22 +13,27 @@ use crate::report::Phase;
 use crate::watch::{EngineStory, Story, Watcher};
 
 const REDRAW: Duration = Duration::from_millis(200);
-/// Tokens a second are of the last so many seconds.
+/// Time over which tokens per second are averaged.
 const WINDOW: Duration = Duration::from_secs(4);
 const SPARKS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 const SPARK_WIDTH: usize = 30;
 
-/// What the run knows and the manager's story does not.
+/// Figures that the run knows and the manager's story does not.
 #[derive(Debug, Clone, Default)]
 pub struct Numbers {
+    /// Step in progress, from 1.
     pub step: u64,
+    /// What the run does now, in words.
     pub doing: String,
+    /// Mean reward of each finished step.
     pub rewards: Vec<f64>,
+    /// Tokens received so far.
     pub tokens: u64,
+    /// Times that a sample moved to another engine.
     pub migrations: u64,
 }
 
-/// Clones draw on the same lines.
+/// The screen output of the run. Clones draw on the same lines.
 #[derive(Clone)]
 pub struct View {
     lines: Option<Lines>,
@@ -43,13 +48,13 @@ struct Lines {
     fleet: ProgressBar,
 }
 
-/// Tokens over time, as far as the window reaches.
+/// Tokens over time, for the last `WINDOW`.
 struct Rate {
     marks: std::collections::VecDeque<(Instant, u64)>,
 }
 
 impl View {
-    /// For `steps` steps, on stderr. `quiet` shows nothing at all.
+    /// Makes the output for a run of `steps` steps, on stderr. `quiet` shows nothing at all.
     pub fn new(steps: u64, quiet: bool) -> Self {
         let live = !quiet && std::io::stderr().is_terminal();
         let lines = match (quiet, live) {
@@ -60,7 +65,7 @@ impl View {
         Self { lines, numbers: Arc::default() }
     }
 
-    /// Redraws the live lines until the run ends; nothing to do without a terminal.
+    /// Redraws the live lines until the run ends; without a terminal, does nothing.
     pub fn follow(&self, watcher: Watcher, drain: &Drain) {
         let Some(lines) = self.lines.clone() else { return };
         let (numbers, stop) = (self.numbers.clone(), drain.clone());
@@ -79,11 +84,12 @@ impl View {
         });
     }
 
+    /// Changes the figures of the live lines.
     pub fn update(&self, change: impl FnOnce(&mut Numbers)) {
         change(&mut lock(&self.numbers));
     }
 
-    /// A line that stays.
+    /// Prints a line that stays.
     pub fn say(&self, line: &str) {
         match &self.lines {
             // A terminal that went away cannot be told so.
@@ -92,7 +98,7 @@ impl View {
         }
     }
 
-    /// A line that stays where no live lines tell the same.
+    /// Prints a line that stays, unless live lines tell the same.
     pub fn say_plain(&self, line: &str) {
         if self.lines.is_none() {
             eprintln!("{line}");
@@ -138,7 +144,7 @@ impl Lines {
     }
 }
 
-/// "engine-1 v7 · engine-2 loads v8 · colocated trains"
+/// The engines in one line, such as "engine-1 v7 · engine-2 loads v8 · colocated trains".
 pub fn fleet(story: &Story) -> String {
     let mut text = String::new();
     for (id, engine) in story.engines.iter().filter(|(_, engine)| engine.left.is_none()) {
@@ -161,7 +167,7 @@ fn phase(engine: &EngineStory) -> String {
     }
 }
 
-/// The last rewards between 0 and 1.
+/// The last rewards, between 0 and 1, as a line of bars.
 fn sparkline(rewards: &[f64]) -> String {
     let shown = &rewards[rewards.len().saturating_sub(SPARK_WIDTH)..];
     let top = (SPARKS.len() - 1) as f64;

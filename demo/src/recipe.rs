@@ -8,21 +8,36 @@ use crate::task::Task;
 use crate::trainer::TrainerConfig;
 use crate::warmup::WarmupConfig;
 
+/// Settings of a whole run: model training, step sizes, optimizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Recipe {
+    /// Supervised warm-up before RL.
     pub warmup: WarmupConfig,
+    /// Optimizer steps.
     pub steps: usize,
+    /// Prompts of one step.
     pub prompts_per_step: usize,
+    /// Answers to each prompt.
     pub group_size: usize,
+    /// Settings of the loss.
     pub grpo: GrpoConfig,
+    /// Learning rate at the top of the schedule.
     pub lr: f64,
+    /// Steps over which the learning rate rises, at the begin.
     pub lr_rise_steps: usize,
+    /// Share of all steps over which the learning rate falls, at the end.
     pub lr_fall_share: f64,
+    /// Lowest learning rate of the fall, as a share of `lr`.
     pub lr_floor: f64,
+    /// Decay of AdamW's first moment.
     pub beta1: f64,
+    /// Decay of AdamW's second moment.
     pub beta2: f64,
+    /// Largest global norm of the gradients.
     pub clip_norm: f64,
+    /// Sequences per forward and backward pass: bounds memory.
     pub rows_per_pass: usize,
+    /// Passes that run at the same time.
     pub threads: usize,
 }
 
@@ -54,8 +69,8 @@ impl Default for Recipe {
 }
 
 impl Recipe {
-    /// For long text prompts: the same algorithm, sized so that a step stays in seconds. The
-    /// reward is the outcome alone, because nothing grades single positions.
+    /// The recipe for long text prompts: the same algorithm, sized so that a step stays in seconds. The reward is the
+    /// outcome alone, because nothing grades single positions.
     pub fn workload() -> Self {
         let recipe = Self::default();
         Self {
@@ -68,10 +83,12 @@ impl Recipe {
         }
     }
 
+    /// Answers of one step.
     pub fn samples_per_step(&self) -> usize {
         self.prompts_per_step * self.group_size
     }
 
+    /// The trainer's settings for `task`.
     pub fn trainer(&self, task: &dyn Task) -> TrainerConfig {
         TrainerConfig {
             grpo: self.grpo,

@@ -19,6 +19,9 @@ pub struct Coverage {
     rows: BTreeMap<(&'static str, String), u64>,
 }
 
+/// Notices that the core never gives: a reader of notices makes them.
+const NOT_OF_THE_CORE: [(&str, &str); 2] = [("notice", "Missed"), ("notice", "Unknown")];
+
 /// One line of the table.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Row {
@@ -68,6 +71,9 @@ impl Coverage {
             for name in *names {
                 counts.entry((of, (*name).into())).or_default();
             }
+        }
+        for row in NOT_OF_THE_CORE {
+            counts.remove(&(row.0, row.1.to_owned()));
         }
         for (machine, from, to) in graphs() {
             counts.entry((machine, format!("{from} > {to}"))).or_default();

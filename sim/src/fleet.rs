@@ -20,7 +20,7 @@ pub(crate) struct SimEngine {
     pub link: Option<LinkId>,
     pub session: Option<SessionId>,
     pub attached: bool,
-    pub by_trainer: bool,
+    pub of_trainer: OfTrainer,
     /// It has no engine: it only passes versions on.
     pub relay: bool,
     pub live: BTreeMap<SampleId, Live>,
@@ -66,8 +66,23 @@ pub(crate) fn weights(version: &Version) -> WeightsKey {
     WeightsKey::new(&digest)
 }
 
+/// What an engine has to do with the trainer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OfTrainer {
+    Nothing,
+    /// On the trainer's GPU; gets its weights from the manager.
+    Colocated,
+    /// On the trainer's GPU, and loaded by the trainer.
+    Loaded,
+}
+
 impl SimEngine {
-    pub fn new(name: String, by_trainer: bool, now: Now) -> Self {
+    /// The trainer loads the engine, and attests it.
+    pub fn by_trainer(&self) -> bool {
+        self.of_trainer == OfTrainer::Loaded
+    }
+
+    pub fn new(name: String, of_trainer: OfTrainer, now: Now) -> Self {
         Self {
             name,
             incarnation: 1,
@@ -76,7 +91,7 @@ impl SimEngine {
             link: None,
             session: None,
             attached: false,
-            by_trainer,
+            of_trainer,
             relay: false,
             live: BTreeMap::new(),
             loaded: Version::base(0),
@@ -101,7 +116,7 @@ impl SimEngine {
     pub fn reborn(&mut self, now: Now) {
         let incarnation = self.incarnation + 1;
         let relay = self.relay;
-        *self = Self { incarnation, relay, ..Self::new(self.name.clone(), self.by_trainer, now) };
+        *self = Self { incarnation, relay, ..Self::new(self.name.clone(), self.of_trainer, now) };
     }
 
     pub fn held(&self) -> Vec<Held> {

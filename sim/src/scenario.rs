@@ -85,6 +85,8 @@ pub struct FleetSide {
     pub load_deadline: Duration,
     /// Engines keep what they loaded for their peers.
     pub holds: bool,
+    /// The engine on the trainer's GPU gets its weights from the manager.
+    pub colocated_loads: bool,
     /// `CoreConfig::quarantine_deaths`.
     pub quarantine_deaths: u32,
 }
@@ -176,6 +178,7 @@ impl FleetSide {
             shares_hosts: rng.chance(30),
             load_deadline: if rng.chance(30) { Duration::from_secs(3) } else { slow },
             holds: rng.chance(50),
+            colocated_loads: rng.chance(40),
             quarantine_deaths: *rng.pick(&[1, 2, 3, 5]).unwrap_or(&5),
         }
     }

@@ -22,7 +22,7 @@ use bytes::Bytes;
 
 use crate::coverage::Coverage;
 use crate::digest::Digest;
-use crate::fleet::SimEngine;
+use crate::fleet::{OfTrainer, SimEngine};
 use crate::rng::Rng;
 use crate::scenario::Scenario;
 use crate::trainer::{Phase, Trainer};
@@ -137,7 +137,9 @@ pub(crate) enum Happening {
     /// The driver looks for silent samples.
     Sweep,
     /// The trainer has trained on a step, on its own GPUs.
-    Trained { step: u64 },
+    Trained {
+        step: u64,
+    },
 }
 
 pub(crate) enum ToAgent {
@@ -223,7 +225,12 @@ impl World {
         let colocated = usize::from(scenario.colocated);
         let workers = scenario.engines + colocated;
         let named = |i: usize| {
-            let engine = SimEngine::new(format!("e{i}"), i < colocated, now);
+            let of_trainer = match (i < colocated, scenario.fleet.colocated_loads) {
+                (false, _) => OfTrainer::Nothing,
+                (true, true) => OfTrainer::Colocated,
+                (true, false) => OfTrainer::Loaded,
+            };
+            let engine = SimEngine::new(format!("e{i}"), of_trainer, now);
             if i < workers { engine } else { engine.without_an_engine() }
         };
         let config = config_of(&scenario);

@@ -6,11 +6,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::ClusterError;
 
+/// Folder of the shared memory.
 const SHM: &str = "/dev/shm";
-/// Then the process id of the demo, and when it began.
+/// Start of the name of the demo's directory in shared memory; its process id and start time follow.
 const SHM_PREFIX: &str = "anabranch-demo-";
 
-/// Dropping it removes the directory in shared memory.
+/// The demo's folders. Dropping removes the directory in shared memory.
 #[derive(Debug)]
 pub struct Dirs {
     report: PathBuf,
@@ -18,7 +19,7 @@ pub struct Dirs {
 }
 
 impl Dirs {
-    /// Makes the report's. What an earlier run left in `report` is replaced, logs and meters included.
+    /// Makes the report's folder. Files of an earlier run in `report` are replaced, logs and meters included.
     pub fn make(report: &Path) -> Result<Self, ClusterError> {
         let make = |path: &Path| {
             fs::create_dir_all(path)
@@ -44,31 +45,34 @@ impl Dirs {
         Ok(dirs)
     }
 
-    /// Makes the directory in shared memory, which must be removed at the end: not called before it is needed.
+    /// Makes the directory in shared memory. As it must be removed at the end, call this only when it is needed.
     pub(super) fn open_shm(&self) -> Result<(), ClusterError> {
         remove_orphans(Path::new(SHM));
         fs::create_dir_all(&self.shm)
             .map_err(|source| ClusterError::Make { path: self.shm.clone(), source })
     }
 
+    /// Folder of the report.
     pub fn report(&self) -> &Path {
         &self.report
     }
 
-    /// Staged weights and the colocated engine's.
+    /// Directory in shared memory, for staged weights and for the weights of the colocated engine.
     pub fn shm(&self) -> &Path {
         &self.shm
     }
 
-    /// The start-up weights of every engine.
+    /// Folder with the start-up weights of every engine.
     pub fn model(&self) -> PathBuf {
         self.report.join("model")
     }
 
+    /// File into which the manager writes its address.
     pub fn announce(&self) -> PathBuf {
         self.report.join("manager.json")
     }
 
+    /// Log of the process `name`.
     pub fn log(&self, name: &str) -> PathBuf {
         self.report.join("logs").join(format!("{name}.log"))
     }
@@ -82,7 +86,7 @@ impl Dirs {
     }
 }
 
-/// A demo that was killed could not remove its own.
+/// Removes the directories of earlier demos that were killed before they could remove their own.
 fn remove_orphans(shm: &Path) {
     for entry in fs::read_dir(shm).into_iter().flatten().flatten() {
         let name = entry.file_name();

@@ -14,38 +14,53 @@ use thiserror::Error;
 
 use super::{Layout, Model, ModelConfig, Parameter, blueprint};
 
+/// Reason why a model cannot be written or read.
 #[derive(Debug, Error)]
 pub enum CheckpointError {
+    /// A file cannot be written or read.
     #[error("cannot read or write {path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
+    /// `config.json` does not fit the model.
     #[error("{path} is not a model config: {source}")]
     Config { path: PathBuf, source: serde_json::Error },
+    /// The weights are no safetensors file.
     #[error("{path} is not a safetensors file: {source}")]
     Format { path: PathBuf, source: safetensors::SafeTensorError },
+    /// The file lacks a tensor of the model.
     #[error("{path} has no tensor {name}; it was saved by another model")]
     Missing { path: PathBuf, name: String },
+    /// A tensor has another type or shape than the model's.
     #[error("{path}: {name} is {found_dtype:?} {found:?}, expected F32 {expected:?}")]
     Shape {
+        /// The safetensors file.
         path: PathBuf,
+        /// Name of the tensor.
         name: String,
+        /// Type in the file.
         found_dtype: Dtype,
+        /// Shape in the file.
         found: Vec<usize>,
+        /// Shape that the model needs.
         expected: Vec<usize>,
     },
+    /// A tensor operation failed.
     #[error("tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),
 }
 
-/// One published tensor: Hugging Face name and layout, little-endian f32.
+/// One published tensor: Hugging Face's name and layout, little-endian f32.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedTensor {
+    /// Name in Hugging Face's format.
     pub name: String,
+    /// Shape in Hugging Face's layout.
     pub shape: Vec<u64>,
+    /// Little-endian f32, row by row.
     pub bytes: Vec<u8>,
 }
 
 impl NamedTensor {
-    /// As the SDK publishes it.
+    /// The tensor in the form that the SDK publishes.
     pub fn borrow(&self) -> TensorRef<'_> {
         TensorRef { name: &self.name, dtype: DType::F32, shape: &self.shape, data: &self.bytes }
     }
@@ -79,6 +94,7 @@ impl Model {
         fs::write(&path, bytes).map_err(io(&path))
     }
 
+    /// Reads a model that `save` wrote into `dir`.
     pub fn load(dir: &Path) -> Result<Self, CheckpointError> {
         let path = dir.join("config.json");
         let text = fs::read_to_string(&path).map_err(io(&path))?;

@@ -10,24 +10,38 @@ use super::ModelConfig;
 /// One layer's tensors, matrices as [in, out].
 #[derive(Debug, Clone)]
 pub struct Layer {
+    /// Scale of the norm before attention.
     pub input_norm: Tensor,
+    /// Query projection.
     pub q: Tensor,
+    /// Key projection.
     pub k: Tensor,
+    /// Value projection.
     pub v: Tensor,
+    /// Output projection of attention.
     pub o: Tensor,
+    /// Scale of the norm before the SwiGLU block.
     pub mlp_norm: Tensor,
+    /// Gate projection of the SwiGLU block.
     pub gate: Tensor,
+    /// Up projection of the SwiGLU block.
     pub up: Tensor,
+    /// Down projection of the SwiGLU block.
     pub down: Tensor,
 }
 
 /// All tensors of one version, either tied to the parameters or a frozen copy.
 #[derive(Debug, Clone)]
 pub struct Weights {
+    /// Sizes and constants of the decoder.
     pub config: ModelConfig,
+    /// Embedding of the token ids, [vocab, d].
     pub embed: Tensor,
+    /// Layers in their order.
     pub layers: Vec<Layer>,
+    /// Scale of the final norm.
     pub norm: Tensor,
+    /// Output head, [d, vocab].
     pub head: Tensor,
 }
 
@@ -57,8 +71,8 @@ impl Weights {
         Ok(Self { config: config.clone(), embed, layers, norm: take()?, head: take()? })
     }
 
-    /// Logits [rows.len(), vocab] of the flat positions `rows` (b * T + t) of `ids` [B, T].
-    /// Padding goes on the right, where the causal mask hides it.
+    /// Logits [rows.len(), vocab] of the flat positions `rows` (b * T + t) of `ids` [B, T]. Padding goes on the right,
+    /// where the causal mask hides it.
     pub fn logits_at(&self, ids: &Tensor, rows: &Tensor) -> Result<Tensor> {
         let (batch, len) = ids.dims2()?;
         let tables = rope_tables(&self.config, 0, len)?;
@@ -72,7 +86,7 @@ impl Weights {
         self.project(&x.index_select(rows, 0)?)
     }
 
-    /// Final norm and output head over rows [N, d].
+    /// Applies the final norm and the output head to rows [N, d].
     pub fn project(&self, x: &Tensor) -> Result<Tensor> {
         rms_norm(x, &self.norm, self.config.rms_norm_eps)?.matmul(&self.head)
     }
@@ -97,7 +111,7 @@ impl Weights {
 }
 
 impl Layer {
-    /// Norm and SwiGLU block over rows [N, d], without the residual.
+    /// Applies the norm and the SwiGLU block to rows [N, d], without the residual.
     pub fn mlp(&self, x: &Tensor, eps: f64) -> Result<Tensor> {
         let h = rms_norm(x, &self.mlp_norm, eps)?;
         let gate = h.matmul(&self.gate)?.silu()?;
@@ -105,12 +119,14 @@ impl Layer {
     }
 }
 
+/// RMSNorm over the last dimension, scaled by `weight`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
     x.broadcast_div(&scale)?.broadcast_mul(weight)
 }
 
-/// candle's own `softmax_last_dim` has no backward pass. The maximum only guards the range.
+/// Softmax over the last dimension, with a backward pass, which candle's own `softmax_last_dim` lacks. The maximum is
+/// subtracted only to keep `exp` in range.
 pub fn softmax_last(x: &Tensor) -> Result<Tensor> {
     let e = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?.exp()?;
     e.broadcast_div(&e.sum_keepdim(D::Minus1)?)

@@ -73,6 +73,7 @@ impl EngineState {
         match (self, to) {
             (Gone { .. }, Quarantined) | (Quarantined | Draining { .. }, Gone { .. }) => true,
             (Gone { .. } | Quarantined | Draining { .. }, _) => false,
+            (Releasing, Releasing) => false,
             (_, Gone { .. } | Draining { .. } | Releasing) => true,
             (Suspect { .. }, Suspect { .. }) => false,
             (_, Suspect { .. }) => true,
@@ -134,7 +135,7 @@ mod tests {
                 "serving: syncing serving updating suspect releasing draining gone",
                 "updating: syncing serving suspect releasing draining gone",
                 "suspect: syncing serving releasing released draining gone",
-                "releasing: suspect releasing released draining gone",
+                "releasing: suspect released draining gone",
                 "released: syncing suspect releasing draining gone",
                 "draining: gone",
                 "quarantined: gone",

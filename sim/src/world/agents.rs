@@ -12,7 +12,7 @@ use anabranch_proto::pb::end::Why;
 use anabranch_proto::{EngineId, Incarnation, OrderId, pb, tokens};
 
 use super::{Happening, TICK, ToAgent, World};
-use crate::fleet::{LoadRun, SimEngine};
+use crate::fleet::{LoadRun, OfTrainer, SimEngine};
 
 impl World {
     pub(super) fn beats(&mut self) {
@@ -97,13 +97,13 @@ impl World {
             seed_keying: SeedKeying::AbsolutePosition,
             columns: vec![],
             release_memory: true,
-            weights_by_trainer: agent.by_trainer,
+            weights_by_trainer: agent.by_trainer(),
             kv_tokens: 8_000,
             max_running: 24,
             gpus: 1,
-            labels: match agent.by_trainer {
-                true => BTreeMap::from([("colocated".into(), "true".into())]),
-                false => BTreeMap::new(),
+            labels: match agent.of_trainer {
+                OfTrainer::Nothing => BTreeMap::new(),
+                _ => BTreeMap::from([("colocated".into(), "true".into())]),
             },
             addresses: vec!["10.0.0.1:9000".into()],
             host: self.scenario.fleet.shares_hosts.then(|| format!("h{}", engine / 2)),

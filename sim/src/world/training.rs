@@ -259,7 +259,7 @@ impl World {
         // It loads its own engine while that has given its memory back.
         let version = crate::trainer::version(self.trainer.epoch, self.trainer.version);
         for engine in &mut self.engines {
-            if engine.by_trainer && engine.released {
+            if engine.by_trainer() && engine.released {
                 engine.loaded = version;
             }
         }
@@ -271,7 +271,7 @@ impl World {
         let loaded: Vec<(EngineId, Version)> = self
             .engines
             .iter()
-            .filter(|engine| engine.by_trainer && engine.alive)
+            .filter(|engine| engine.by_trainer() && engine.alive)
             .map(|engine| (EngineId::new(&engine.name), engine.loaded))
             .collect();
         for (engine, version) in loaded {
