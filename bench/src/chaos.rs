@@ -25,16 +25,20 @@ pub mod faults;
 
 use breaker::Breaker;
 
+/// Time between two looks at the cluster.
 const LOOK: Duration = Duration::from_millis(50);
 /// How long a process stays down before it is started again.
 const REST: Duration = Duration::from_millis(700);
-/// Engines attach and take their first samples before the first fault.
+/// Time before the first fault, in which engines attach and take their first samples.
 const SETTLE: Duration = Duration::from_secs(2);
+/// Time that the samples have to come back after the last fault.
 const FINISH: Duration = Duration::from_secs(60);
+/// Samples of a group.
 const GROUP: u32 = 4;
-/// As the manager's default: how often agents send.
+/// Time between two sends of an agent, as the manager's default has it.
 const TICK: Duration = Duration::from_millis(20);
 
+/// Flags of `anabranch bench chaos`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ChaosArgs {
     /// How long faults are injected
@@ -43,8 +47,10 @@ pub struct ChaosArgs {
     /// File for the report, as JSON
     #[arg(long)]
     pub report: Option<PathBuf>,
+    /// Seed of the faults and the prompts
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+    /// Engines, each with its agent
     #[arg(long, default_value_t = 4)]
     pub engines: u32,
     /// Samples that each engine runs at once
@@ -73,7 +79,7 @@ pub struct ChaosArgs {
     pub process_log: String,
 }
 
-/// What the gate asks for, in proportion to a run shorter than its 60 seconds.
+/// Lowest figures that pass, in proportion to a run shorter than the gate's 60 seconds.
 struct Gates {
     tokens: f64,
     versions: f64,
@@ -94,7 +100,7 @@ struct Outcome {
     cpu: [(&'static str, Duration); 3],
 }
 
-/// Runs, prints the table, writes the report; true where every gate held.
+/// Runs, prints the table, writes the report; true if every gate held.
 pub async fn run(args: ChaosArgs) -> anyhow::Result<bool> {
     let dir = workdir::WorkDir::new(args.dir.clone(), "chaos")?;
     let outcome = execute(&args, dir.path()).await?;
@@ -141,7 +147,7 @@ async fn execute(args: &ChaosArgs, dir: &std::path::Path) -> anyhow::Result<Outc
     })
 }
 
-/// Faults, versions and restarts until the time is up.
+/// Injects faults, publishes versions and restarts processes until the time is up.
 async fn storm(
     args: &ChaosArgs,
     cluster: &mut Cluster,
@@ -308,7 +314,8 @@ fn judge(args: &ChaosArgs, outcome: &Outcome) -> Report {
     report
 }
 
-/// A kill costs each stream of one engine at most the chunk that was being made and the tick that was being filled.
+/// Adds the tokens that were lost, with their bound: a kill costs each stream of one engine at most the chunk that was
+/// being made and the tick that was being filled.
 fn discarded_figures(args: &ChaosArgs, outcome: &Outcome, report: &mut Report) {
     let (discarded, torn) = (discarded(outcome), discarded_bound(args, outcome.torn));
     report.gate("discarded_tokens", discarded, "tokens", Bound::AtMost, torn).detail(format!(
@@ -327,8 +334,8 @@ fn discarded_figures(args: &ChaosArgs, outcome: &Outcome, report: &mut Report) {
         .detail(format!("the same against the {} SIGKILLs alone", outcome.kills));
 }
 
-/// Made by an engine for a stream, and in no trajectory. Every sample came back, so all that was received is in one.
-/// Not a number, which passes no gate, where the engines' own counts are missing.
+/// Tokens that an engine made for a stream and that are in no trajectory; as every sample came back, all received
+/// tokens are in one. NaN, which passes no gate, if the engines' own counts are missing.
 fn discarded(outcome: &Outcome) -> f64 {
     match outcome.made.checked_sub(outcome.verdict.verified_tokens) {
         Some(discarded) => discarded as f64,

@@ -19,59 +19,75 @@ pub mod proc;
 
 pub use proc::{Proc, Usage};
 
-/// A manager that is not ready by then will not be.
+/// Longest time that the manager may take to listen.
 const MANAGER_START: Duration = Duration::from_secs(30);
+/// Time that a process has to end after SIGTERM.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
+/// Sizes and settings of a cluster.
 #[derive(Clone)]
 pub struct Config {
-    /// Logs, counters and everything the processes write.
+    /// Folder of logs, counters and everything else that the processes write.
     pub dir: PathBuf,
+    /// Number of engines, each with its agent.
     pub engines: u32,
+    /// The oracle that the engines run.
     pub model: SyntheticParams,
-    /// Tokens a second of each running sample.
+    /// Tokens per second of each running sample.
     pub rate: f64,
+    /// Tokens per chunk of an engine's stream.
     pub chunk: u32,
+    /// Samples that an engine runs at a time.
     pub max_running: u32,
+    /// Longest prompt with its answer, in tokens.
     pub context: u32,
+    /// What lies between agents and manager.
     pub links: Links,
     /// Log filter of every process.
     pub log: String,
 }
 
-/// What lies between the agents and the manager.
+/// Kind of the connections between the agents and the manager.
 #[derive(Clone)]
 pub enum Links {
-    /// A proxy each, so that they can be cut.
+    /// Each agent has a proxy, so that its link can be cut.
     Proxied,
-    /// A proxy that listens in on the first; the others are direct.
+    /// The first agent has a proxy that listens in; the others connect directly.
     FirstTapped(Arc<Tap>),
 }
 
+/// The processes of a running cluster.
 pub struct Cluster {
     config: Config,
     drain: Drain,
     exe: PathBuf,
     url: String,
-    /// Commands that run beside; gone when they ended.
+    /// Commands that run beside; removed when they ended.
     aside: Vec<Proc>,
+    /// The manager.
     pub manager: Proc,
+    /// The engines with their agents.
     pub nodes: Vec<Node>,
 }
 
 /// One engine and its agent.
 pub struct Node {
+    /// The engine's id.
     pub id: String,
+    /// Process of the engine.
     pub engine: Proc,
+    /// Process of the agent.
     pub agent: Proc,
+    /// Address of the engine, the same in all its lives.
     pub engine_addr: SocketAddr,
+    /// Proxy between agent and manager, if there is one.
     pub proxy: Option<Proxy>,
-    /// One for each life of the engine.
+    /// The engine's counters, one file for each life.
     pub meters: Vec<Meter>,
 }
 
 impl Cluster {
-    /// Starts everything; returns when the manager listens. Engines attach when they are up.
+    /// Starts all processes; returns when the manager listens. Engines attach as soon as they are up.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         std::fs::create_dir_all(config.staging())
             .with_context(|| format!("making {}", config.staging().display()))?;
@@ -97,14 +113,17 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// URL of the manager.
     pub fn url(&self) -> &str {
         &self.url
     }
 
+    /// The settings.
     pub fn config(&self) -> &Config {
         &self.config
     }
 
+    /// Starts the engine at index `at`.
     pub async fn start_engine(&mut self, at: usize) -> anyhow::Result<()> {
         let mut command = self.command("engine");
         let node = &mut self.nodes[at];
@@ -114,6 +133,7 @@ impl Cluster {
         node.engine.start(command, &self.drain).await
     }
 
+    /// Starts the agent at index `at`.
     pub async fn start_agent(&mut self, at: usize) -> anyhow::Result<()> {
         let mut command = self.command("agent");
         let node = &mut self.nodes[at];
@@ -137,7 +157,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Notes what ended; starts again what has been down for `rest`.
+    /// Notes which processes ended, and starts those again that have been down for `rest`.
     pub async fn tend(&mut self, rest: Duration) -> anyhow::Result<()> {
         if self.manager.reap(false)? {
             bail!("the manager ended; its log is {}", self.manager.log().display());
@@ -162,7 +182,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// CPU and memory so far, of (manager, all agents, all engines).
+    /// CPU and memory used so far by (manager, all agents, all engines).
     pub fn usage(&mut self) -> (Usage, Usage, Usage) {
         let sum = |all: &mut dyn Iterator<Item = Usage>| {
             all.fold(Usage::default(), |a, b| Usage {
@@ -175,12 +195,13 @@ impl Cluster {
         (self.manager.observe(), agents, engines)
     }
 
-    /// Tokens that all lives of all engines made for streams.
+    /// Tokens that the engines made for streams, over all their lives.
     pub fn made(&self) -> anyhow::Result<u64> {
         let meters = self.nodes.iter().flat_map(|node| &node.meters);
         meters.map(Meter::made).sum()
     }
 
+    /// Ends all processes.
     pub async fn stop(&mut self) -> anyhow::Result<()> {
         for node in &mut self.nodes {
             node.agent.kill().await?;
@@ -249,6 +270,7 @@ impl Cluster {
 }
 
 impl Config {
+    /// Ids of the engines.
     pub fn engine_ids(&self) -> Vec<String> {
         (1..=self.engines).map(|index| format!("e{index}")).collect()
     }
@@ -280,7 +302,7 @@ impl Config {
     }
 }
 
-/// Free now; an engine keeps its port over all its lives.
+/// Address on loopback that is free now; an engine keeps its port over all its lives.
 fn free_addr() -> anyhow::Result<SocketAddr> {
     let socket = TcpListener::bind(("127.0.0.1", 0)).context("looking for a free port")?;
     Ok(socket.local_addr()?)

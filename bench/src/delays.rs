@@ -7,24 +7,24 @@ use std::ops::Range;
 use crate::meter::Ready;
 use crate::tap::Passed;
 
-/// A chunk made so shortly before the window's end may still have been on its way.
+/// Time before the window's end in which chunks are not counted: they may still have been on their way.
 const LATEST_NS: u64 = 1_000_000_000;
 
-/// Each sorted, in milliseconds.
+/// Delays of one window, sorted, in milliseconds.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Delays {
-    /// Delays between a chunk's making and the manager's socket.
+    /// Delays between the making of a chunk and the manager's socket.
     pub link_ms: Vec<f64>,
-    /// Delays between a chunk's making and the manager's acknowledgement, which says that it has the tokens.
+    /// Delays between the making of a chunk and the manager's acknowledgement, which says that it has the tokens.
     pub acked_ms: Vec<f64>,
-    /// Delays between an answer's last token and the trainer's hands.
+    /// Delays between the making of an answer's last token and its arrival in the trainer.
     pub delivery_ms: Vec<f64>,
     /// Chunks of the tapped engine that never passed the tap, or were never acknowledged.
     pub unmatched: u64,
 }
 
 impl Delays {
-    /// Delays of the chunks made in `window`; `arrivals` are (seed, time).
+    /// Delays of the chunks made in `window`; `arrivals` are pairs of a sample's seed and the time of its arrival.
     pub fn new(
         chunks: &[Ready],
         passed: &[Passed],
@@ -62,7 +62,7 @@ impl Delays {
     }
 }
 
-/// Quantile of sorted values; not a number where there are none.
+/// Quantile of sorted values; NaN if there are none.
 pub fn quantile(sorted: &[f64], share: f64) -> f64 {
     match sorted.len() {
         0 => f64::NAN,

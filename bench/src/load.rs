@@ -23,18 +23,24 @@ const STEP_SUBMITS: u64 = 8;
 const SUBMIT_WITHIN: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(50);
 
-/// What the next group is: called with 0, 1, 2, ...
+/// Maker of the next group; called with 0, 1, 2, ...
 pub type MakeGroup = Box<dyn FnMut(u64) -> Asked + Send>;
 
+/// Settings of a load.
 pub struct Spec {
+    /// Facts that the verifier needs.
     pub job: Job,
-    /// Samples asked for and not yet back.
+    /// Samples that are asked for and not yet back.
     pub in_flight: usize,
+    /// Rules by which the manager packs batches.
     pub pack: Pack,
+    /// Maker of the groups.
     pub make: MakeGroup,
 }
 
+/// The two tasks that submit and receive.
 pub struct Load {
+    /// The job at the manager.
     pub job: TrainerJob,
     state: Arc<Shared>,
     stop: CancellationToken,
@@ -45,22 +51,29 @@ struct Shared {
     room: Semaphore,
 }
 
+/// Counts of a load so far.
 #[derive(Clone, Debug, Default)]
 pub struct Progress {
+    /// Samples asked for.
     pub asked_samples: u64,
+    /// Samples that came back.
     pub back_samples: u64,
+    /// Tokens of these samples.
     pub back_tokens: u64,
+    /// Batches received.
     pub batches: u64,
+    /// Steps that are complete.
     pub steps_done: u64,
-    /// A sample's seed and when its batch was in this process's hands.
+    /// Each sample's seed, and the time at which its batch was in this process, in monotonic nanoseconds.
     pub arrivals: Vec<(u64, u64)>,
-    /// The first thing that went wrong in a task; the run cannot go on then.
+    /// First error of a task; the run cannot continue after it.
     pub failed: Option<String>,
-    /// No more groups come.
+    /// Whether no more groups will be asked for.
     pub closed: bool,
 }
 
 impl Load {
+    /// Opens the job and starts both tasks.
     pub async fn start(
         manager: &str,
         files: &Files,
@@ -95,16 +108,18 @@ impl Load {
         Ok(Self { job, state, stop })
     }
 
+    /// The counts so far.
     pub fn progress(&self) -> Progress {
         self.state.lock().clone()
     }
 
-    /// Cheaper than [`Load::progress`]: no arrivals.
+    /// Like [`Load::progress`] without the arrivals, and so cheaper.
     pub fn counts(&self) -> Progress {
         let p = self.state.lock();
         Progress { arrivals: Vec::new(), failed: p.failed.clone(), ..*p }
     }
 
+    /// Fails if a task failed.
     pub fn check(&self) -> anyhow::Result<()> {
         match &self.state.lock().failed {
             Some(why) => bail!("the load failed: {why}"),
@@ -112,12 +127,12 @@ impl Load {
         }
     }
 
-    /// Asks for nothing more.
+    /// Asks for no more samples.
     pub fn stop_asking(&self) {
         self.stop.cancel();
     }
 
-    /// True where everything asked for came back in time.
+    /// Waits for all samples; true if they came back before `deadline`.
     pub async fn all_back(&self, deadline: Instant) -> anyhow::Result<bool> {
         loop {
             self.check()?;
@@ -131,7 +146,7 @@ impl Load {
         }
     }
 
-    /// Waits until nothing came back for `quiet`, or everything is back.
+    /// Waits until nothing came back for `quiet`, all samples are back, or `deadline` is over.
     pub async fn quiet(&self, quiet: Duration, deadline: Instant) -> anyhow::Result<()> {
         let (mut seen, mut since) = (self.counts().back_samples, Instant::now());
         while since.elapsed() < quiet && Instant::now() < deadline {
@@ -150,6 +165,7 @@ impl Load {
 }
 
 impl Progress {
+    /// Whether all samples that were asked for are back, and no more will be.
     pub fn is_all_back(&self) -> bool {
         self.closed && self.back_samples >= self.asked_samples
     }
@@ -196,7 +212,7 @@ impl Submitter {
         state.lock().closed = true;
     }
 
-    /// As many groups as there is room for, at least one.
+    /// Makes as many groups as there is room for, at least one.
     async fn gather(&mut self) -> Vec<Asked> {
         let mut out = Vec::new();
         let first = (self.make)(self.next);
@@ -237,7 +253,7 @@ impl Submitter {
         Ok(())
     }
 
-    /// Current step, from 1; `submits` has counted the call that asks.
+    /// Current step, from 1; `submits` has counted the call that is being made.
     fn step(&self) -> u64 {
         self.submits.div_ceil(STEP_SUBMITS)
     }

@@ -10,38 +10,43 @@ const ENTRIES_AT: usize = 64;
 const ENTRY_BYTES: usize = 24;
 const LAST: u64 = 1 << 63;
 
-/// The file of one life of an engine.
+/// The counter file of one life of an engine.
 #[derive(Clone, Debug)]
 pub struct Meter {
     path: PathBuf,
 }
 
-/// A chunk that an engine had ready. Every answer's last one is noted, of some answers all are.
+/// A chunk that an engine had ready. The last chunk of every answer is noted, and all chunks of some answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ready {
+    /// Seed of the sample.
     pub seed: u64,
-    /// The stream's tokens up to and with this chunk.
+    /// Tokens of the stream, up to and with this chunk.
     pub tokens: u64,
+    /// Whether the chunk is the stream's last.
     pub last: bool,
+    /// Time at which the chunk was ready, in monotonic nanoseconds.
     pub at_ns: u64,
 }
 
-/// The clock that all processes of this machine share.
+/// Time in nanoseconds on the clock that all processes of this machine share.
 pub fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 impl Meter {
+    /// The file at `path`, which need not exist yet.
     pub fn at(path: PathBuf) -> Self {
         Self { path }
     }
 
-    /// Tokens made for streams; zero where the engine died before it could open the file.
+    /// Tokens made for streams; zero if the engine died before it could open the file.
     pub fn made(&self) -> anyhow::Result<u64> {
         Ok(self.bytes()?.get(..8).map_or(0, word))
     }
 
+    /// The chunks that are noted, in their order.
     pub fn chunks(&self) -> anyhow::Result<Vec<Ready>> {
         let bytes = self.bytes()?;
         let entries = bytes.get(ENTRIES_AT..).unwrap_or_default().chunks_exact(ENTRY_BYTES);

@@ -11,14 +11,15 @@ const FAMILIES: [(&str, &str); 2] = [
     ("anabranch_delivery_seconds", "manager_delivery"),
 ];
 
-/// Quantiles in milliseconds, by id of the figure.
+/// Quantiles of the manager's histograms at one time.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Scrape {
+    /// Quantiles in milliseconds, by id of the figure.
     pub quantiles: BTreeMap<String, f64>,
 }
 
 impl Scrape {
-    /// Empty where the manager does not answer: its histograms are an extra.
+    /// Reads the histograms of `manager`; empty if it does not answer, because they are an extra.
     pub async fn read(manager: &str) -> Self {
         let text = async {
             let request = reqwest::Client::new().get(format!("{manager}/metrics")).timeout(WITHIN);
@@ -47,7 +48,7 @@ impl Scrape {
     }
 }
 
-/// (upper bound in seconds, count up to it), summed over all other labels.
+/// Pairs of (upper bound in seconds, count up to it), summed over all other labels.
 fn buckets(text: &str, family: &str) -> Vec<(f64, f64)> {
     let prefix = format!("{family}_bucket{{");
     let mut sums: Vec<(f64, f64)> = Vec::new();
@@ -68,7 +69,7 @@ fn buckets(text: &str, family: &str) -> Vec<(f64, f64)> {
     sums
 }
 
-/// Linear inside a bucket, as Prometheus does; the last finite bound where it lies above.
+/// Quantile by linear interpolation inside a bucket, as Prometheus computes it; the last finite bound if it lies above.
 fn quantile(buckets: &[(f64, f64)], share: f64) -> Option<f64> {
     let total = buckets.last()?.1;
     if total == 0.0 {

@@ -1,10 +1,10 @@
-//! What Linux says of a process: CPU time and peak memory. Owns no process.
+//! CPU time and peak memory of a process, as Linux counts them. Owns no process.
 
 use std::time::Duration;
 
 use procfs::process::Process;
 
-/// User and system time of every thread so far, also of a zombie; `None` where the process is gone.
+/// User and system time of all threads so far, also of a zombie; `None` if the process is gone.
 pub fn cpu_time(pid: u32) -> Option<Duration> {
     let stat = Process::new(pid.try_into().ok()?).ok()?.stat().ok()?;
     let per_second = procfs::ticks_per_second().max(1);

@@ -1,8 +1,8 @@
-//! One line a second for whoever waits.
+//! Progress on stderr: one line a second while a bench runs.
 
 use std::io::{IsTerminal, Write};
 
-/// Over the line before on a terminal, under it elsewhere.
+/// Prints a line; on a terminal it replaces the line before.
 pub fn line(text: &str) {
     let mut err = std::io::stderr();
     // Where stderr is gone nobody misses it.

@@ -17,19 +17,24 @@ use tokio::sync::watch;
 
 use crate::tap::Tap;
 
-/// Also how much a stalled link has swallowed before it stopped.
+/// Size of a copy, and so the bytes that a stalled link takes before it stops.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// After a failed accept (out of file descriptors), so that the loop does not spin.
+/// Pause after a failed accept (out of file descriptors), so that the loop does not spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
+/// State of the proxy's link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Link {
+    /// Bytes pass.
     Pass,
+    /// Bytes wait in the kernel's buffers.
     Stall,
+    /// Connections are closed.
     Cut,
 }
 
+/// A proxy that listens.
 #[derive(Debug)]
 pub struct Proxy {
     addr: SocketAddr,
@@ -56,10 +61,12 @@ impl Proxy {
         Ok(Self { addr, link })
     }
 
+    /// Address at which the proxy listens.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
+    /// Sets the state of all connections.
     pub fn set(&self, link: Link) {
         self.link.send_replace(link);
     }
@@ -135,7 +142,7 @@ impl Route {
     }
 }
 
-/// A proxy that is gone passes nothing and is cut by its drain.
+/// Waits until the link is in a state that `is` accepts. Without a proxy, waits for ever: its drain ends the task.
 async fn until(mut link: watch::Receiver<Link>, is: impl Fn(Link) -> bool) {
     if link.wait_for(|link| is(*link)).await.is_err() {
         std::future::pending::<()>().await;

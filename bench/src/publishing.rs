@@ -9,6 +9,7 @@ use anyhow::Context;
 use crate::records::WeightsLog;
 use crate::weights::{self, Tensor};
 
+/// The versions of one run, and the job that they are published for.
 pub struct Publishing {
     job: Job,
     log: WeightsLog,
@@ -19,6 +20,7 @@ pub struct Publishing {
 }
 
 impl Publishing {
+    /// Starts at version 1; `log` is the file that the verifier reads, `bytes` the size of a version.
     pub fn start(job: Job, log: &Path, seed: u64, bytes: u64) -> anyhow::Result<Self> {
         let log = WeightsLog::create(log)?;
         Ok(Self { job, log, seed, bytes, number: 0, newest: None })
@@ -35,12 +37,12 @@ impl Publishing {
         Ok(())
     }
 
-    /// Versions handed over so far.
+    /// Number of versions that were handed over.
     pub fn count(&self) -> u64 {
         self.number
     }
 
-    /// Whether, by the manager's last word, this engine's agent fetches the newest version right now.
+    /// Whether the agent of `engine` fetches the newest version now, as far as the manager has said.
     pub fn is_fetching(&self, engine: &str) -> bool {
         let status = self.newest.as_ref().and_then(Published::status);
         let fetches = |on: &OnEngine| on.engine == engine && on.stage == LoadStage::Fetching;

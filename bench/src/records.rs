@@ -12,12 +12,16 @@ use bytes::Bytes;
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
+/// Reason why a file cannot be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
+    /// The file cannot be opened, written or read.
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
+    /// A line has another form.
     #[error("{path}, line {line}: {why}")]
     Line { path: PathBuf, line: usize, why: String },
+    /// A record has another form or is cut.
     #[error("{path}, byte {at}: {why}; the file was cut or is no trajectory file")]
     Record { path: PathBuf, at: usize, why: String },
 }
@@ -25,15 +29,20 @@ pub enum RecordError {
 /// Paths of the three files.
 #[derive(Clone, Debug)]
 pub struct Files {
+    /// Prompts file: what was asked.
     pub prompts: PathBuf,
+    /// Trajectories file: what came back.
     pub trajectories: PathBuf,
+    /// Weights file: the content of each version.
     pub weights: PathBuf,
 }
 
-/// First line of the prompts file: what all samples share.
+/// First line of the prompts file: facts that all samples share.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Job {
+    /// Seed of the job; the samples' seeds follow from it.
     pub seed: u64,
+    /// The oracle that all engines run.
     pub model: SyntheticParams,
     /// Every engine id that may have made a token.
     pub engines: Vec<String>,
@@ -42,11 +51,17 @@ pub struct Job {
 /// One group as it was accepted.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Asked {
+    /// Key of the group.
     pub key: String,
+    /// Samples of the group.
     pub n: u32,
+    /// Token ids of the prompt.
     pub prompt: Vec<u32>,
+    /// Longest answer in tokens.
     pub max_tokens: u32,
+    /// Tokens before which EOS is not allowed.
     pub min_tokens: u32,
+    /// Whether EOS does not end an answer.
     pub ignore_eos: bool,
 }
 
@@ -60,16 +75,18 @@ enum PromptLine {
 /// The content of one published version, digested by its publisher before the transfer saw it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Weights {
+    /// Epoch of the version.
     pub epoch: u32,
+    /// Number of the version.
     pub number: u64,
-    /// 64 hex digits.
+    /// Digest of names and content, as 64 hex digits.
     pub digest: String,
 }
 
-/// Appends whole lines; each is in the page cache when `append` returns, so a killed process loses none.
+/// Writer of a prompts file. Each line is in the page cache when `append` returns, so a killed process loses none.
 pub struct PromptLog(Lines);
 
-/// As [`PromptLog`].
+/// Writer of a weights file, as safe as [`PromptLog`].
 pub struct WeightsLog(Lines);
 
 struct Lines {
@@ -77,6 +94,7 @@ struct Lines {
     file: File,
 }
 
+/// Writer of a trajectories file. Records are buffered until `flush`.
 pub struct TrajectoryLog {
     path: PathBuf,
     file: BufWriter<File>,
@@ -86,6 +104,7 @@ pub struct TrajectoryLog {
 // === impl Files ===
 
 impl Files {
+    /// Paths of the three files in `dir`.
     pub fn in_dir(dir: &Path) -> Self {
         Self {
             prompts: dir.join("prompts.jsonl"),
@@ -98,12 +117,14 @@ impl Files {
 // === impl PromptLog ===
 
 impl PromptLog {
+    /// Makes the file and writes its first line.
     pub fn create(path: &Path, job: &Job) -> Result<Self, RecordError> {
         let mut lines = Lines::create(path)?;
         lines.append(&PromptLine::Job(job.clone()))?;
         Ok(Self(lines))
     }
 
+    /// Adds a group.
     pub fn append(&mut self, asked: &Asked) -> Result<(), RecordError> {
         self.0.append(&PromptLine::Group(asked.clone()))
     }
@@ -112,10 +133,12 @@ impl PromptLog {
 // === impl WeightsLog ===
 
 impl WeightsLog {
+    /// Makes an empty file.
     pub fn create(path: &Path) -> Result<Self, RecordError> {
         Lines::create(path).map(Self)
     }
 
+    /// Adds a version.
     pub fn append(&mut self, weights: &Weights) -> Result<(), RecordError> {
         self.0.append(weights)
     }
@@ -139,22 +162,25 @@ impl Lines {
 // === impl TrajectoryLog ===
 
 impl TrajectoryLog {
+    /// Makes an empty file.
     pub fn create(path: &Path) -> Result<Self, RecordError> {
         let file = File::create(path).map_err(|e| io(path, e))?;
         Ok(Self { path: path.to_owned(), file: BufWriter::new(file), buf: Vec::new() })
     }
 
+    /// Adds a trajectory as the SDK delivered it.
     pub fn append(&mut self, trajectory: &Trajectory) -> Result<(), RecordError> {
         self.append_message(&message(trajectory))
     }
 
+    /// Adds a trajectory as a message.
     pub fn append_message(&mut self, message: &pb::Trajectory) -> Result<(), RecordError> {
         self.buf.clear();
         message.encode_length_delimited(&mut self.buf).expect("a vector grows");
         self.file.write_all(&self.buf).map_err(|e| io(&self.path, e))
     }
 
-    /// To be called before a batch is acknowledged.
+    /// Writes out the buffer. Call this before a batch is acknowledged.
     pub fn flush(&mut self) -> Result<(), RecordError> {
         self.file.flush().map_err(|e| io(&self.path, e))
     }
@@ -162,6 +188,7 @@ impl TrajectoryLog {
 
 // === reading ===
 
+/// Reads a prompts file: the job, then all groups in their order. Fails if the first line is no job.
 pub fn read_prompts(path: &Path) -> Result<(Job, Vec<Asked>), RecordError> {
     let bad =
         |line, why: &str| RecordError::Line { path: path.to_owned(), line, why: why.to_owned() };
@@ -179,11 +206,12 @@ pub fn read_prompts(path: &Path) -> Result<(Job, Vec<Asked>), RecordError> {
     Ok((job.ok_or_else(|| bad(1, "no job line"))?, groups))
 }
 
+/// Reads a weights file, in order.
 pub fn read_weights(path: &Path) -> Result<Vec<Weights>, RecordError> {
     read_lines(path)
 }
 
-/// Every record of the file, in order; a torn end is an error.
+/// Reads a trajectories file, in order. Fails if its end is torn.
 pub fn read_trajectories(path: &Path) -> Result<Vec<pb::Trajectory>, RecordError> {
     let mut rest = Bytes::from(std::fs::read(path).map_err(|e| io(path, e))?);
     let total = rest.len();

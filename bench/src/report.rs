@@ -1,4 +1,4 @@
-//! What a run shows: figures with their goals, one JSON file and one table. Owns the form; the runs own the numbers.
+//! The form of a run's results: figures with their goals, one JSON file and one table. The runs own the numbers.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -6,50 +6,64 @@ use std::path::Path;
 use anyhow::Context;
 use serde::Serialize;
 
+/// All figures of a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// "stream" or "chaos".
+    /// Name of the run, such as "stream" or "chaos".
     pub run: String,
-    /// Every gate held. Goals that were missed do not clear it.
+    /// Whether every gate held; goals that were missed do not count.
     pub pass: bool,
+    /// The figures, in the order of the table.
     pub figures: Vec<Figure>,
     /// How the run was set up and what its numbers mean.
     pub notes: Vec<String>,
-    /// Whatever else the run wants to tell, by name.
+    /// More facts of the run, by name.
     pub detail: serde_json::Value,
 }
 
 /// One number and what it should be.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Figure {
+    /// Name of the figure, unique in the report.
     pub id: String,
+    /// The number; NaN (`null` in JSON) if it could not be measured.
     pub value: f64,
+    /// Unit of the number.
     pub unit: String,
+    /// Goal or gate of the figure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub goal: Option<Goal>,
-    /// `None` where there is no goal.
+    /// Whether the goal was reached; `None` if there is no goal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pass: Option<bool>,
+    /// Remark for people; empty if there is none.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub detail: String,
 }
 
+/// A bound that a figure should keep.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Goal {
+    /// Side of `value` that is good.
     pub bound: Bound,
+    /// The bound, in the figure's unit.
     pub value: f64,
-    /// A gate must hold for the run to pass; a goal is only shown.
+    /// Whether the run fails if the bound is missed; otherwise the bound is only shown.
     pub gate: bool,
 }
 
+/// Side of a goal that is good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Bound {
+    /// The value should not be lower.
     AtLeast,
+    /// The value should not be higher.
     AtMost,
 }
 
 impl Report {
+    /// A report without figures, which passes.
     pub fn new(run: &str) -> Self {
         Self {
             run: run.to_owned(),
@@ -60,11 +74,12 @@ impl Report {
         }
     }
 
+    /// Adds a figure without a goal.
     pub fn figure(&mut self, id: &str, value: f64, unit: &str) -> &mut Figure {
         self.push(id, value, unit, None)
     }
 
-    /// Shown with its goal.
+    /// Adds a figure with a goal that is only shown.
     pub fn goal(
         &mut self,
         id: &str,
@@ -76,7 +91,7 @@ impl Report {
         self.push(id, value, unit, Some(Goal { bound, value: goal, gate: false }))
     }
 
-    /// Must hold.
+    /// Adds a figure with a gate: the run fails if it is missed.
     pub fn gate(
         &mut self,
         id: &str,
@@ -88,17 +103,19 @@ impl Report {
         self.push(id, value, unit, Some(Goal { bound, value: goal, gate: true }))
     }
 
+    /// Adds a note.
     pub fn note(&mut self, text: impl Into<String>) {
         self.notes.push(text.into());
     }
 
+    /// Writes the report as JSON.
     pub fn write(&self, path: &Path) -> anyhow::Result<()> {
         let text = serde_json::to_string_pretty(self).context("serializing the report")?;
         std::fs::write(path, text + "\n")
             .with_context(|| format!("writing the report to {}", path.display()))
     }
 
-    /// For people, on stdout.
+    /// The report as a table for people.
     pub fn table(&self) -> String {
         let mut out = format!("{}: {}\n", self.run, if self.pass { "passed" } else { "FAILED" });
         let width = self.figures.iter().map(|f| f.id.len()).max().unwrap_or(0);
@@ -141,12 +158,13 @@ impl Report {
 }
 
 impl Figure {
+    /// Sets the remark.
     pub fn detail(&mut self, text: impl Into<String>) {
         self.detail = text.into();
     }
 }
 
-/// Thousands in groups; fractions only where they say something.
+/// A number with groups of thousands, and with a fraction only if that says something.
 fn readable(value: f64) -> String {
     if value.fract() != 0.0 && value.abs() < 1000.0 {
         return format!("{value:.2}");

@@ -27,14 +27,20 @@ use crate::tap::Tap;
 use crate::verify::Verdict;
 use crate::{procfs, workdir};
 
+/// Samples of a group.
 const GROUP: u32 = 4;
+/// Length of a prompt.
 const PROMPT_TOKENS: u64 = 64;
-/// Engines attach and the first tokens come.
+/// Longest time until engines are attached and the first tokens come.
 const ATTACH: Duration = Duration::from_secs(30);
+/// Longest time until the last samples are back.
 const COLLECT: Duration = Duration::from_secs(30);
+/// Time without a sample after which no more are expected.
 const QUIET: Duration = Duration::from_secs(2);
+/// Time between two looks at the counters.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// Flags of `anabranch bench stream`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct StreamArgs {
     /// Length of every answer
@@ -46,6 +52,7 @@ pub struct StreamArgs {
     /// Samples that run at once, over all engines
     #[arg(long, default_value_t = 1024)]
     pub samples: u32,
+    /// Engines, each with its agent
     #[arg(long, default_value_t = 4)]
     pub engines: u32,
     /// Tokens per second of each running sample
@@ -57,6 +64,7 @@ pub struct StreamArgs {
     /// Length of the measured window, after the steady state is reached
     #[arg(long, default_value_t = 40)]
     pub seconds: u64,
+    /// Seed of the prompts
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// Keep logs, prompts and trajectories here; without it they are removed after a run that passed
@@ -91,7 +99,7 @@ struct Outcome {
     restarts: u32,
 }
 
-/// Runs, prints the table, writes the report; true where every gate held.
+/// Runs, prints the table, writes the report; true if every gate held.
 pub async fn run(args: StreamArgs) -> anyhow::Result<bool> {
     let dir = workdir::WorkDir::new(args.dir.clone(), "stream")?;
     let outcome = execute(&args, dir.path()).await?;

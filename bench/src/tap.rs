@@ -17,17 +17,22 @@ const DATA: u8 = 0;
 const PADDED: u8 = 8;
 const GRPC_HEADER: usize = 5;
 
-/// Tokens `[from, upto)` of a sample, on their way to the manager.
+/// Tokens `[from, upto)` of a sample that passed on their way to the manager.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Passed {
+    /// Seed of the sample.
     pub seed: u64,
+    /// First token.
     pub from: u64,
+    /// End of the tokens.
     pub upto: u64,
+    /// Time at which they passed, in monotonic nanoseconds.
     pub at_ns: u64,
-    /// When the manager's acknowledgement of their tick came by.
+    /// Time at which the manager's acknowledgement of their tick passed, in monotonic nanoseconds.
     pub acked_ns: Option<u64>,
 }
 
+/// What passed between one agent and its manager.
 #[derive(Default)]
 pub struct Tap {
     state: Mutex<State>,
@@ -35,16 +40,16 @@ pub struct Tap {
 
 #[derive(Default)]
 struct State {
-    /// Both directions of every connection; true: the bytes come from the agent.
+    /// Both directions of every connection; true: bytes of the agent.
     sides: BTreeMap<(u64, bool), Side>,
     seeds: BTreeMap<(u64, u32), u64>,
-    /// With the tick that they came in.
+    /// Tokens that passed, each with the number of their tick.
     passed: Vec<(u64, Passed)>,
-    /// The first one that is not acknowledged.
+    /// Index in `passed` of the first tokens that are not acknowledged.
     unacked: usize,
 }
 
-/// One direction of one connection.
+/// One direction of one connection, with the bytes that do not make a whole message yet.
 #[derive(Default)]
 struct Side {
     rest: BytesMut,
@@ -53,7 +58,7 @@ struct Side {
 }
 
 impl Tap {
-    /// Bytes passed. Called in order for each side of a connection.
+    /// Takes note of bytes that passed. Called in order for each side of a connection.
     pub fn saw(&self, connection: u64, from_agent: bool, bytes: &[u8]) {
         let now_ns = monotonic_ns();
         let mut state = self.lock();
@@ -67,6 +72,7 @@ impl Tap {
         }
     }
 
+    /// The tokens that passed so far.
     pub fn passed(&self) -> Vec<Passed> {
         self.lock().passed.iter().map(|(_, passed)| *passed).collect()
     }

@@ -40,6 +40,7 @@ mod steady;
 use lab::Lab;
 use report::{Figure, Report};
 
+/// Flags of `anabranch bench transfer`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct TransferArgs {
     /// Letters of figures, separated by commas, or `all`
@@ -62,9 +63,10 @@ pub struct TransferArgs {
     pub dir: Option<PathBuf>,
 }
 
+/// Letters of all figures.
 const LETTERS: &str = "ABCDEFGHIJ";
 
-/// Runs, prints, writes; true where every figure met its goal.
+/// Runs the figures, prints and writes the report; true if every figure met its goal.
 #[allow(clippy::print_stdout)]
 pub async fn run(args: TransferArgs) -> anyhow::Result<bool> {
     let letters = letters(&args.figure)?;
@@ -120,10 +122,10 @@ async fn figure(letter: char, lab: &Lab, pairs: Option<&Path>) -> anyhow::Result
     }
 }
 
-/// Memory that no cache of a core holds.
+/// Size of figure D's image: larger than the cache of any core.
 const DELTA_BYTES: u64 = 128 << 20;
 
-/// For figures that compute all the time.
+/// Runs a figure that computes all the time on a thread of its own.
 async fn blocking(
     work: impl FnOnce() -> anyhow::Result<Vec<Figure>> + Send + 'static,
 ) -> anyhow::Result<Vec<Figure>> {

@@ -19,9 +19,10 @@ mod tests;
 
 pub use oracle::{Oracle, Wrong};
 
-/// So many wrong trajectories are told in words; all are counted.
+/// Largest number of wrong trajectories that are told in words; all are counted.
 const EXAMPLES: usize = 20;
 
+/// Flags of `anabranch bench verify`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct VerifyArgs {
     /// What came back: length-delimited `Trajectory` messages
@@ -38,37 +39,42 @@ pub struct VerifyArgs {
     pub allow_partial: bool,
 }
 
-/// What the verifier found. All zero but the counts of good work: nothing was wrong.
+/// Result of the verifier. If all counts but those of good work are zero, nothing was wrong.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {
+    /// Samples asked for.
     pub samples_asked: u64,
-    /// Complete and right in every token.
+    /// Samples that are complete and right in every token.
     pub samples_verified: u64,
-    /// Cancelled by the trainer, and right as far as they came; only with `allow_partial`.
+    /// Samples that the trainer cancelled and that are right as far as they came; only with `allow_partial`.
     pub samples_partial: u64,
+    /// Tokens of these samples.
     pub verified_tokens: u64,
-    /// Asked and never delivered complete.
+    /// Samples asked for and never delivered complete.
     pub lost: u64,
+    /// Trajectories of a sample that had come before.
     pub duplicated: u64,
     /// Trajectories with anything wrong in them.
     pub provenance_errors: u64,
+    /// Wrong trajectories by kind of the error.
     pub errors_by_kind: BTreeMap<String, u64>,
+    /// Some of the wrong trajectories, in words.
     pub examples: Vec<String>,
     /// Tokens that the manager says it threw away by restarting samples from their prompts.
     pub regenerated_tokens: u64,
-    /// Samples that went on at another engine, or another life of the same: seams between spans.
+    /// Seams between spans at which a sample continued on another engine, or in another life of the same.
     pub migrations: u64,
-    /// Placements beyond the first, by the manager's count.
+    /// Placements beyond the first of each sample, by the manager's count.
     pub extra_placements: u64,
-    /// Version number -> verified tokens it made.
+    /// Verified tokens by number of the version that made them.
     pub tokens_by_version: BTreeMap<u64, u64>,
-    /// Engine -> verified tokens of all its lives.
+    /// Verified tokens by engine, over all its lives.
     pub tokens_by_engine: BTreeMap<String, u64>,
     /// Lives of engines that made verified tokens.
     pub engine_lives: u64,
 }
 
-/// The subcommand: prints the verdict as JSON; true where nothing was wrong.
+/// Runs `anabranch bench verify`: prints the verdict as JSON; true if nothing was wrong.
 #[allow(clippy::print_stdout)]
 pub fn print(args: &VerifyArgs) -> anyhow::Result<bool> {
     let verdict = run(args)?;
@@ -76,7 +82,7 @@ pub fn print(args: &VerifyArgs) -> anyhow::Result<bool> {
     Ok(verdict.is_clean())
 }
 
-/// Reads the three files and judges them. An unreadable file is an error; wrong content is a verdict.
+/// Reads the three files and judges them. Fails if a file cannot be read; wrong content is a verdict.
 pub fn run(args: &VerifyArgs) -> Result<Verdict, RecordError> {
     let (job, asked) = records::read_prompts(&args.prompts)?;
     let weights = records::read_weights(&args.weights)?;
@@ -84,7 +90,7 @@ pub fn run(args: &VerifyArgs) -> Result<Verdict, RecordError> {
     Ok(judge(&job, &asked, &weights, &trajectories, args.allow_partial))
 }
 
-/// Starts this binary as `bench verify` and reads what it prints; wrong content is a verdict, not an error.
+/// Starts this binary as `bench verify` and reads its verdict. Wrong content is a verdict, not an error.
 pub async fn in_a_process(files: &Files, more: &[&str]) -> anyhow::Result<Verdict> {
     let mut command = Command::new(std::env::current_exe().context("finding this program")?);
     command.args(["bench", "verify", "--trajectories"]).arg(&files.trajectories);
@@ -97,6 +103,7 @@ pub async fn in_a_process(files: &Files, more: &[&str]) -> anyhow::Result<Verdic
     })
 }
 
+/// Judges what came back. `allow_partial`: a cancelled sample is checked as far as it came, and is not lost.
 pub fn judge(
     job: &Job,
     asked: &[Asked],
@@ -122,13 +129,14 @@ struct Judge<'a> {
     oracle: Oracle,
     asked: BTreeMap<&'a str, &'a Asked>,
     seen: BTreeSet<(&'a str, u32)>,
-    /// Delivered with a finish of its own, right or wrong.
+    /// Trajectories with a finish of their own, right or wrong.
     complete: u64,
     lives: BTreeSet<(String, u64)>,
     verdict: Verdict,
 }
 
 impl Verdict {
+    /// Whether nothing was lost, duplicated or wrong.
     pub fn is_clean(&self) -> bool {
         self.lost == 0 && self.duplicated == 0 && self.provenance_errors == 0
     }

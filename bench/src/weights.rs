@@ -1,4 +1,4 @@
-//! Versions that differ in content and in nothing else, and their digests. Made before the transfer sees them.
+//! Versions that differ in their content only, and their digests. Made before the transfer sees them.
 
 use anabranch_engine::{TensorContent, content_digest_of};
 use anabranch_proto::manifest::DType;
@@ -17,7 +17,7 @@ pub struct Tensor {
     data: Vec<u8>,
 }
 
-/// Version `number` of epoch 0: the same names and shapes as every other, other bytes.
+/// Makes version `number` of epoch 0: names and shapes as in every version, other bytes.
 pub fn version(seed: u64, number: u64, bytes: u64) -> (Vec<Tensor>, Weights) {
     let rows = (bytes / 4 / COLUMNS / TENSORS).max(1);
     let tensors: Vec<Tensor> = (0..TENSORS).map(|i| tensor(seed, number, i, rows)).collect();
@@ -31,6 +31,7 @@ pub fn version(seed: u64, number: u64, bytes: u64) -> (Vec<Tensor>, Weights) {
 }
 
 impl Tensor {
+    /// The tensor in the form that the SDK publishes.
     pub fn borrow(&self) -> TensorRef<'_> {
         TensorRef { name: &self.name, dtype: DType::F32, shape: &self.shape, data: &self.data }
     }

@@ -7,12 +7,14 @@ use anyhow::Context;
 
 use crate::report::Report;
 
+/// The folder, and whether it is one of our own.
 pub struct WorkDir {
     path: PathBuf,
     ours: bool,
 }
 
 impl WorkDir {
+    /// Makes the folder `given`, or a temporary one named after `run`.
     pub fn new(given: Option<PathBuf>, run: &str) -> anyhow::Result<Self> {
         let ours = given.is_none();
         let name = format!("anabranch-{run}-{}", std::process::id());
@@ -22,11 +24,12 @@ impl WorkDir {
         Ok(Self { path, ours })
     }
 
+    /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Removes the folder where nothing is left to look into.
+    /// Removes our own folder if the run passed; otherwise says where it is.
     #[allow(clippy::print_stderr)]
     pub fn close(self, passed: bool) -> anyhow::Result<()> {
         if self.ours && passed {

@@ -1,30 +1,36 @@
-//! How a command ends badly: what a person reads, and the exit status that a launcher reads.
+//! Failures of a command: the message that a person reads, and the exit status that a launcher reads.
 
 use anabranch_runtime::Exit;
 use anabranch_runtime::connect::ConnectError;
 use anabranch_trainer as trainer;
 
-/// What every command returns. A command may also end well with another status than 0.
+/// Result of every command. A command may also end well with another status than 0.
 pub type Outcome = Result<Exit, Failure>;
 
+/// A message with its exit status.
 #[derive(Debug)]
 pub struct Failure {
+    /// The exit status.
     pub exit: Exit,
+    /// The message.
     pub text: String,
 }
 
-/// Gives an error its exit status where it has none of its own.
+/// Gives an exit status to an error that has none.
 pub trait OrExit<T> {
+    /// Turns an error into a failure with the status `exit`.
     fn or_exit(self, exit: Exit) -> Result<T, Failure>;
 }
 
 // === impl Failure ===
 
 impl Failure {
+    /// A failure with the status `exit`.
     pub fn new(exit: Exit, text: impl ToString) -> Self {
         Self { exit, text: text.to_string() }
     }
 
+    /// A failure because of wrong arguments.
     pub fn usage(text: impl ToString) -> Self {
         Self::new(Exit::Usage, text)
     }
@@ -36,7 +42,7 @@ impl<T, E: ToString> OrExit<T> for Result<T, E> {
     }
 }
 
-/// For errors that know their status, as sysexits number.
+/// The exit status of an error that knows its own, by the numbers of sysexits.
 pub fn exit_of(code: u8) -> Exit {
     [
         Exit::Usage,

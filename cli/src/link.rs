@@ -1,4 +1,4 @@
-//! Reaching a manager from the command line: the flags, and the two kinds of client.
+//! Access to a manager from the command line: the flags, and the two kinds of client.
 
 use anabranch_proto::limits::MAX_SUBMIT_BYTES;
 use anabranch_proto::pb::{self, admin_client::AdminClient};
@@ -12,6 +12,7 @@ use tonic::{Request, Streaming};
 use crate::failure::{Failure, OrExit};
 use anabranch_runtime::Exit;
 
+/// Flags that say which manager, and with which token.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ManagerArgs {
     /// http://HOST:PORT, https://HOST:PORT (needs a token), or file:PATH, what its --announce wrote
@@ -22,13 +23,13 @@ pub struct ManagerArgs {
     pub token: Option<String>,
 }
 
-/// The manager's view for people and scripts.
+/// Client for people and scripts: reads state and events, sends engines away.
 pub struct Admin {
     rpc: AdminClient<Channel>,
     token: Option<JoinToken>,
 }
 
-/// A page of the state, of which only the engines count.
+/// A page of the state, reduced to the engines.
 #[derive(serde::Deserialize)]
 struct RawPage {
     engines: Vec<serde_json::Value>,
@@ -39,10 +40,12 @@ struct RawPage {
 // === impl ManagerArgs ===
 
 impl ManagerArgs {
+    /// Connects as a trainer.
     pub async fn trainer(&self) -> Result<Client, Failure> {
         Ok(Client::connect(&self.manager, self.token.as_deref()).await?)
     }
 
+    /// Connects as a person or script.
     pub async fn admin(&self) -> Result<Admin, Failure> {
         let endpoint = Endpoint::parse(&self.manager).or_exit(Exit::Usage)?;
         let token = self.token.as_deref().map(JoinToken::parse).transpose().or_exit(Exit::Usage)?;
@@ -56,7 +59,7 @@ impl ManagerArgs {
 // === impl Admin ===
 
 impl Admin {
-    /// The manager's whole state, asked for page by page.
+    /// The manager's whole state, read page by page.
     pub async fn state(&mut self) -> Result<StateView, Failure> {
         let mut all: StateView = self.page(0).await?;
         while let Some(from) = all.next {
@@ -66,7 +69,7 @@ impl Admin {
         Ok(all)
     }
 
-    /// All engines as the manager writes them, with fields that this version does not know: for scripts.
+    /// All engines as the manager writes them, for scripts: with fields that this version does not know.
     pub async fn engines_json(&mut self) -> Result<Vec<serde_json::Value>, Failure> {
         let mut all = Vec::new();
         let mut next = Some(0);
@@ -79,7 +82,7 @@ impl Admin {
         Ok(all)
     }
 
-    /// The page of the state that begins with session `from`.
+    /// Reads the page of the state that begins with session `from`.
     async fn page<T: DeserializeOwned>(&mut self, from: u64) -> Result<T, Failure> {
         let request = pb::StateRequest { token: self.token_text(), from, limit: 0 };
         let request = self.request(request);
@@ -91,12 +94,14 @@ impl Admin {
         })
     }
 
+    /// The stream of events, each a JSON object.
     pub async fn events(&mut self) -> Result<Streaming<pb::Json>, Failure> {
         let request = pb::StateRequest { token: self.token_text(), ..Default::default() };
         let request = self.request(request);
         Ok(self.rpc.events(request).await?.into_inner())
     }
 
+    /// Drains or removes an engine; returns the manager's answer in words.
     pub async fn engines(&mut self, request: pb::EnginesRequest) -> Result<String, Failure> {
         let request = self.request(request);
         Ok(self.rpc.engines(request).await?.into_inner().text)
@@ -118,7 +123,7 @@ impl Admin {
     }
 }
 
-/// Refuses pages that do not come to an end.
+/// Fails if the pages do not come to an end.
 fn check_order(from: u64, next: Option<u64>) -> Result<(), Failure> {
     match next {
         Some(next) if next <= from => {

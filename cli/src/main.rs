@@ -21,10 +21,10 @@ use failure::{OrExit, Outcome};
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// What is logged: info, debug, anabranch_manager=debug,... [default: info, warn for short commands]
+    /// Log filter: info, debug, anabranch_manager=debug,... [default: info, warn for short commands]
     #[arg(long, global = true, value_name = "FILTER")]
     log: Option<String>,
-    /// Logs as one JSON object a line
+    /// Write logs as one JSON object a line
     #[arg(long, global = true)]
     log_json: bool,
 }
@@ -106,7 +106,7 @@ fn run(cli: Cli) -> Outcome {
     })
 }
 
-/// Help and version are answers; everything else is a wrong use.
+/// Prints clap's answer. Help and version end well; everything else is a wrong use.
 fn say_usage(error: &clap::Error) -> ExitCode {
     // Where even that cannot be written, the status still tells.
     let _ = error.print();
@@ -116,7 +116,7 @@ fn say_usage(error: &clap::Error) -> ExitCode {
 // === impl Command ===
 
 impl Command {
-    /// Commands whose own output is what a person wants to see.
+    /// Whether the command's own output is what a person wants to see.
     fn is_short(&self) -> bool {
         !matches!(
             self,

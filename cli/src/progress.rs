@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Between lines where there is no terminal.
+/// Time between two lines without a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
+/// Progress of one command.
 pub struct Progress {
     what: &'static str,
     quiet: bool,
@@ -17,6 +18,7 @@ pub struct Progress {
 }
 
 impl Progress {
+    /// Starts at zero; `what` names the units, of which there are `total`.
     pub fn new(what: &'static str, total: u64, quiet: bool) -> Self {
         let bar = (std::io::stderr().is_terminal() && !quiet).then(|| {
             let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {msg} {eta}")
@@ -26,6 +28,7 @@ impl Progress {
         Self { what, quiet, bar, total, said: Instant::now() }
     }
 
+    /// Shows `done` units, with a note.
     pub fn set(&mut self, done: u64, note: &str) {
         match &self.bar {
             Some(bar) => {
@@ -40,6 +43,7 @@ impl Progress {
         }
     }
 
+    /// Changes the number of units.
     pub fn set_total(&mut self, total: u64) {
         self.total = total;
         if let Some(bar) = &self.bar {
@@ -47,7 +51,7 @@ impl Progress {
         }
     }
 
-    /// A line that stays, above the bar.
+    /// Prints a line that stays, above the bar.
     pub fn say(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
@@ -56,6 +60,7 @@ impl Progress {
         }
     }
 
+    /// Removes the bar.
     pub fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();

@@ -1,5 +1,5 @@
-//! Reading prompts: one JSON object a line, text or ids. Everything is checked before anything is sent,
-//! and every complaint names its line.
+//! Reading of prompts: one JSON object a line, text or ids. Everything is checked before anything is sent, and every
+//! complaint names its line.
 
 use std::collections::BTreeMap;
 use std::io::BufRead;
@@ -11,12 +11,15 @@ use tokenizers::Tokenizer;
 
 use crate::failure::{Failure, OrExit};
 
-/// Complaints shown before the rest is only counted.
+/// Complaints that are shown; more are only counted.
 const SHOWN: usize = 10;
 
+/// One prompt of the input.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Prompt {
+    /// Key of the group.
     pub key: String,
+    /// Token ids.
     pub ids: Vec<u32>,
 }
 
@@ -28,7 +31,7 @@ struct Line {
     key: Option<String>,
 }
 
-/// `"prompt"` may also hold the ids themselves.
+/// Value of `"prompt"`: text, or the ids themselves.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Given {
@@ -36,7 +39,7 @@ enum Given {
     Ids(Vec<u32>),
 }
 
-/// Loads a tokenizer: a file, or the `tokenizer.json` of a directory.
+/// Loads a tokenizer from a file, or from the `tokenizer.json` of a directory.
 pub fn load_tokenizer(path: &Path) -> Result<Tokenizer, Failure> {
     let file: PathBuf = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
     Tokenizer::from_file(&file).map_err(|error| {
@@ -48,7 +51,7 @@ pub fn load_tokenizer(path: &Path) -> Result<Tokenizer, Failure> {
     })
 }
 
-/// `run` makes the keys of lines that have none.
+/// Reads all prompts. Lines without a key get one that begins with `run`. Fails with all complaints if a line is wrong.
 pub fn read(
     input: impl BufRead,
     origin: &str,

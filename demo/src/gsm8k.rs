@@ -61,7 +61,7 @@ struct Line {
 }
 
 impl Gsm8k {
-    /// Reads the problems from a file of JSON lines; `seed` decides their order.
+    /// Reads the problems from a file of JSON lines; `seed` decides which of them each step draws.
     pub fn read(path: &Path, seed: u64) -> Result<Self, Gsm8kError> {
         let text = fs::read_to_string(path)
             .map_err(|source| Gsm8kError::Read { path: path.to_owned(), source })?;

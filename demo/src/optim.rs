@@ -11,7 +11,7 @@ use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 pub struct OptimConfig {
     /// Learning rate at the top of the schedule.
     pub lr: f64,
-    /// Steps over which the learning rate rises linearly, at the begin.
+    /// Steps over which the learning rate rises linearly, at the start.
     pub lr_rise_steps: usize,
     /// Share of all steps over which the learning rate falls linearly to `lr * lr_floor`, at the end.
     pub lr_fall_share: f64,

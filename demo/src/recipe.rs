@@ -23,7 +23,7 @@ pub struct Recipe {
     pub grpo: GrpoConfig,
     /// Learning rate at the top of the schedule.
     pub lr: f64,
-    /// Steps over which the learning rate rises, at the begin.
+    /// Steps over which the learning rate rises, at the start.
     pub lr_rise_steps: usize,
     /// Share of all steps over which the learning rate falls, at the end.
     pub lr_fall_share: f64,

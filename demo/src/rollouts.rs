@@ -13,15 +13,18 @@ use anabranch_trainer::{
 
 pub use book::{Book, Totals};
 
-/// A fleet that delivers nothing for so long is stuck.
+/// Longest time without a delivery; after it the fleet is taken to be stuck.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Samples of a micro-batch, at least.
+/// Fewest samples of a micro-batch.
 const MICRO_BATCH: u32 = 32;
 
+/// Reason why no rollouts come.
 #[derive(Debug, thiserror::Error)]
 pub enum RolloutError {
+    /// The manager failed a call.
     #[error(transparent)]
     Sdk(#[from] Error),
+    /// Nothing was delivered for a minute.
     #[error("step {step}: nothing came for {} s; the logs of the engines may tell why", PATIENCE.as_secs())]
     Stuck { step: u64 },
 }
@@ -29,26 +32,33 @@ pub enum RolloutError {
 /// One prompt and how often it is to be answered.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ask {
+    /// Key of the group, unique in the run.
     pub key: String,
+    /// Token ids of the prompt.
     pub prompt: Vec<u32>,
+    /// Number of answers.
     pub n: u32,
+    /// Settings of the generation.
     pub sampling: Sampling,
+    /// Weight version that must make the answers; any if `None`.
     pub pin: Option<Version>,
 }
 
+/// The submitted steps, their deliveries, and the book on both.
 pub struct Rollouts {
     job: Job,
     consumer: Consumer,
     book: Book,
-    /// Batches of steps that are not at their turn yet.
+    /// Batches of steps whose turn has not come, by step.
     inbox: BTreeMap<u64, VecDeque<Batch>>,
     done: BTreeMap<u64, StepDone>,
-    /// Received, and not in any version yet.
+    /// Batches that were received and are in no committed version yet.
     open: BTreeSet<u64>,
     newest: u64,
 }
 
 impl Rollouts {
+    /// Starts to consume the deliveries of `job`.
     pub fn start(job: Job) -> Result<Self, RolloutError> {
         let pack = Pack {
             min: MICRO_BATCH,
@@ -68,11 +78,12 @@ impl Rollouts {
         })
     }
 
+    /// The book on all samples so far.
     pub fn book(&self) -> &Book {
         &self.book
     }
 
-    /// Submits a whole step.
+    /// Submits all prompts of a step, which is then complete.
     pub async fn submit(&mut self, step: u64, asks: Vec<Ask>) -> Result<(), RolloutError> {
         asks.iter().for_each(|ask| self.book.asked(&ask.key, ask.n));
         let groups = asks.into_iter().map(Ask::group);
@@ -81,7 +92,8 @@ impl Rollouts {
         Ok(())
     }
 
-    /// The step's next micro-batch of whole groups; `None` when the step is over.
+    /// The step's next micro-batch of whole groups; `None` when the step is over. Fails after a minute without a
+    /// delivery.
     pub async fn next(&mut self, step: u64) -> Result<Option<Vec<Trajectory>>, RolloutError> {
         loop {
             if let Some(batch) = self.inbox.get_mut(&step).and_then(VecDeque::pop_front) {
@@ -101,7 +113,7 @@ impl Rollouts {
         }
     }
 
-    /// All of `step` is in a checkpoint whose weights are `version`.
+    /// Tells the manager that a checkpoint with the weights `version` contains all of `step`.
     pub async fn commit(&mut self, step: u64, version: Version) -> Result<(), RolloutError> {
         let later: BTreeSet<u64> =
             self.inbox.values().flatten().filter(|b| b.step.0 > step).map(|b| b.seq.0).collect();

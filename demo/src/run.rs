@@ -36,12 +36,14 @@ pub use plan::{COLOCATED, Plan};
 pub use session::{Publication, Session, StepRecord};
 pub use summary::DemoOutcome;
 
-/// Time for the first engines to serve.
+/// Longest time that the first engines may take to serve.
 const FLEET_START: Duration = Duration::from_secs(30);
-/// Between two looks at processes that start.
+/// Time between two looks at processes that start.
 const LOOK: Duration = Duration::from_millis(500);
+/// Time that the tasks of the run have to end.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
 
+/// Flags of `anabranch demo`.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
 pub struct DemoArgs {
     /// Seed of weights, problems and sampling
@@ -85,30 +87,43 @@ impl Default for DemoArgs {
     }
 }
 
+/// Reason why the demo ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
+    /// The problems of `--data` cannot be used.
     #[error(transparent)]
     Data(#[from] Gsm8kError),
+    /// A process does not run.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
+    /// The manager's events did not come, or not in time.
     #[error(transparent)]
     Watch(#[from] WatchError),
+    /// A join, kill or drain failed.
     #[error(transparent)]
     Script(#[from] ScriptError),
+    /// No rollouts come.
     #[error(transparent)]
     Rollouts(#[from] RolloutError),
+    /// The colocated engine could not be lent or taken back.
     #[error(transparent)]
     Colocated(#[from] ColocatedError),
+    /// The manager failed a call.
     #[error(transparent)]
     Sdk(#[from] sdk::Error),
+    /// The start-up weights cannot be written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The trainer's thread cannot be started.
     #[error("cannot start the trainer's thread: {0}")]
     Thread(#[from] rayon::ThreadPoolBuildError),
+    /// A tensor operation failed.
     #[error("a tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),
+    /// A file of the report cannot be written.
     #[error("cannot write {path}: {source}")]
     Write { path: PathBuf, source: std::io::Error },
+    /// A signal stopped the run.
     #[error("stopped by {0}")]
     Interrupted(&'static str),
 }
@@ -146,7 +161,7 @@ fn interrupted(signal: std::io::Result<&'static str>) -> DemoError {
     DemoError::Interrupted(signal.unwrap_or("a signal"))
 }
 
-/// Random weights, taught the form of an answer, and saved as what every engine starts with.
+/// Makes random weights, teaches them the form of an answer, and saves them as the start-up weights of all engines.
 fn warmed_up(plan: &Plan, dirs: &Dirs, view: &View) -> Result<(Trainer, f64), DemoError> {
     let task = plan.task.as_ref();
     let model = Model::random(ModelConfig::for_task(task), plan.seed)?;
@@ -220,7 +235,7 @@ async fn begin(
     })
 }
 
-/// What another terminal can do meanwhile.
+/// Says what the user can do in another terminal meanwhile.
 fn introduce(plan: &Plan, cluster: &Cluster, view: &View) {
     let dirs = cluster.dirs();
     let manager = format!("--manager file:{}", dirs.announce().display());

@@ -8,44 +8,54 @@ use crate::progress::View;
 use crate::report::{Happening, HappeningKind, Phase};
 use crate::watch::{Story, WatchError, Watcher};
 
-/// Time for an engine to run samples.
+/// Longest time that a kill or drain waits for samples on its engine.
 const NOTICE: Duration = Duration::from_secs(3);
+/// Time between two looks at the manager's state.
 const LOOK: Duration = Duration::from_millis(10);
-/// A kill or drain waits for so many samples on the engine, so that there is something to lose.
+/// Samples on an engine that a kill or drain waits for, so that there is something to lose.
 const WORTH_IT: u64 = 8;
-/// Then their answers are somewhere in the middle.
+/// Time after which these samples are in the middle of their answers.
 const SOME_TOKENS: Duration = Duration::from_millis(150);
-/// Running samples may finish within it.
+/// Time in which samples may still finish on an engine that drains.
 const DRAIN: Duration = Duration::from_secs(3);
 
+/// Reason why a cue could not be carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum ScriptError {
+    /// A process does not run, or cannot be signalled.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
+    /// The manager did not answer, or not in time.
     #[error(transparent)]
     Watch(#[from] WatchError),
 }
 
+/// What happens to an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Act {
-    /// At the step's begin.
+    /// The engine starts and attaches, at the start of the step.
     Attach,
-    /// SIGKILL in the middle of the step, while samples run there.
+    /// The engine gets SIGKILL in the middle of the step, while samples run on it.
     Kill,
-    /// In the middle of the step.
+    /// The engine is drained in the middle of the step.
     Drain,
 }
 
+/// One act of the script with its time and engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cue {
+    /// Step in which the act is due.
     pub step: u64,
+    /// Id of the engine.
     pub engine: &'static str,
+    /// The act.
     pub act: Act,
 }
 
-/// Engines that are there from the start, beside the colocated one.
+/// Engines that run from the start, beside the colocated one.
 pub const FIRST: [&str; 2] = ["engine-1", "engine-2"];
 
+/// The acts of the demo; the last one needs a run of 8 steps.
 pub const SCRIPT: [Cue; 4] = [
     Cue { step: 3, engine: "engine-3", act: Act::Attach },
     Cue { step: 5, engine: "engine-1", act: Act::Kill },
@@ -59,6 +69,7 @@ struct Open {
     since_s: f64,
 }
 
+/// Acts that are still due, acts whose outcome is open, and what was told so far.
 pub struct Script {
     cues: Vec<Cue>,
     open: Vec<Open>,
@@ -68,17 +79,21 @@ pub struct Script {
 
 /// What the script acts on.
 pub struct Stage<'a> {
+    /// The processes.
     pub cluster: &'a mut Cluster,
+    /// The manager's events.
     pub watcher: &'a Watcher,
+    /// Output on the screen.
     pub view: &'a View,
 }
 
 impl Script {
-    /// `started` is the story's time zero.
+    /// Makes a script of `cues`; `started` is the story's time zero.
     pub fn new(cues: &[Cue], started: Instant) -> Self {
         Self { cues: cues.to_vec(), open: Vec::new(), told: Vec::new(), started }
     }
 
+    /// Events told so far, in their order.
     pub fn told(&self) -> &[Happening] {
         &self.told
     }
@@ -88,6 +103,7 @@ impl Script {
         &self.cues
     }
 
+    /// Starts the engines that are due at the start of `step`.
     pub async fn begin_step(
         &mut self,
         step: u64,
@@ -102,7 +118,7 @@ impl Script {
         Ok(())
     }
 
-    /// Called when the step's first samples have come.
+    /// Carries out the kills and drains of `step`; called when its first samples have come.
     pub async fn amid_step(&mut self, step: u64, stage: &mut Stage<'_>) -> Result<(), ScriptError> {
         for cue in self.due(step, |act| act != Act::Attach) {
             // People may drain and kill engines, too.
@@ -120,7 +136,7 @@ impl Script {
         Ok(())
     }
 
-    /// Tells what came of earlier acts, and clears away what is left of engines that are gone.
+    /// Tells the outcome of earlier acts, and ends the remaining processes of engines that have left.
     pub async fn settle(&mut self, step: u64, stage: &mut Stage<'_>) -> Result<(), ScriptError> {
         for open in std::mem::take(&mut self.open) {
             match stage.watcher.with(|story| outcome(story, &open)) {
@@ -165,7 +181,7 @@ impl Script {
     }
 }
 
-/// Waits until enough samples run on `engine` and have some tokens; how many run.
+/// Waits until enough samples run on `engine` and have some tokens; returns how many run.
 async fn busy(watcher: &Watcher, engine: &str) -> Result<u64, WatchError> {
     let given_up = Instant::now() + NOTICE;
     loop {
@@ -200,7 +216,7 @@ async fn carry_out(
     }
 }
 
-/// What came of an act, once that is known.
+/// The outcome of an act in words; `None` while it is open.
 fn outcome(story: &Story, open: &Open) -> Option<String> {
     let id = open.cue.engine;
     match open.cue.act {

@@ -9,6 +9,7 @@
 
 use crate::rng::{hash_bytes, mix, unit};
 
+/// Length of a strand, in bases.
 pub const STRAND_BASES: usize = 16;
 
 const EOS: u32 = 0;
@@ -20,11 +21,13 @@ const BASES: [char; 4] = ['A', 'C', 'G', 'T'];
 const HELD_OUT_SHARE: u64 = 8;
 /// First index of the warm-up's problems, far from any training problem.
 const FORM_STREAM: u64 = 1 << 40;
+/// Share of positions of a warm-up answer that copy the prompt.
 const COPIED_SHARE: f64 = 0.5;
 
 /// One question, and what is needed to grade its answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
+    /// Token ids of the question, with BOS.
     pub prompt: Vec<u32>,
     /// The whole expected answer: tokens with EOS for the strand task, the number's bytes for text.
     pub expected: Vec<u32>,
@@ -33,43 +36,54 @@ pub struct Problem {
 /// The verdict on one answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Score {
-    /// 0 or 1 per generated token; empty where the verifier grades only the whole answer.
+    /// Reward, 0 or 1, of each generated token; empty if the verifier grades only the whole answer.
     pub per_token: Vec<f32>,
-    /// In [0, 1]: share of positions that are right, or right/wrong as a whole.
+    /// Reward in [0, 1]: share of positions that are right, or right/wrong as a whole.
     pub reward: f32,
+    /// Whether the whole answer is right, with its EOS.
     pub exact: bool,
 }
 
 /// The special ids and sizes that a model for this task needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Vocabulary {
+    /// Number of token ids.
     pub size: usize,
+    /// Token id that begins a prompt.
     pub bos: u32,
+    /// Token id that ends an answer.
     pub eos: u32,
 }
 
+/// Problems to learn from, problems held out, and the verifier of answers.
 pub trait Task: Send + Sync {
+    /// Name of the task, for the report.
     fn name(&self) -> &'static str;
+    /// Token ids that the task uses.
     fn vocabulary(&self) -> Vocabulary;
     /// Upper bound of a prompt's length in tokens.
     fn max_prompt_tokens(&self) -> usize;
-    /// Budget for a generated answer, EOS included.
+    /// Longest generated answer in tokens, EOS included.
     fn max_answer_tokens(&self) -> usize;
     /// The training problem `index`; never one of the held-out set.
     fn train_problem(&self, index: u64) -> Problem;
+    /// The first `count` held-out problems, always the same; fewer if the task has fewer.
     fn held_out(&self, count: usize) -> Vec<Problem>;
-    /// A prompt with an answer of the right form and the wrong content: what a warm-up may see.
+    /// A prompt with an answer of the right form and the wrong content, for the warm-up.
     fn form_example(&self, index: u64) -> Problem;
+    /// Grades `answer`.
     fn score(&self, problem: &Problem, answer: &[u32]) -> Score;
-    /// For people: tokens as text.
+    /// Tokens as text for people.
     fn show(&self, tokens: &[u32]) -> String;
 }
 
+/// The strand task.
 pub struct Strand {
     seed: u64,
 }
 
 impl Strand {
+    /// Makes the task; `seed` decides its problems.
     pub fn new(seed: u64) -> Self {
         Self { seed }
     }

@@ -11,46 +11,59 @@ use crate::grpo::{GrpoConfig, PassStats, Rollout, advantages, surrogate};
 use crate::model::{Model, NamedTensor, Weights};
 use crate::optim::{GradientSum, OptimConfig, UpdateStats, Updater, gradients};
 
+/// Settings of the learner.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TrainerConfig {
+    /// Settings of the loss.
     pub grpo: GrpoConfig,
+    /// Settings of the optimizer.
     pub optim: OptimConfig,
-    /// Samples x answer budget of one whole step: divides every token's loss.
+    /// Samples of a whole step times the longest answer: divides every token's loss.
     pub step_denominator: f64,
     /// Sequences per forward and backward pass: bounds memory.
     pub rows_per_pass: usize,
-    /// Passes that run at the same time. Gradients are summed in the passes' order, so the
-    /// result does not depend on it.
+    /// Passes that run at the same time. Gradients are summed in the passes' order, so the result does not depend on
+    /// this number.
     pub threads: usize,
 }
 
-/// What a micro-batch, or a step, held; sums and counts, so that micro-batches add up.
+/// Figures of a micro-batch or of a step: sums and counts, so that micro-batches add up.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct BatchStats {
+    /// Answers.
     pub samples: usize,
+    /// Micro-batches that were added.
     pub micro_batches: usize,
+    /// Sum of the answers' rewards.
     pub reward_sum: f64,
+    /// Answers that are right as a whole.
     pub exact: usize,
+    /// Sums over the tokens.
     pub pass: PassStats,
 }
 
 impl BatchStats {
+    /// Reward per answer.
     pub fn mean_reward(&self) -> f64 {
         self.reward_sum / self.samples.max(1) as f64
     }
 
+    /// Share of the answers that are right as a whole.
     pub fn exact_share(&self) -> f64 {
         self.exact as f64 / self.samples.max(1) as f64
     }
 
+    /// Share of the tokens whose ratio was outside the clip range.
     pub fn clipped_share(&self) -> f64 {
         self.pass.clipped as f64 / self.pass.tokens.max(1) as f64
     }
 
+    /// Entropy of the policy per token, in nats.
     pub fn mean_entropy(&self) -> f64 {
         self.pass.entropy_sum / self.pass.tokens.max(1) as f64
     }
 
+    /// Estimate of KL(rollout policy || policy) per token, in nats.
     pub fn mean_kl(&self) -> f64 {
         self.pass.kl_sum / self.pass.tokens.max(1) as f64
     }
@@ -64,14 +77,18 @@ impl BatchStats {
     }
 }
 
+/// Figures of one optimizer step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepStats {
-    /// The version that this step made.
+    /// Number of the version that this step made.
     pub version: u64,
+    /// Figures of the step's answers.
     pub batch: BatchStats,
+    /// Figures of the update.
     pub update: UpdateStats,
 }
 
+/// The policy with its optimizer and the gradients of the step in progress.
 pub struct Trainer {
     model: Model,
     vars: Vec<Var>,
@@ -97,10 +114,12 @@ impl Trainer {
         })
     }
 
+    /// Number of the current version.
     pub fn version(&self) -> u64 {
         self.version
     }
 
+    /// The policy.
     pub fn model(&self) -> &Model {
         &self.model
     }
@@ -110,8 +129,8 @@ impl Trainer {
         self.model.tensors()
     }
 
-    /// Adds the gradients of `rollouts` to the step in progress. They must be whole groups.
-    /// Answers without a token carry nothing and are only counted.
+    /// Adds the gradients of `rollouts`, which must be whole groups, to the step in progress. Answers without a token
+    /// are only counted. Fails if candle does.
     pub fn add_micro_batch(&mut self, rollouts: &[Rollout]) -> Result<BatchStats> {
         let mut stats = BatchStats {
             samples: rollouts.len(),
@@ -135,7 +154,7 @@ impl Trainer {
         Ok(stats)
     }
 
-    /// One optimizer step over everything added since the last one; makes the next version.
+    /// Makes one optimizer step over everything added since the last one; the result is the next version.
     pub fn step(&mut self) -> Result<StepStats> {
         let update = self.updater.apply(&self.gradients)?;
         self.gradients = GradientSum::new(self.vars.len());

@@ -11,11 +11,14 @@ use crate::model::{Model, Weights};
 use crate::optim::{GradientSum, OptimConfig, Updater, gradients};
 use crate::task::{Problem, Task};
 
+/// Settings of the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct WarmupConfig {
+    /// Optimizer steps.
     pub steps: usize,
     /// Examples per step.
     pub rows: usize,
+    /// Learning rate at the top of the schedule.
     pub lr: f64,
 }
 

@@ -15,25 +15,29 @@ use tonic::transport::Channel;
 
 pub use story::{EngineStory, Move, Story, VersionStory};
 
-/// State and events are small, but /state names every group of two steps.
+/// Largest message in bytes. Events are small, but `/state` names every group of two steps.
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
 
+/// Reason why the manager's events or state are not there.
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
+    /// The manager cannot be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// The manager refused a call.
     #[error("the manager refused to {what}: {why}")]
     Refused { what: &'static str, why: String },
+    /// The events that were waited for did not come in time.
     #[error("after {waited:?} still not so: {what}")]
     TooLate { what: String, waited: Duration },
 }
 
-/// The story so far, and a way to wait for more of it. Clones share it.
+/// The story so far, and a way to wait for more of it. Clones share the story.
 #[derive(Clone)]
 pub struct Watcher {
     rpc: AdminClient<Channel>,
     story: Arc<Mutex<Story>>,
-    /// Counts events.
+    /// Number of events so far.
     heard: watch::Receiver<u64>,
 }
 
@@ -49,12 +53,12 @@ impl Watcher {
         Ok(Self { rpc, story, heard })
     }
 
-    /// Reads from the story. Keep it short: the follower waits meanwhile.
+    /// Reads from the story. Keep `read` short: the follower waits meanwhile.
     pub fn with<T>(&self, read: impl FnOnce(&Story) -> T) -> T {
         read(&self.story.lock().expect("no code panics while it holds this lock"))
     }
 
-    /// Waits until `reached` gives something.
+    /// Waits until `reached` returns a value. Fails after `within`; the error calls the awaited state `what`.
     pub async fn until<T>(
         &self,
         what: impl Into<String>,
@@ -86,7 +90,7 @@ impl Watcher {
         serde_json::from_str(&text).map_err(|error| refused(error.to_string()))
     }
 
-    /// What `anabranch engines drain` does; the manager's own words on it.
+    /// Drains an engine as `anabranch engines drain` does, and returns the manager's answer in words.
     pub async fn drain_engine(&self, id: &str, within: Duration) -> Result<String, WatchError> {
         let request = pb::EnginesRequest {
             kind: Kind::Drain as i32,

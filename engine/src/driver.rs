@@ -18,21 +18,21 @@ use crate::sse::{self, Shape};
 use crate::step::{Action, Core, Counters, End, PauseMode, Request, Seq, Update, UpdateReply};
 use crate::weights::WeightsError;
 
-/// Paced tokens are made in ticks of this length, so that wake-ups and writes come in batches.
+/// Length of the ticks in which paced tokens are made, so that wake-ups and writes come in batches.
 const TICK: Duration = Duration::from_millis(5);
-/// A burst of commands steps the core no oftener than this.
+/// Shortest time between two steps of the core in a burst of commands.
 const MIN_STEP: Duration = Duration::from_millis(1);
 /// Time after which a client that is gone loses its sequence.
 const SWEEP: Duration = Duration::from_millis(50);
-/// Chunks a connection may lag behind; then its tokens gather in the core and go out as one larger chunk.
+/// Chunks that a connection may lag behind; then its tokens gather in the core and are sent as one larger chunk.
 pub(crate) const SINK_FRAMES: usize = 4;
 
-/// The way back to one HTTP request.
+/// Way back to one HTTP request.
 pub(crate) struct Sink {
     pub frames: mpsc::Sender<Frame>,
-    /// Cancelled by the fault `reset`: the connection is cut with a TCP reset.
+    /// Cancelled by the fault `reset`, which cuts the connection with a TCP reset.
     pub connection: CancellationToken,
-    /// A health probe: not counted, spared by faults.
+    /// Whether the request is a health probe, which is not counted and which faults spare.
     pub probe: bool,
 }
 
@@ -60,7 +60,7 @@ pub(crate) enum Command {
     Stop,
 }
 
-/// The switches of `POST /fault` that act on the engine; `die` never comes this far.
+/// Faults of `POST /fault` that act on the engine thread; `die` ends the process before.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Fault {
     Stall(Option<Duration>),
@@ -104,7 +104,7 @@ pub(crate) struct Driver<M: Model> {
     core: Core<M, Sink>,
     incremental: bool,
     commands: Receiver<Command>,
-    /// Sender for the loading thread, to say that the load is done.
+    /// Sender with which the loading thread says that the load is done.
     own_commands: SyncSender<Command>,
     shared: Arc<Shared>,
     model_path: String,
@@ -170,7 +170,7 @@ impl<M: Model> Driver<M> {
         }
     }
 
-    /// Waits for commands or for the next token; false is the end.
+    /// Waits for commands or for the next token; false if the engine is to end.
     fn take_commands(&mut self) -> bool {
         let deadline = self.wake_at();
         let first =
@@ -407,7 +407,7 @@ impl<M: Model> Driver<M> {
         }
     }
 
-    /// Number of streams that the fault touched, or may touch.
+    /// Injects a fault. Returns the number of streams that it touched, or may touch.
     fn fault(&mut self, fault: Fault) -> usize {
         let now = self.started.elapsed();
         tracing::warn!(?fault, "fault injected");

@@ -35,7 +35,7 @@ pub(crate) struct HfKv {
 }
 
 impl Hf {
-    /// The model, its facts and its context length.
+    /// Loads the model of `dir`; returns it with its facts and its context length.
     pub fn open(dir: &Path, config: &EngineConfig) -> Result<(Self, ModelFacts, u32), EngineError> {
         let hf = HfConfig::read(dir)
             .map_err(|reason| EngineError::Model { dir: dir.to_owned(), reason })?;

@@ -1,7 +1,8 @@
-//! A small file that tells what this engine made even after it was killed: bench and chaos runs read it to know which
-//! tokens were lost with an engine, and when tokens were on their way. Owns the file and its format.
+//! A small file that counts what this engine made and outlives a kill: bench and chaos runs read which tokens were lost
+//! with an engine, and when tokens were on their way. Owns the file and its format.
 //!
-//! Bytes 0..8: tokens made for streams so far (u64 LE). From byte 64: entries of three u64 LE: a stream's seed, how many
+//! Bytes 0..8: tokens made for streams so far (u64 LE). From byte 64: entries of three u64 LE: a stream's seed, how
+//! many
 //! tokens it has with the chunk that is ready (highest bit: the last one), the monotonic time in nanoseconds. There is
 //! one for each stream that ended by itself, and one for each chunk of every sixteenth stream.
 
@@ -13,7 +14,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 const ENTRIES_AT: u64 = 64;
 const LAST: u64 = 1 << 63;
-/// Chunks of streams whose seed is a multiple of this are noted.
+/// Divisor of the seeds of streams all of whose chunks are noted.
 const SAMPLED: u64 = 16;
 
 pub(crate) struct Meter {
@@ -30,7 +31,7 @@ impl Meter {
         Ok(Self { file, made: 0, entries: Vec::new(), end: ENTRIES_AT })
     }
 
-    /// A stream's chunk is ready to be sent. A client that lags makes one chunk ready more than once.
+    /// Notes that a stream's chunk is ready to be sent. A client that lags makes one chunk ready more than once.
     pub fn ready(&mut self, seed: u64, tokens: u64, last: bool) {
         if !last && !seed.is_multiple_of(SAMPLED) {
             return;
@@ -42,7 +43,8 @@ impl Meter {
         }
     }
 
-    /// After each step. The page cache outlives the process, so a write is enough.
+    /// Writes the count and the new entries; called after each step. The page cache outlives the process, so a write is
+    /// enough.
     pub fn write(&mut self, made: u64) {
         if let Err(error) = self.try_write(made) {
             tracing::warn!(%error, "the meter file cannot be written");

@@ -16,7 +16,7 @@ pub(crate) struct Sampling {
     pub min_new_tokens: u32,
     pub temperature: f32,
     pub top_p: f32,
-    /// 0 is off.
+    /// Number of likeliest tokens to choose from; 0 is off.
     pub top_k: u32,
     pub min_p: f32,
     pub stop_token_ids: Vec<u32>,
@@ -53,9 +53,9 @@ pub(crate) trait Model: Send + 'static {
     fn swap(&mut self, weights: Self::Weights);
     /// Frees the weights; nothing runs until the next [`Model::swap`].
     fn release(&mut self);
-    /// The state after all of `past`, ready for the token that follows it.
+    /// Makes the state after all of `past`, ready for the token that follows it.
     fn prefill(&mut self, sampling: &Arc<Sampling>, past: &[u32]) -> Result<Self::Kv, ModelError>;
-    /// One token for each lane, in order.
+    /// Makes one token for each lane, in order.
     fn decode(
         &mut self,
         lanes: &mut [Lane<'_, Self::Kv>],

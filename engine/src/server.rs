@@ -1,5 +1,6 @@
-//! Binding, the accept loop and the end of an engine. One hyper connection task for each client, in a set that this
-//! module owns; the engine itself is a thread of its own, never on the async workers.
+//! The life of an engine: binding, the accept loop and the end. One hyper connection task for each client, in a set
+//! that
+//! this module owns; the engine itself is a thread of its own, never on the async workers.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,7 +25,7 @@ use crate::http::{self, App, ModelFacts};
 use crate::meter::Meter;
 use crate::model::{Model, Synthetic};
 
-/// Commands between two looks of the engine thread; above it calls get a 503.
+/// Commands between two looks of the engine thread; above it, calls get a 503.
 const COMMAND_QUEUE: usize = 16_384;
 /// Pause after a failed accept (out of file descriptors), so that the loop does not spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
@@ -36,12 +37,13 @@ pub struct Server {
     router: Router,
     faults: bool,
     commands: SyncSender<Command>,
-    /// Resolves when the engine thread ends; an error when it panicked.
+    /// Resolves when the engine thread ends; to an error if it panicked.
     ended: oneshot::Receiver<()>,
 }
 
 impl Server {
-    /// Listens, loads the model and starts the engine thread.
+    /// Listens, loads the model and starts the engine thread. Fails if a setting is wrong, the address is taken, or the
+    /// model cannot be loaded.
     pub async fn bind(config: EngineConfig) -> Result<Self, EngineError> {
         config.check()?;
         let listener = TcpListener::bind(config.listen)
@@ -62,11 +64,12 @@ impl Server {
         })
     }
 
+    /// Address that the engine listens on, with its real port.
     pub fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
 
-    /// Serves until `stop` is cancelled, then cuts every connection. An error means that the engine itself failed.
+    /// Serves until `stop` is cancelled, then cuts every connection. Fails if the engine itself failed.
     pub async fn run(mut self, stop: CancellationToken) -> Result<(), EngineError> {
         let mut connections = JoinSet::new();
         let result = loop {
@@ -180,7 +183,7 @@ async fn serve(stream: TcpStream, router: Router, faults: bool) {
     }
 }
 
-/// With no linger, the close that follows is a TCP reset instead of a clean end.
+/// Makes the close that follows a TCP reset instead of a clean end.
 fn linger_off(handle: Option<OwnedFd>) {
     if let Some(handle) = handle {
         let _ = rustix::net::sockopt::set_socket_linger(&handle, Some(Duration::ZERO));

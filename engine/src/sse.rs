@@ -3,19 +3,19 @@
 
 use crate::step::{End, Mark, Seq};
 
-/// Position of a chunk in its stream.
+/// Settings by which one chunk is written.
 #[derive(Clone, Copy)]
 pub(crate) struct Shape<'a> {
     pub incremental: bool,
     /// The engine's label at this moment; the final chunk uses its last span's.
     pub label: &'a str,
-    /// The fault `lose_finish`: the tokens go out, their finish does not.
+    /// Whether to leave out the finish after the last tokens, for the fault `lose_finish`.
     pub hide_end: bool,
 }
 
 const DONE: &[u8] = b"data: [DONE]\n\n";
 
-/// One server-sent event; the final one is followed by `[DONE]`.
+/// Writes one server-sent event; the final one is followed by `[DONE]`.
 pub(crate) fn write_event<S>(buf: &mut Vec<u8>, seq: &Seq<S>, end: Option<&End>, shape: Shape<'_>) {
     buf.extend_from_slice(b"data: ");
     let end = end.filter(|_| !shape.hide_end);
@@ -74,7 +74,7 @@ pub(crate) fn write_object<S>(
     buf.extend_from_slice(b",\"dp_rank\":null},\"index\":0}");
 }
 
-/// SGLang's in-stream error: HTTP 200, one event, then `[DONE]`.
+/// Error in SGLang's form inside a stream: HTTP 200, one event, then `[DONE]`.
 pub(crate) fn error_event(message: &str, code: u16) -> Vec<u8> {
     let mut buf = b"data: ".to_vec();
     buf.extend_from_slice(error_json(message, code).as_bytes());

@@ -40,7 +40,7 @@ pub(crate) struct Request {
     pub interval: u32,
 }
 
-/// One request and what was made for it. `S` is the driver's way back to the client.
+/// One request with the tokens that were made for it. `S` is the driver's way back to the client.
 pub(crate) struct Seq<S> {
     pub request: Request,
     pub sink: S,
@@ -49,7 +49,7 @@ pub(crate) struct Seq<S> {
     pub extras: Vec<u32>,
     /// Position in `tokens` at which each weight version begins.
     pub marks: Vec<Mark>,
-    /// Number of `tokens` that the client was sent.
+    /// Number of `tokens` that were sent to the client.
     pub sent: usize,
     pub retractions: u32,
 }
@@ -143,6 +143,7 @@ pub(crate) struct Core<M: Model, S> {
 }
 
 impl<M: Model, S> Core<M, S> {
+    /// A core without requests, with the limits of `config`.
     pub fn new(model: M, config: &EngineConfig) -> Self {
         Self {
             model,
@@ -167,6 +168,7 @@ impl<M: Model, S> Core<M, S> {
         }
     }
 
+    /// Admits a request to the queue, or says why not.
     pub fn submit(&mut self, request: Request, sink: S) -> Result<SeqId, (Refusal, S)> {
         if let Err(refusal) = self.validate(&request) {
             return Err((refusal, sink));
@@ -226,7 +228,7 @@ impl<M: Model, S> Core<M, S> {
         due.chain(admit).min()
     }
 
-    /// Offers everything that waits to be sent. `send` answers false to be asked again later (a slow client).
+    /// Offers to `send` everything that waits to be sent. `send` returns false to be asked again later (a slow client).
     pub fn deliver(&mut self, mut send: impl FnMut(&Seq<S>, Option<&End>) -> bool) {
         let mut gone = Vec::new();
         for (&id, (seq, end)) in &self.ended {
@@ -252,7 +254,7 @@ impl<M: Model, S> Core<M, S> {
         });
     }
 
-    /// Takes sequences out without a word to their clients: those that went away, or that a fault ends.
+    /// Takes sequences out without a word to their clients: for clients that went away, and for faults.
     pub fn remove_where(
         &mut self,
         limit: usize,
@@ -277,6 +279,7 @@ impl<M: Model, S> Core<M, S> {
         gone
     }
 
+    /// The counts of now.
     pub fn counters(&self) -> Counters {
         let total = |len: usize| len as u64;
         let waiting: u64 = self
@@ -292,18 +295,22 @@ impl<M: Model, S> Core<M, S> {
         }
     }
 
+    /// Whether no sequence is left, delivered ends included.
     pub fn is_empty(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty() && self.ended.is_empty()
     }
 
+    /// Whether a chunk or an end waits to be sent.
     pub fn has_undelivered(&self) -> bool {
         !self.ended.is_empty() || !self.ready.is_empty()
     }
 
+    /// Label of the current weight version.
     pub fn label(&self) -> &Arc<str> {
         &self.label
     }
 
+    /// The model.
     pub fn model(&self) -> &M {
         &self.model
     }

@@ -10,15 +10,18 @@ use serde::{Deserialize, Serialize};
 
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 const LOGPROB_RANGE: u64 = 12;
-/// Log-probabilities are multiples of 2^-16, so that they are exact in an f32 and short in JSON.
+/// Steps of a log-probability per unit: multiples of 2^-16 are exact in an f32 and short in JSON.
 const LOGPROB_STEPS_PER_UNIT: u64 = 1 << 16;
 
+/// Settings of the oracle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SyntheticParams {
+    /// Number of token ids; default 32,000.
     pub vocab: u32,
+    /// Token id that ends an answer; default 2.
     pub eos_id: u32,
-    /// Mean of the geometric length distribution, in tokens; `None` never ends by EOS.
+    /// Mean of the geometric length distribution, in tokens; default `None`: no answer ends by EOS.
     pub mean_len: Option<u32>,
 }
 
@@ -33,11 +36,12 @@ impl Default for SyntheticParams {
 pub struct Chain(u64);
 
 impl Chain {
-    /// A request without a `sampling_seed` runs as seed 0.
+    /// The chain before any token. A request without a `sampling_seed` runs as seed 0.
     pub fn new(seed: u64) -> Self {
         Self(mix(seed ^ GOLDEN))
     }
 
+    /// The chain after one more token.
     #[must_use]
     pub fn push(self, token: u32) -> Self {
         // Bijective in the state for each token: two different pasts never merge on the same tokens.
@@ -45,17 +49,19 @@ impl Chain {
             ^ (u64::from(token) + 1).wrapping_mul(0xd6e8_feb8_6659_fd93)))
     }
 
+    /// The chain after all of `tokens`.
     #[must_use]
     pub fn extend(self, tokens: &[u32]) -> Self {
         tokens.iter().fold(self, |chain, &token| chain.push(token))
     }
 }
 
-/// A weights digest folded once, so that a token costs a few multiplications.
+/// Digest of the weights, folded once so that a token costs a few multiplications.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WeightsKey([u64; 4]);
 
 impl WeightsKey {
+    /// Folds a digest.
     pub fn new(digest: &[u8; 32]) -> Self {
         let word = |i: usize| {
             let mut bytes = [0; 8];
@@ -66,11 +72,14 @@ impl WeightsKey {
     }
 }
 
+/// One token with its columns.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Made {
+    /// The token's id.
     pub token: u32,
-    /// In (-12, 0], a multiple of 2^-16.
+    /// Log-probability in (-12, 0], a multiple of 2^-16.
     pub logprob: f32,
+    /// The extra column, sent if a request asks for it (`return_extra`).
     pub extra: u32,
 }
 
@@ -104,7 +113,7 @@ fn other_than_eos(bits: u64, params: SyntheticParams) -> u32 {
     if token >= params.eos_id { token + 1 } else { token }
 }
 
-/// Uniform in `[0, bound)` from the high half of a widening product: no division, no modulo bias worth the name.
+/// Uniform number in `[0, bound)` from the high half of a widening product: no division, and a negligible modulo bias.
 fn below(bits: u64, bound: u64) -> u64 {
     ((u128::from(bits) * u128::from(bound)) >> 64) as u64
 }

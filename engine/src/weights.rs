@@ -6,49 +6,66 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// A header larger than this is a damaged length field, not a checkpoint.
+/// Largest header; a larger one is a damaged length field, not a checkpoint.
 const HEADER_LIMIT_BYTES: u64 = 100_000_000;
 const READ_BYTES: usize = 1 << 20;
 
+/// Reason why a checkpoint cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
+    /// The path is no directory.
     #[error("{0} is not a directory; give the directory that holds the *.safetensors files")]
     NotADirectory(PathBuf),
+    /// The directory holds no tensor.
     #[error("{0} holds no *.safetensors file with a tensor in it")]
     NoTensors(PathBuf),
+    /// A file cannot be read.
     #[error("cannot read {path}: {source}")]
     Read { path: PathBuf, source: std::io::Error },
+    /// The header of a file is damaged.
     #[error("{path} is no safetensors file: {reason}")]
     Header { path: PathBuf, reason: String },
+    /// A file is shorter or longer than its header says.
     #[error(
         "{path} has {have_bytes} bytes where its header asks for {need_bytes}: it is truncated or still being written"
     )]
     Size { path: PathBuf, have_bytes: u64, need_bytes: u64 },
+    /// Two files hold the same tensor.
     #[error("tensor {name} is in both {first} and {second}")]
     Doubled { name: String, first: PathBuf, second: PathBuf },
+    /// Names, types or shapes differ from the model's.
     #[error("the checkpoint does not fit the model: {0}")]
     Mismatch(String),
 }
 
-/// Position, type and shape of one tensor in a directory.
+/// Place, type and shape of one tensor in a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorEntry {
-    /// The safetensors name of the type: `F32`, `BF16`, ...
+    /// Type by its safetensors name: `F32`, `BF16`, ...
     pub dtype: String,
+    /// Length of each dimension.
     pub shape: Vec<u64>,
+    /// File that holds the tensor.
     pub path: PathBuf,
+    /// Offset of the tensor in the file.
     pub offset_bytes: u64,
+    /// Length of the tensor.
     pub len_bytes: u64,
 }
 
+/// Tensors of a directory by name.
 pub type TensorTable = BTreeMap<String, TensorEntry>;
 
 /// One tensor in memory, for [`content_digest_of`].
 #[derive(Clone, Copy, Debug)]
 pub struct TensorContent<'a> {
+    /// Name of the tensor.
     pub name: &'a str,
+    /// Type by its safetensors name.
     pub dtype: &'a str,
+    /// Length of each dimension.
     pub shape: &'a [u64],
+    /// The tensor's bytes, row by row.
     pub data: &'a [u8],
 }
 
@@ -57,7 +74,7 @@ pub fn content_digest(dir: &Path) -> Result<[u8; 32], WeightsError> {
     digest_table(&list_tensors(dir)?)
 }
 
-/// The same digest over tensors in memory, in any order.
+/// The digest of [`content_digest`] over tensors in memory, in any order.
 pub fn content_digest_of<'a>(tensors: impl IntoIterator<Item = TensorContent<'a>>) -> [u8; 32] {
     let mut tensors: Vec<_> = tensors.into_iter().collect();
     tensors.sort_by_key(|tensor| tensor.name);
@@ -69,7 +86,7 @@ pub fn content_digest_of<'a>(tensors: impl IntoIterator<Item = TensorContent<'a>
     *hasher.finalize().as_bytes()
 }
 
-/// The table of all tensors of a directory, checked: sizes agree with the headers, no name twice.
+/// The table of all tensors of a directory. Fails if sizes differ from the headers, or a name occurs twice.
 pub fn list_tensors(dir: &Path) -> Result<TensorTable, WeightsError> {
     if !dir.is_dir() {
         return Err(WeightsError::NotADirectory(dir.to_owned()));
@@ -89,6 +106,7 @@ pub fn list_tensors(dir: &Path) -> Result<TensorTable, WeightsError> {
     Ok(table)
 }
 
+/// The digest of [`content_digest`] over a table that was read before. Fails if a file cannot be read.
 pub fn digest_table(table: &TensorTable) -> Result<[u8; 32], WeightsError> {
     let mut hasher = start_digest();
     let mut buffer = vec![0; READ_BYTES];
@@ -164,7 +182,7 @@ fn start_digest() -> blake3::Hasher {
     hasher
 }
 
-/// Every field has its length in front, so that no two listings have the same bytes.
+/// Hashes name, type and shape, each with its length in front, so that no two listings have the same bytes.
 fn describe(hasher: &mut blake3::Hasher, name: &str, dtype: &str, shape: &[u64], len_bytes: u64) {
     for text in [name, dtype] {
         hasher.update(&(text.len() as u64).to_le_bytes());

@@ -27,7 +27,9 @@ use std::collections::BTreeMap;
 use anabranch_proto::{GroupId, SampleId, SessionId, Step, Version};
 use anabranch_runtime::clock::Now;
 
+use crate::action::Action;
 use crate::event::Pack;
+use crate::outbox::Outbox;
 use ages::{Ages, Exposure};
 use egress::Egress;
 use microbatch::Pool;
@@ -167,8 +169,12 @@ impl Rollout {
         *self = Self { stream, books, log, exposure, ..Self::default() };
     }
 
-    /// A new epoch of the same job begins: undelivered work goes on.
-    pub fn begin_epoch(&mut self) {
+    /// A new epoch begins: undelivered work of the same job goes on, the consumers of the old epoch are over.
+    pub fn begin_epoch(&mut self, out: &mut Outbox) {
+        for consumer in self.egress.detach_all() {
+            let why = "another epoch of the job has begun: this trainer is fenced off".to_owned();
+            out.act(Action::CloseConsumer { consumer, why });
+        }
         self.commit_change(Change::EpochBegun);
     }
 }

@@ -1,4 +1,4 @@
-//! Recomputes what was delivered: shares nothing with the ledger but the oracle function.
+//! Checks each delivered trajectory by recomputing it: shares nothing with the ledger but the oracle function.
 
 use anabranch_engine::synthetic::{self, Chain, SyntheticParams};
 use anabranch_manager::action::{BatchSample, Finish};
@@ -7,7 +7,7 @@ use anabranch_proto::tokens;
 
 use crate::fleet::weights;
 
-/// What the trainer asked for.
+/// The trainer's request.
 pub(crate) struct Asked<'a> {
     pub prompt: &'a [u32],
     pub max_tokens: u32,
@@ -15,7 +15,7 @@ pub(crate) struct Asked<'a> {
     pub pin: Option<anabranch_proto::Version>,
 }
 
-/// Every token, log-probability, span and the finish of one trajectory.
+/// Checks every token, log-probability, span and the finish of one trajectory.
 pub(crate) fn trajectory(
     params: SyntheticParams,
     asked: &Asked<'_>,

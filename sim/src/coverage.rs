@@ -1,5 +1,5 @@
-//! How often each event, action and edge of the manager's state graphs was seen, so that a change to the core is
-//! known to run under [`crate::run`]. A row under [`ENOUGH`] is marked: no digest guards it.
+//! Counts of each event, action and edge of the manager's state graphs, so that a change to the core is known to run
+//! under [`crate::run`]. A row under [`ENOUGH`] is marked: no digest guards it.
 
 mod names;
 
@@ -10,7 +10,7 @@ use anabranch_manager::action::Action;
 use anabranch_manager::core::{Move, graphs};
 use anabranch_manager::event::Event;
 
-/// Rows seen less often than this are marked.
+/// Count under which a row is marked.
 pub const ENOUGH: u64 = 20;
 
 /// Counts by row, of one world or of many together.
@@ -25,16 +25,18 @@ const NOT_OF_THE_CORE: [(&str, &str); 2] = [("notice", "Missed"), ("notice", "Un
 /// One line of the table.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Row {
-    /// `event`, `fact`, `action`, `answer`, `notice`, or the machine whose edge it is.
+    /// Section of the row: `event`, `fact`, `action`, `answer`, `notice`, or the machine whose edge the row counts.
     pub of: &'static str,
+    /// Variant or edge.
     pub name: String,
+    /// Times that the row was seen.
     pub count: u64,
 }
 
 // === impl Coverage ===
 
 impl Coverage {
-    /// What goes into the core.
+    /// Counts an event that goes into the core.
     pub(crate) fn event(&mut self, event: &Event) {
         self.count("event", names::event(event));
         if let Event::FactsFound { facts, .. } = event {
@@ -42,7 +44,7 @@ impl Coverage {
         }
     }
 
-    /// What the core decides.
+    /// Counts an action that the core decided.
     pub(crate) fn action(&mut self, action: &Action) {
         self.count("action", names::action(action));
         match action {
@@ -52,12 +54,12 @@ impl Coverage {
         }
     }
 
-    /// A move along a state graph.
+    /// Counts a move along a state graph.
     pub(crate) fn moved(&mut self, (machine, from, to): Move) {
         self.count(machine, &format!("{from} > {to}"));
     }
 
-    /// The counts of both.
+    /// Adds the counts of `other`.
     pub fn add(&mut self, other: &Coverage) {
         for (row, count) in &other.rows {
             *self.rows.entry(row.clone()).or_default() += count;

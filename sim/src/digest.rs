@@ -24,7 +24,7 @@ use anabranch_manager::ledger::{PageView, SpanRecord};
 use anabranch_proto::{GroupId, OrderId, SampleId, SessionId, Version};
 use anabranch_runtime::clock::Now;
 
-/// Collects a world's digest.
+/// Collector of one world's digest.
 pub(crate) struct Digest {
     actions: blake3::Hasher,
     notices: blake3::Hasher,
@@ -39,7 +39,7 @@ struct Names {
     next: BTreeMap<Kind, u64>,
 }
 
-/// What an id names.
+/// Kind of an id.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Session,
@@ -47,11 +47,11 @@ enum Kind {
     Order,
     Prompt,
     Key,
-    /// A sample as a notice writes it.
+    /// A sample in the form that a notice writes.
     SampleText,
 }
 
-/// One record in the making.
+/// One record that is being written.
 struct Record<'a> {
     out: &'a mut Vec<u8>,
     names: &'a mut Names,
@@ -60,6 +60,7 @@ struct Record<'a> {
 // === impl Digest ===
 
 impl Digest {
+    /// A digest of nothing.
     pub fn new() -> Self {
         Self {
             actions: blake3::Hasher::new(),
@@ -69,7 +70,7 @@ impl Digest {
         }
     }
 
-    /// One action of the core, decided at `now`.
+    /// Adds one action of the core, decided at `now`.
     pub fn action(&mut self, now: Now, action: &Action) {
         let is_notice = matches!(action, Action::Emit(_));
         self.record(is_notice, |record| {
@@ -78,7 +79,7 @@ impl Digest {
         });
     }
 
-    /// The content of one trajectory, as it is delivered.
+    /// Adds the content of one trajectory, as it is delivered.
     pub fn delivered(&mut self, view: &PageView) {
         let PageView { tokens, logprobs, spans, columns } = view;
         self.record(false, |record| {
@@ -90,7 +91,7 @@ impl Digest {
         });
     }
 
-    /// 32 hexadecimal digits: the first half is of the actions, the second of the notices.
+    /// The digest as 32 hexadecimal digits: the first half is of the actions, the second of the notices.
     pub fn finish(&self) -> String {
         let half = |hasher: &blake3::Hasher| hasher.finalize().to_hex()[..16].to_owned();
         half(&self.actions) + &half(&self.notices)
@@ -146,7 +147,7 @@ impl Record<'_> {
         self.bytes(text.as_bytes());
     }
 
-    /// A sentence for people: whether there is one.
+    /// Writes whether there is a sentence for people.
     fn sentence(&mut self, text: &str) {
         self.flag(!text.is_empty());
     }

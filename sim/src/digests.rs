@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-/// What stands for the digest of a world that broke a promise.
+/// Text that stands for the digest of a world that broke a promise.
 const BROKEN: &str = "broken";
 
 /// Digests by seed.
@@ -16,25 +16,28 @@ pub struct Digests(BTreeMap<u64, String>);
 pub struct BadDigests {
     /// Line of the file, from 1.
     pub line: usize,
+    /// Content of the line.
     pub text: String,
 }
 
 impl Digests {
-    /// The digest of a world that ended well; of one that broke a promise, `None`.
+    /// Adds the digest of a seed; `None` if its world broke a promise.
     pub fn insert(&mut self, seed: u64, digest: Option<&str>) {
         self.0.insert(seed, digest.unwrap_or(BROKEN).to_owned());
     }
 
+    /// Number of seeds.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
+    /// Whether there is no seed.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Seeds of `self` whose digest in `base` is another one, or missing. Seeds that only `base` has are no
-    /// difference: fewer may be run than were written.
+    /// Seeds of `self` whose digest in `base` is another one, or missing. Seeds that only `base` has are no difference:
+    /// fewer may be run than were written.
     pub fn differing(&self, base: &Digests) -> Vec<u64> {
         let differs = |(seed, digest): &(&u64, &String)| base.0.get(seed) != Some(digest);
         self.0.iter().filter(differs).map(|(seed, _)| *seed).collect()

@@ -1,10 +1,10 @@
-//! What goes wrong, and how it heals.
+//! The faults of a world, and how each heals.
 
 use std::time::Duration;
 
 use anabranch_manager::event::{CancelWhat, Event};
 use anabranch_proto::pb::end::Why;
-use anabranch_proto::{EngineId, Step};
+use anabranch_proto::{BatchSeq, EngineId, Step};
 
 use crate::trainer::Phase;
 use crate::world::{Happening, World};
@@ -13,16 +13,17 @@ use crate::world::{Happening, World};
 pub(crate) enum Fault {
     /// Agent and engine die; the manager sees the reset.
     Kill,
-    /// They die and nobody hears of it before the lease is over.
+    /// Agent and engine die, and nobody hears of it before the lease is over.
     SilentDeath,
     /// The engine process dies; its agent says so and starts it again.
     EngineDown,
-    /// It makes no token for a while.
+    /// The engine makes no token for a while.
     Stall,
+    /// The engine generates slower for a while.
     Slow,
     /// One stream ends cleanly without a finish.
     CleanEnd,
-    /// From now on for a while, finishes are lost.
+    /// Finishes are lost for a while.
     LostFinish,
     /// The link is cut, and comes back.
     Partition,
@@ -30,15 +31,21 @@ pub(crate) enum Fault {
     Reset,
     /// Ticks come twice.
     Repeat,
+    /// A tick has a token outside the vocabulary.
     Garbage,
+    /// The engine is drained.
     Drain,
+    /// The engine is removed.
     Remove,
+    /// The load that runs fails.
     FailedLoad,
+    /// A consumer's stream breaks.
     ConsumerReset,
+    /// The trainer dies and starts again from its checkpoint.
     TrainerRestart,
     /// The manager's process is stopped for a while.
     ManagerPause,
-    /// Some groups, a step, or everything.
+    /// Some groups, a step, or all groups are cancelled.
     Cancel,
     /// The machine is taken away, with notice.
     Preemption,
@@ -48,8 +55,9 @@ pub(crate) enum Fault {
     Busy,
     /// The engine says that a request is wrong.
     Refusal,
-    /// A second stream for a shard, while the first still stands.
+    /// A second stream attaches for a shard while the first still stands.
     ConsumerTakeover,
+    /// The publishers' streams break.
     PublisherReset,
     /// An agent of an older life dials.
     Ghost,
@@ -192,7 +200,7 @@ impl World {
         self.after(back_in, Happening::Reborn { engine });
     }
 
-    /// Unless it left in time.
+    /// Ends the machine after its notice, unless the agent left in time.
     pub(crate) fn preempted(&mut self, engine: usize) {
         if self.engines[engine].alive {
             let back_in = Duration::from_millis(self.rng.range(100, 3_000));
@@ -241,7 +249,7 @@ impl World {
         self.after(Duration::from_millis(40), Happening::Consume { shard });
     }
 
-    /// The manager closes the old stream.
+    /// Attaches a second stream for a shard; the manager closes the old one.
     fn take_over_consumer(&mut self) {
         let Some((&consumer, &shard)) = self.trainer.consumers.first_key_value() else { return };
         self.trainer.consumers.remove(&consumer);
@@ -268,9 +276,15 @@ impl World {
         {
             return;
         }
-        let consumers: Vec<_> = self.trainer.consumers.keys().copied().collect();
-        for consumer in consumers {
-            self.core_event(Event::ConsumerLost { consumer });
+        let new_epoch = self.rng.chance(50);
+        let back_in = Duration::from_millis(self.rng.range(200, 3_000));
+        if new_epoch && self.rng.chance(50) {
+            self.leave_zombies();
+        } else {
+            let consumers: Vec<_> = self.trainer.consumers.keys().copied().collect();
+            for consumer in consumers {
+                self.core_event(Event::ConsumerLost { consumer });
+            }
         }
         for publisher in std::mem::take(&mut self.trainer.publishers).into_values() {
             self.core_event(Event::PublisherLost { publisher });
@@ -279,15 +293,29 @@ impl World {
             let (cancel_running, reply) = (self.rng.chance(30), self.no_reply());
             self.core_event(Event::JobClosed { session, cancel_running, reply });
         }
-        // Never fewer: see `TrainerSide::max_shards`.
-        let more = u32::from(self.rng.chance(30));
-        let shards = self.trainer.shards + more;
-        self.trainer.crash(shards.min(self.scenario.trainer.max_shards));
-        if self.rng.chance(50) {
+        let most = u64::from(self.scenario.trainer.max_shards);
+        let shards = self.rng.range(1, most + 1) as u32;
+        self.trainer.crash(shards);
+        if new_epoch {
             self.trainer.epoch += 1;
             self.trainer.version = 0;
         }
-        let back_in = Duration::from_millis(self.rng.range(200, 3_000));
         self.after(back_in, Happening::OpenJob);
+    }
+
+    /// Leaves the old trainer's streams in place. After the next trainer has opened the job, they commit everything and
+    /// close it.
+    fn leave_zombies(&mut self) {
+        let seq = BatchSeq(u64::MAX);
+        let mut says = Vec::new();
+        for &consumer in self.trainer.consumers.keys() {
+            says.push(Event::BatchAcked { consumer, seq });
+            says.push(Event::BatchCommitted { consumer, seq });
+        }
+        if let Some(session) = self.trainer.session {
+            let reply = self.no_reply();
+            says.push(Event::JobClosed { session, cancel_running: true, reply });
+        }
+        self.zombies.extend(says);
     }
 }

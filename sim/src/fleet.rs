@@ -11,17 +11,18 @@ use anabranch_proto::{Attempt, OrderId, SampleId, SessionId, Version, tokens};
 use anabranch_runtime::clock::Now;
 use bytes::Bytes;
 
+/// One agent with its engine.
 pub(crate) struct SimEngine {
     pub name: String,
     pub incarnation: u64,
     pub alive: bool,
-    /// False: cut off from the manager.
+    /// False while the agent is cut off from the manager.
     pub net_up: bool,
     pub link: Option<LinkId>,
     pub session: Option<SessionId>,
     pub attached: bool,
     pub of_trainer: OfTrainer,
-    /// It has no engine: it only passes versions on.
+    /// Whether the agent has no engine and only passes versions on.
     pub relay: bool,
     pub live: BTreeMap<SampleId, Live>,
     pub loaded: Version,
@@ -37,6 +38,7 @@ pub(crate) struct SimEngine {
     last_made: Now,
 }
 
+/// One running sample.
 pub(crate) struct Live {
     pub attempt: Attempt,
     chain: Chain,
@@ -45,10 +47,11 @@ pub(crate) struct Live {
     ignore_eos: bool,
     min_left: u32,
     credit_us: u64,
-    /// It came while the engine waited for its running samples: it starts after the load.
+    /// Whether the sample came while the engine waited for its running samples, and so starts after the load.
     waits: bool,
 }
 
+/// A load in progress.
 #[derive(Clone, Debug)]
 pub(crate) struct LoadRun {
     pub order: OrderId,
@@ -56,32 +59,34 @@ pub(crate) struct LoadRun {
     pub stage: LoadStage,
     pub on_running: OnRunning,
     pub fails: bool,
-    /// It never gets on.
+    /// Whether the load never progresses.
     pub stuck: bool,
 }
 
-/// The weights digest behind a version: a version is its root, and nothing else has that digest.
+/// Key of a version's weights: the version's root stands for their digest.
 pub(crate) fn weights(version: &Version) -> WeightsKey {
     let digest = if version.is_base() { synthetic::base_digest() } else { version.root.0 };
     WeightsKey::new(&digest)
 }
 
-/// What an engine has to do with the trainer.
+/// Relation of an engine to the trainer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum OfTrainer {
+    /// The engine has GPUs of its own.
     Nothing,
-    /// On the trainer's GPU; gets its weights from the manager.
+    /// The engine is on the trainer's GPU, and gets its weights from the manager.
     Colocated,
-    /// On the trainer's GPU, and loaded by the trainer.
+    /// The engine is on the trainer's GPU, and is loaded by the trainer.
     Loaded,
 }
 
 impl SimEngine {
-    /// The trainer loads the engine, and attests it.
+    /// Whether the trainer loads the engine and attests its version.
     pub fn by_trainer(&self) -> bool {
         self.of_trainer == OfTrainer::Loaded
     }
 
+    /// An agent that has not dialled yet.
     pub fn new(name: String, of_trainer: OfTrainer, now: Now) -> Self {
         Self {
             name,
@@ -107,18 +112,19 @@ impl SimEngine {
         }
     }
 
-    /// A relay.
+    /// Makes the agent a relay.
     pub fn without_an_engine(self) -> Self {
         Self { relay: true, ..self }
     }
 
-    /// A new process: nothing of the old one is left.
+    /// Replaces the process: nothing of the old one is left.
     pub fn reborn(&mut self, now: Now) {
         let incarnation = self.incarnation + 1;
         let relay = self.relay;
         *self = Self { incarnation, relay, ..Self::new(self.name.clone(), self.of_trainer, now) };
     }
 
+    /// Samples that the agent reports when it attaches again.
     pub fn held(&self) -> Vec<Held> {
         let live = self.live.iter().map(|(sample, live)| Held {
             sample: *sample,
@@ -133,6 +139,7 @@ impl SimEngine {
         live.chain(buffered).collect()
     }
 
+    /// Starts a sample, after the tokens that it keeps.
     pub fn start(&mut self, order: &StartOrder, kept: &Bytes) {
         let prompt: Vec<u32> = tokens::ids(&order.prompt).collect();
         let given: Vec<u32> = tokens::ids(kept).collect();
@@ -154,12 +161,14 @@ impl SimEngine {
         );
     }
 
+    /// Aborts one attempt of a sample.
     pub fn stop(&mut self, sample: SampleId, attempt: Attempt) {
         if self.live.get(&sample).is_some_and(|live| live.attempt == attempt) {
             self.end(sample, Why::Aborted, "");
         }
     }
 
+    /// Ends a sample for the reason `why`.
     pub fn end(&mut self, sample: SampleId, why: Why, detail: &str) {
         if let Some(live) = self.live.remove(&sample) {
             self.ends.push(pb::End {
@@ -173,6 +182,7 @@ impl SimEngine {
         }
     }
 
+    /// Ends all samples.
     pub fn end_all(&mut self, why: Why) {
         let all: Vec<SampleId> = self.live.keys().copied().collect();
         for sample in all {
@@ -180,7 +190,8 @@ impl SimEngine {
         }
     }
 
-    /// Generates what is due, `rate` tokens a second a sample; the tick to send, if there is anything to say.
+    /// Generates what is due, at `rate` tokens per second and sample. Returns the tick to send, if there is anything to
+    /// report.
     pub fn make(&mut self, now: Now, rate: u64, params: SyntheticParams) -> Option<pb::Tick> {
         let elapsed = now.since(self.last_made).as_micros() as u64;
         self.last_made = now;
@@ -221,19 +232,19 @@ impl SimEngine {
         Some(tick)
     }
 
-    /// The load may not touch the weights yet: samples run that it lets finish.
+    /// Whether the load must wait for samples that it lets finish.
     pub fn is_busy(&self) -> bool {
         let lets_finish = self.load.as_ref().is_some_and(LoadRun::lets_finish);
         lets_finish && self.live.values().any(|live| !live.waits)
     }
 
-    /// The load has ended, one way or another.
+    /// Ends the load, whether it succeeded or not.
     pub fn end_load(&mut self) {
         self.load = None;
         self.live.values_mut().for_each(|live| live.waits = false);
     }
 
-    /// The finish of the next tick that has one is never said: the stream ends instead.
+    /// Replaces the finishes in `tick` by the end of the stream.
     pub fn lose_finishes(tick: &mut pb::Tick) {
         for end in &mut tick.ends {
             if matches!(end.why(), Why::StopId | Why::Length) {
@@ -242,13 +253,14 @@ impl SimEngine {
         }
     }
 
+    /// Forgets the ticks that the manager has.
     pub fn acked(&mut self, seq: u64) {
         self.unacked.retain(|tick| tick.seq > seq);
     }
 }
 
 impl LoadRun {
-    /// Quiescing, and what runs may run to its end.
+    /// Whether the load waits in quiescing for running samples to finish.
     fn lets_finish(&self) -> bool {
         self.on_running == OnRunning::Finish && self.stage == LoadStage::Quiescing
     }

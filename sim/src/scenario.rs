@@ -1,4 +1,4 @@
-//! What a seed chooses before the world starts.
+//! Choices that a seed makes before the world starts.
 
 use std::time::Duration;
 
@@ -6,92 +6,115 @@ use anabranch_manager::event::{OnExceed, OnRunning, Pack, Staleness};
 
 use crate::rng::Rng;
 
+/// Settings of one world, all drawn from its seed.
 #[derive(Clone, Debug)]
 pub struct Scenario {
+    /// The seed, also of everything that is drawn later.
     pub seed: u64,
+    /// Number of engines.
     pub engines: usize,
+    /// Steps of the job.
     pub steps: u64,
+    /// Groups of a step.
     pub groups_per_step: u64,
+    /// Samples of a group.
     pub n: u32,
+    /// Mean length of an answer, in tokens.
     pub mean_len: u32,
+    /// Longest answer, in tokens.
     pub max_tokens: u32,
     /// Tokens per second of one sample.
     pub rate: u64,
+    /// Whether one engine is on the trainer's GPU.
     pub colocated: bool,
+    /// The job's bound on the lag of delivered tokens.
     pub staleness: Staleness,
+    /// What happens to running samples when a load begins.
     pub on_running: OnRunning,
+    /// Engines that load at a time; all at once if `None`.
     pub rolling: Option<u32>,
+    /// Rules by which the manager packs batches.
     pub pack: Pack,
+    /// Consumers of the trainer.
     pub shards: u32,
-    /// Mean time between faults; zero: none.
+    /// Mean time between faults; zero for none.
     pub fault_every: Duration,
+    /// Time after which no more faults come.
     pub faults_until: Duration,
+    /// Whether the trainer may restart.
     pub restarts: bool,
+    /// Whether some groups are pinned to a weight version.
     pub pinned_groups: bool,
+    /// Choices about the trainer.
     pub trainer: TrainerSide,
+    /// Choices about the engines.
     pub fleet: FleetSide,
 }
 
-/// What a seed chooses about the trainer, beside the job itself.
+/// Choices of a seed about the trainer, beside the job itself.
 #[derive(Clone, Debug)]
 pub struct TrainerSide {
-    /// It opens the job so long after the world began.
+    /// Time from the begin of the world until the trainer opens the job.
     pub opens_after: Duration,
-    /// `OpenJob::on_trainer_lost`.
+    /// Value of `OpenJob::on_trainer_lost`.
     pub on_lost: Duration,
-    /// A restarted trainer has one shard more, up to this many.
+    /// Most shards of a restarted trainer; their number is drawn.
     pub max_shards: u32,
-    /// Shard `i` attaches `i` times this after the job was opened.
+    /// Time between two shards that attach, counted from the opening of the job.
     pub stagger: Duration,
     /// Percent of groups with penalties or stop strings, that restart from their prompt.
     pub replayed: u64,
-    /// Of groups, in percent, that have a deadline.
+    /// Percent of groups that have a deadline.
     pub deadlines: u64,
-    /// Groups get one of three priorities.
+    /// Whether groups get one of three priorities.
     pub priorities: bool,
+    /// Way by which engines get a version.
     pub publishes: Publishes,
     /// Processes that publish each version together.
     pub senders: u32,
-    /// Each sender has a part only.
+    /// Whether each sender has a part of the tensors only.
     pub parts: bool,
-    /// It submits the next step first and publishes meanwhile, so versions come while samples run.
+    /// Whether the trainer submits the next step first and publishes meanwhile, so that versions come while samples
+    /// run.
     pub overlaps: bool,
-    /// It closes the job at its end.
+    /// Whether the trainer closes the job at its end.
     pub closes: bool,
-    /// The manager admits little more than one step.
+    /// Whether the manager admits little more than one step.
     pub tight_admission: bool,
-    /// Training takes so long where the trainer has GPUs of its own back for it.
+    /// Time that training takes, if the trainer has taken back GPUs of its own.
     pub trains: Duration,
 }
 
-/// From where engines get a version.
+/// Way by which engines get a version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Publishes {
+    /// The trainer listens; receivers dial it.
     Listens,
-    /// It cannot be dialled: it dials receivers.
+    /// The trainer cannot be dialled: it dials receivers.
     Dials,
-    /// Into a directory that every engine reads.
+    /// The trainer writes into a directory that every engine reads.
     Directory,
 }
 
-/// What a seed chooses about the engines.
+/// Choices of a seed about the engines.
 #[derive(Clone, Debug)]
 pub struct FleetSide {
-    /// Agents without an engine, that only pass versions on.
+    /// Agents without an engine, which only pass versions on.
     pub relays: usize,
-    /// Two engines a host.
+    /// Whether two engines share a host.
     pub shares_hosts: bool,
-    /// `CoreConfig::load_deadline_ms`.
+    /// Value of `CoreConfig::load_deadline_ms`.
     pub load_deadline: Duration,
-    /// Engines keep what they loaded for their peers.
+    /// Whether engines keep what they loaded for their peers.
     pub holds: bool,
-    /// The engine on the trainer's GPU gets its weights from the manager.
+    /// Whether the engine on the trainer's GPU gets its weights from the manager.
     pub colocated_loads: bool,
-    /// `CoreConfig::quarantine_deaths`.
+    /// Value of `CoreConfig::quarantine_deaths`.
     pub quarantine_deaths: u32,
 }
 
 impl Scenario {
+    /// Draws the settings of the world `seed`.
     pub fn of_seed(seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let whole_groups = rng.chance(50);
@@ -129,7 +152,7 @@ impl Scenario {
         .held_back()
     }
 
-    /// Without what a known defect of the manager breaks. `docs/design/0004-house.md` lists these.
+    /// Takes out what a known defect of the manager breaks; `docs/design/0004-house.md` lists these defects.
     fn held_back(mut self) -> Self {
         // A relay is ordered to load the version that a group is pinned to, again and again, and no engine is.
         if self.pinned_groups {

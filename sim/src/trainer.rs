@@ -7,36 +7,40 @@ use anabranch_manager::action::{Batch, StepReport};
 use anabranch_manager::event::{ConsumerId, PublisherId};
 use anabranch_proto::{BatchSeq, SessionId, Version};
 
-/// Where it is in its loop.
+/// Place of the trainer in its loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
+    /// The job is not open yet.
     Opening,
-    /// A step is out; waits for its last batch.
+    /// The step is submitted, and its last batch has not come.
     Waiting {
         step: u64,
     },
-    /// Took its GPUs back, publishes, lends them again.
+    /// The trainer takes its GPUs back, publishes, and lends them again.
     Training {
         step: u64,
     },
+    /// The process is dead.
     Down,
-    /// Said that it is done; waits for the answer.
+    /// The trainer has closed the job, and waits for the answer.
     Closing,
+    /// The job is over.
     Done,
 }
 
+/// The trainer's state, and a book on what it received.
 pub(crate) struct Trainer {
     pub phase: Phase,
     pub epoch: u32,
     pub session: Option<SessionId>,
     pub consumers: BTreeMap<ConsumerId, u32>,
-    /// By sender.
+    /// Streams that publish, by sender.
     pub publishers: BTreeMap<u32, PublisherId>,
-    /// Version numbers with the senders that have not sealed them yet.
+    /// Version numbers with the number of senders that have not sealed them yet.
     pub unsealed: BTreeMap<u64, u32>,
     pub shards: u32,
     pub version: u64,
-    /// (key, index) -> the batch it came in. At most one, ever, within what is not rolled back.
+    /// Batch in which each (key, index) came. At most one, ever, within what is not rolled back.
     pub got: BTreeMap<(String, u32), BatchSeq>,
     pub seen: BTreeMap<u32, BatchSeq>,
     pub committed: BatchSeq,
@@ -52,6 +56,7 @@ pub(crate) struct Done {
 }
 
 impl Trainer {
+    /// A trainer that has not opened its job.
     pub fn new(shards: u32) -> Self {
         Self {
             phase: Phase::Opening,
@@ -70,7 +75,7 @@ impl Trainer {
         }
     }
 
-    /// A batch (or its part of one) came. `Err`: something came twice, or out of order.
+    /// Takes a batch, or its shard's part of one. Fails if something came twice, or out of order.
     pub fn take(&mut self, shard: u32, batch: &Batch, samples: &[usize]) -> Result<(), String> {
         let seen = self.seen.entry(shard).or_default();
         if batch.seq.0 != seen.0 + 1 {
@@ -87,6 +92,7 @@ impl Trainer {
         Ok(())
     }
 
+    /// Takes the report that a step is complete.
     pub fn step_done(&mut self, report: &StepReport) {
         let missing = report
             .short
@@ -97,7 +103,7 @@ impl Trainer {
         self.done.insert(report.step, Done { seq: report.seq, missing });
     }
 
-    /// All shards have the step's last batch.
+    /// The step's last batch, if all shards have it.
     pub fn has_step(&self, step: u64) -> Option<BatchSeq> {
         let done = self.done.get(&step)?;
         let all =
@@ -105,7 +111,7 @@ impl Trainer {
         all.then_some(done.seq)
     }
 
-    /// The process died; it starts again from the checkpoint that holds everything up to `committed`.
+    /// Kills the process and starts it again from the checkpoint, which holds everything up to `committed`.
     pub fn crash(&mut self, shards: u32) {
         let cursor = self.committed;
         self.got.retain(|_, seq| *seq <= cursor);
@@ -119,17 +125,18 @@ impl Trainer {
         self.phase = Phase::Down;
     }
 
-    /// Groups of which every sample is in the checkpoint.
+    /// Whether every sample of the group is in the checkpoint.
     pub fn has_whole(&self, key: &str, n: u32) -> bool {
         (0..n).all(|index| self.got.contains_key(&(key.to_owned(), index)))
     }
 
+    /// The next version.
     pub fn next_version(&mut self) -> Version {
         self.version += 1;
         version(self.epoch, self.version)
     }
 
-    /// Everything asked for came once, or was reported as not coming.
+    /// Fails unless every sample that was asked for came once, or was reported as not coming.
     pub fn account(&self, asked: &BTreeMap<String, u32>) -> Result<(), String> {
         let missing: BTreeMap<&String, u32> =
             self.done.values().flat_map(|d| d.missing.iter().map(|(k, n)| (k, *n))).collect();
@@ -150,7 +157,7 @@ impl Trainer {
     }
 }
 
-/// A version's root stands for its weights.
+/// The version of a number; its root stands for its weights.
 pub(crate) fn version(epoch: u32, number: u64) -> Version {
     let mut name = [0; 12];
     name[..4].copy_from_slice(&epoch.to_le_bytes());

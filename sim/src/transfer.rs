@@ -1,8 +1,9 @@
-//! The data plane in virtual time: hosts with rated links, chunks as flows that share them fairly. What is
-//! real: the manager's plan and the receiver's chunk queue. What is modelled: links, streams, relaying.
+//! The data plane in virtual time: hosts with rated links, chunks as flows that share them fairly. Real are the
+//! manager's
+//! plan and the receiver's chunk queue; links, streams and relaying are modelled.
 //!
-//! Checked in every world: whoever lives has everything in the end; nobody passes on what it does not hold;
-//! a ledger only grows.
+//! Checked in every world: every live receiver has everything in the end; no host passes on what it does not hold; a
+//! ledger only grows.
 
 mod flow;
 mod node;
@@ -14,60 +15,68 @@ use serde::Serialize;
 
 use crate::rng::Rng;
 
-/// One roll-out of one version.
+/// Settings of one roll-out of one version.
 #[derive(Clone, Debug)]
 pub struct Transfer {
+    /// Receivers from the start, numbered from 0.
     pub receivers: usize,
+    /// Size of the image.
     pub bytes: u64,
+    /// Size of a chunk.
     pub chunk_bytes: u32,
-    /// Rate of every host's link in each direction, bytes/s.
+    /// Rate of every host's link in each direction, in bytes per second.
     pub rate: u64,
-    /// Receivers with another rate.
+    /// Receivers with another rate, each with its rate in bytes per second.
     pub slow: Vec<(usize, u64)>,
-    /// One way.
+    /// Time of one way through the network.
     pub latency: Duration,
-    /// Receivers that join only then; they are numbered after the others.
+    /// Times at which late receivers join; they are numbered after the others.
     pub joins: Vec<Duration>,
-    /// A process dies: whoever talks to it hears so.
+    /// Time and receiver of each process that dies; its peers hear of it.
     pub kills: Vec<(Duration, usize)>,
-    /// A link goes down: nobody hears anything.
+    /// Time and receiver of each link that goes down; nobody hears of it.
     pub cuts: Vec<(Duration, usize)>,
-    /// The manager has measured the rates and puts slow hosts at the ends.
+    /// Whether the manager has measured the rates, and so puts slow hosts at the ends.
     pub rates_known: bool,
 }
 
-/// How it went.
+/// Figures of one roll-out. `wire` is the time of one transfer at line rate.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct FanOut {
+    /// Receivers from the start.
     pub receivers: usize,
+    /// Stripes that the plan cut the image into.
     pub stripes: usize,
+    /// Time of one transfer at line rate, in milliseconds.
     pub wire_ms: f64,
-    /// The last live receiver of the first wave, over one transfer at line rate.
+    /// Time until the last live receiver of the first wave had everything, divided by `wire`.
     pub last_over_wire: f64,
-    /// Each receiver's, from its order on; without meaning for the dead.
+    /// Time of each receiver, from its order on, divided by `wire`; without meaning for the dead.
     pub took_over_wire: Vec<f64>,
-    /// The slowest late joiner, from its join on, over the same.
+    /// Time of the slowest late joiner, from its join on, divided by `wire`.
     pub joiner_over_wire: f64,
-    /// Bytes out of the trainer, over the image's.
+    /// Bytes that the trainer sent, divided by the image's size.
     pub trainer_egress: f64,
-    /// Part of the egress that went to late joiners, over the image's bytes.
+    /// Bytes that the trainer sent to late joiners, divided by the image's size.
     pub trainer_to_joiners: f64,
-    /// The most bytes that one live receiver got more than once, over the image's.
+    /// Most bytes that one live receiver got more than once, divided by the image's size.
     pub again: f64,
+    /// Events that the world handled.
     pub events: u64,
 }
 
-/// A fault-free roll-out to `receivers` at equal rates (bytes/s).
+/// Runs a fault-free roll-out to `receivers` at equal rates, in bytes per second.
 pub fn fan_out(receivers: usize, bytes: u64, chunk_bytes: u32, rate: u64) -> FanOut {
     run(&Transfer::plain(receivers, bytes, chunk_bytes, rate)).expect("nothing fails in it")
 }
 
-/// `Err` names the broken promise.
+/// Runs one roll-out. An error names the broken promise.
 pub fn run(transfer: &Transfer) -> Result<FanOut, String> {
     world::World::new(transfer).run()
 }
 
 impl Transfer {
+    /// A roll-out without faults, at one rate in bytes per second.
     pub fn plain(receivers: usize, bytes: u64, chunk_bytes: u32, rate: u64) -> Self {
         Self {
             receivers,
@@ -83,7 +92,8 @@ impl Transfer {
         }
     }
 
-    /// 256 MiB at 200 Mbit/s to a few receivers, of which one or two die on the way, while others join.
+    /// A roll-out of 256 MiB at 200 Mbit/s to a few receivers, of which up to two die on the way, and which another may
+    /// join.
     pub fn of_seed(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x7ab5);
         let receivers = rng.range(2, 13) as usize;

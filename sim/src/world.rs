@@ -27,48 +27,63 @@ use crate::rng::Rng;
 use crate::scenario::Scenario;
 use crate::trainer::{Phase, Trainer};
 
-/// One way through the network.
+/// Time of one way through the network.
 const LATENCY: Duration = Duration::from_millis(2);
 /// Time between two looks for silent samples.
 const SWEEP: Duration = Duration::from_millis(250);
 pub(crate) const TICK: Duration = Duration::from_millis(20);
 /// Events between two comparisons of the folded durable state with the live one.
 const FOLD_EVERY: u64 = 16;
-/// Tokens, as `World::prompt` makes them.
+/// Longest prompt in tokens, as `World::prompt` makes them.
 const LONGEST_PROMPT: u64 = 24;
-/// A world that is not done by then hangs.
+/// Virtual time after which a world is taken to hang.
 const PATIENCE: Duration = Duration::from_secs(900);
 
-/// What a world came to.
+/// Figures of a world that ended well.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Outcome {
+    /// Seed of the world.
     pub seed: u64,
+    /// Virtual time that the world took, in milliseconds.
     pub virtual_ms: u64,
+    /// Events that the core handled.
     pub events: u64,
+    /// Samples that the trainer received.
     pub delivered: u64,
+    /// Tokens that were recomputed with the oracle.
     pub checked_tokens: u64,
+    /// Times that a sample continued on another engine.
     pub migrations: u64,
+    /// Tokens that were made again after a restart from the prompt.
     pub regenerated_tokens: u64,
+    /// Samples that the manager gave up.
     pub abandoned: u64,
+    /// Versions that were published.
     pub versions: u64,
+    /// Injected faults by kind.
     pub faults: BTreeMap<String, u64>,
-    /// Of every action of the manager's core, its time, and everything delivered: equal decisions, equal digests.
+    /// Hash of every action of the manager's core with its time, and of everything delivered: equal decisions have
+    /// equal digests.
     pub digest: String,
 }
 
 /// A broken promise, with the last things that happened before it.
 #[derive(Clone, Debug)]
 pub struct Failure {
+    /// Seed of the world.
     pub seed: u64,
+    /// Virtual time of the failure, in milliseconds.
     pub at_ms: u64,
+    /// The broken promise.
     pub what: String,
+    /// The last things that happened, in their order.
     pub story: Vec<String>,
 }
 
-/// What is on its way, or due.
+/// Messages on their way, and timers.
 pub(crate) enum Happening {
     Core(Event),
-    /// A tick, over this link.
+    /// A tick arrives over this link.
     Tick {
         link: LinkId,
         session: SessionId,
@@ -88,7 +103,7 @@ pub(crate) enum Happening {
     Reborn {
         engine: usize,
     },
-    /// Its notice is over: the machine is gone.
+    /// The notice of the machine is over: the machine is gone.
     Preempted {
         engine: usize,
     },
@@ -153,7 +168,7 @@ pub(crate) enum ToAgent {
     Closed { retry: Option<Duration> },
 }
 
-/// What an answer is for.
+/// Request whose answer the trainer waits for.
 pub(crate) enum Waiting {
     Open,
     Submit { step: u64 },
@@ -179,21 +194,23 @@ pub(crate) struct World {
     queue: BTreeMap<(Now, u64), Happening>,
     next: u64,
     pub links: BTreeMap<LinkId, usize>,
-    /// The manager's side of each session: its newest link.
+    /// Newest link of each session, as the manager sees it.
     pub sessions: BTreeMap<SessionId, LinkId>,
     acked: BTreeMap<SessionId, u64>,
-    /// New tokens of a session since its last word to the core.
+    /// New tokens of each session since its last message to the core.
     made: BTreeMap<SessionId, u64>,
-    /// What the ledger said to the actions of this turn.
+    /// What trainers of older epochs still say, once the next one has opened the job.
+    pub zombies: Vec<Event>,
+    /// Answers of the ledger to the actions of this turn.
     found: Vec<Event>,
     pub waiting: BTreeMap<ReplyTo, Waiting>,
-    /// Group key -> n, as admitted.
+    /// Samples of each group, by the group's key, as submitted.
     pub asked: BTreeMap<String, u32>,
     pub admitted: BTreeSet<String>,
     pub pins: BTreeMap<String, Version>,
     pub lose_finishes_at: Option<(usize, Now)>,
     pub garble: Option<usize>,
-    /// The manager's process is stopped: since, until.
+    /// Begin and end of the time in which the manager's process is stopped.
     pub paused: Option<(Now, Now)>,
     pub outcome: Outcome,
     digest: Digest,
@@ -202,14 +219,14 @@ pub(crate) struct World {
     broken: Option<String>,
 }
 
-/// Runs one world to its end.
+/// Runs one world to its end. The error is the first broken promise.
 pub fn run(scenario: Scenario) -> Result<Outcome, Box<Failure>> {
     let mut world = World::new(scenario);
     world.go();
     world.finish()
 }
 
-/// The same, and counts what was seen of the core. Takes about twice as long.
+/// Runs one world like [`run`], and counts what was seen of the core. Takes about twice as long.
 pub fn run_covered(scenario: Scenario) -> (Result<Outcome, Box<Failure>>, Coverage) {
     let mut world = World::new(scenario);
     world.coverage = Some(Default::default());
@@ -251,6 +268,7 @@ impl World {
             sessions: BTreeMap::new(),
             acked: BTreeMap::new(),
             made: BTreeMap::new(),
+            zombies: Vec::new(),
             found: Vec::new(),
             waiting: BTreeMap::new(),
             asked: BTreeMap::new(),
@@ -289,7 +307,7 @@ impl World {
         }
     }
 
-    /// The next thing that happens: a message, a model's timer, or a deadline of the core.
+    /// Runs the next event: a message, a model's timer, or a deadline of the core.
     fn step(&mut self) {
         let due = self.queue.first_key_value().map(|(at, _)| at.0);
         let deadline = self.core.next_timeout().filter(|_| self.paused.is_none());
@@ -396,7 +414,7 @@ impl World {
         }
     }
 
-    /// The driver's look at the ledger.
+    /// Looks for silent samples in the ledger, as the driver does.
     pub(crate) fn sweep(&mut self) {
         for (session, silent) in self.ledger.sweep(self.now) {
             self.core_event(Event::SilenceFound { session, silent });
@@ -496,7 +514,7 @@ impl World {
     }
 }
 
-/// Little more than a step is admitted at once, where the seed says so.
+/// Settings of the core. Little more than a step is admitted at once, if the seed says so.
 fn config_of(scenario: &Scenario) -> CoreConfig {
     let sample = u64::from(scenario.max_tokens) + LONGEST_PROMPT;
     let step = sample * u64::from(scenario.n) * scenario.groups_per_step;
@@ -518,7 +536,7 @@ impl Happening {
     }
 }
 
-/// The core's link events carry a static reason; a world makes at most a handful of its own.
+/// Makes a reason static, as the core's link events need it; a world makes at most a handful of its own.
 fn leak(reason: String) -> &'static str {
     Box::leak(reason.into_boxed_str())
 }

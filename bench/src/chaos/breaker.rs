@@ -12,19 +12,21 @@ use crate::cluster::{Cluster, Node};
 use crate::proxy::Link;
 use crate::publishing::Publishing;
 
-/// An engine that does not answer its fault switch by then is broken already.
+/// Time for an engine to answer its fault switch; one that does not is broken already.
 const SWITCH: Duration = Duration::from_millis(500);
-/// A fetch takes some tens of milliseconds: looked at this often, and no longer than this.
+/// Time between two looks for a fetch, which takes some tens of milliseconds.
 const FETCH_LOOK: Duration = Duration::from_millis(1);
+/// Longest wait for a fetch.
 const FETCH_WAIT: Duration = Duration::from_millis(400);
-/// A drained agent leaves by itself; one that does not is put down so that its engine can come back.
+/// Time for a drained agent to leave by itself; then it is killed, so that its engine can come back.
 const DRAIN_WAIT: Duration = Duration::from_secs(6);
 
+/// The faults that were injected, and those that must still be undone.
 pub struct Breaker {
     plan: Plan,
     http: reqwest::Client,
     counts: BTreeMap<&'static str, u64>,
-    /// The engine did not take the fault: it was gone or frozen.
+    /// Faults that the engine did not take, because it was gone or frozen.
     missed: u64,
     kills: u64,
     torn: u64,
@@ -36,7 +38,7 @@ pub struct Breaker {
     killed_fetching: u64,
 }
 
-/// Something to undo.
+/// A fault that must be undone at a time.
 #[derive(Debug)]
 struct Mend {
     due: Instant,
@@ -49,13 +51,15 @@ enum How {
     Continue,
     Link,
     Clear,
-    /// The agent's life that was drained: not one that came after it.
+    /// Kill the drained agent, unless it has ended or was started again since.
     Drained {
+        /// Number of the agent's life that was drained.
         life: u32,
     },
 }
 
 impl Breaker {
+    /// Makes a breaker whose plan is seeded with `seed`.
     pub fn new(seed: u64) -> Self {
         Self {
             plan: Plan::new(seed),
@@ -71,6 +75,7 @@ impl Breaker {
         }
     }
 
+    /// Injected faults by kind, with the misses.
     pub fn counts(&self) -> BTreeMap<&'static str, u64> {
         let mut counts = self.counts.clone();
         if self.missed > 0 {
@@ -79,28 +84,32 @@ impl Breaker {
         counts
     }
 
+    /// Number of injected faults.
     pub fn total(&self) -> u64 {
         self.counts.values().sum()
     }
 
+    /// Number of processes that were killed as a fault.
     pub fn kills(&self) -> u64 {
         self.kills
     }
 
-    /// Kills, and faults that tear all streams of a living engine.
+    /// Number of faults that ended all streams of an engine: kills, early ends and resets.
     pub fn torn(&self) -> u64 {
         self.torn
     }
 
+    /// Agents that were killed while the manager saw them fetch.
     pub fn killed_fetching(&self) -> u64 {
         self.killed_fetching
     }
 
+    /// Name of the newest fault.
     pub fn last(&self) -> &'static str {
         self.last
     }
 
-    /// One fault from the plan.
+    /// Injects the next fault of the plan.
     pub async fn strike(&mut self, cluster: &mut Cluster) -> anyhow::Result<()> {
         let whole = self.whole(cluster);
         let linked = self.linked(cluster);
@@ -162,7 +171,7 @@ impl Breaker {
         Ok(true)
     }
 
-    /// Undoes what is over by now.
+    /// Undoes the faults whose time is over.
     pub async fn mend_due(&mut self, cluster: &mut Cluster) -> anyhow::Result<()> {
         let now = Instant::now();
         let (due, later) =
@@ -171,7 +180,7 @@ impl Breaker {
         self.mend(cluster, due).await
     }
 
-    /// Undoes everything: the run is to finish now.
+    /// Undoes all faults, so that the run can finish.
     pub async fn mend_all(&mut self, cluster: &mut Cluster) -> anyhow::Result<()> {
         self.in_fetch.clear();
         let (now, later): (Vec<Mend>, Vec<Mend>) = std::mem::take(&mut self.mends)
@@ -181,7 +190,7 @@ impl Breaker {
         self.mend(cluster, now).await
     }
 
-    /// A version was just published: kills the agents that were chosen for it, as soon as they are seen to fetch.
+    /// Kills the agents that were chosen for it, as soon as they fetch; called when a version was just published.
     pub async fn kill_in_fetch(
         &mut self,
         cluster: &mut Cluster,
@@ -225,7 +234,7 @@ impl Breaker {
         Ok(())
     }
 
-    /// As a person would: `anabranch engines drain ID`.
+    /// Drains an engine as a person would: `anabranch engines drain ID`.
     async fn drain(&mut self, cluster: &mut Cluster, at: usize) -> anyhow::Result<bool> {
         let (id, life) = (cluster.nodes[at].id.clone(), cluster.nodes[at].agent.lives());
         let url = cluster.url().to_owned();
@@ -250,14 +259,15 @@ impl Breaker {
         self.mends.push(Mend { due: Instant::now() + fault.lasts, at: fault.at, how });
     }
 
-    /// Engines that nothing is wrong with.
+    /// Engines that have no fault now.
     fn whole(&self, cluster: &Cluster) -> Vec<usize> {
         let up = |node: &Node| node.engine.is_up() && node.agent.is_up();
         let broken = |at: usize| self.mends.iter().any(|mend| mend.at == at);
         (0..cluster.nodes.len()).filter(|&at| up(&cluster.nodes[at]) && !broken(at)).collect()
     }
 
-    /// Engines whose agents reach the manager: one that was cut off holds seconds of tokens that a kill would take.
+    /// Engines whose agents reach the manager. An agent that is cut off holds seconds of tokens, which a kill would
+    /// lose.
     fn linked(&self, cluster: &Cluster) -> Vec<usize> {
         let cut = |at: usize| self.mends.iter().any(|mend| mend.at == at && mend.how == How::Link);
         (0..cluster.nodes.len()).filter(|&at| !cut(at)).collect()

@@ -1,4 +1,5 @@
-//! Which fault comes next, and where: seeded, every kind equally often. Decides; breaks nothing itself.
+//! The plan of faults: kind and place of the next one, seeded, every kind equally often. Decides; breaks nothing
+//! itself.
 
 use std::time::Duration;
 
@@ -6,22 +7,35 @@ use serde::Serialize;
 
 use crate::rng::Rng;
 
+/// Kind of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
+    /// The engine gets SIGKILL.
     EngineKill,
+    /// The engine gets SIGSTOP, and SIGCONT after a while.
     EngineStop,
+    /// The engine ends all its streams without an error, before the answers are complete.
     CleanEnd,
+    /// The engine sends the last tokens of some streams without the finish.
     LostFinish,
+    /// The engine resets the connections of all its streams.
     Reset,
+    /// The agent gets SIGKILL.
     AgentKill,
+    /// The agent gets SIGKILL while it fetches a version.
     AgentKillMidFetch,
+    /// The engine is drained.
     Drain,
+    /// The connections between agent and manager are closed, new ones too.
     LinkCut,
+    /// Nothing passes between agent and manager.
     LinkStall,
+    /// The engine generates slower.
     SlowEngine,
 }
 
+/// All kinds.
 pub const KINDS: [Kind; 11] = [
     Kind::EngineKill,
     Kind::EngineStop,
@@ -36,25 +50,28 @@ pub const KINDS: [Kind; 11] = [
     Kind::SlowEngine,
 ];
 
-/// One thing to break.
+/// One fault, and where it is injected.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Fault {
+    /// Kind of the fault.
     pub kind: Kind,
     /// Index of the engine.
     pub at: usize,
-    /// How long it lasts, where it is not over at once.
+    /// Time until the fault is undone; zero if it is over at once.
     pub lasts: Duration,
-    /// `SlowEngine`: the rate is divided by it. `LostFinish`: so many.
+    /// Divisor of the rate for `SlowEngine`; number of streams for `LostFinish`.
     pub much: u64,
 }
 
+/// The series of faults that one seed makes.
 pub struct Plan {
     rng: Rng,
-    /// Kinds not yet used in this round.
+    /// Kinds that this round has not used yet.
     bag: Vec<Kind>,
 }
 
 impl Kind {
+    /// Name of the kind in reports.
     pub fn name(self) -> &'static str {
         match self {
             Kind::EngineKill => "engine_kill",
@@ -71,24 +88,26 @@ impl Kind {
         }
     }
 
-    /// A process dies by SIGKILL.
+    /// Whether a process dies by SIGKILL.
     pub fn is_kill(self) -> bool {
         matches!(self, Kind::EngineKill | Kind::AgentKill | Kind::AgentKillMidFetch)
     }
 
-    /// All streams of an engine end at any token, without a chance to hand over what was made: to them it is a kill.
+    /// Whether all streams of an engine end at any token, without a chance to hand over what was made: to them it is a
+    /// kill.
     pub fn tears_streams(self) -> bool {
         self.is_kill() || matches!(self, Kind::CleanEnd | Kind::Reset)
     }
 }
 
 impl Plan {
+    /// Makes the plan of `seed`.
     pub fn new(seed: u64) -> Self {
         Self { rng: Rng::new(seed), bag: Vec::new() }
     }
 
-    /// `whole` are the engines that nothing is wrong with at present, out of `all`; broken ones are hit only where no
-    /// other is left.
+    /// Chooses the next fault. `whole` are the engines without a fault, out of `all`; an engine with one is hit only if
+    /// `whole` is empty.
     pub fn next(&mut self, whole: &[usize], all: usize) -> Fault {
         if self.bag.is_empty() {
             self.bag = KINDS.to_vec();

@@ -14,13 +14,14 @@ use anyhow::Context;
 
 use crate::procfs;
 
+/// One process with its log and counters, over all its lives.
 #[derive(Debug)]
 pub struct Proc {
     name: String,
     log: PathBuf,
     state: State,
     lives: u32,
-    /// Processes that ended without being asked to, and how.
+    /// Processes that ended without being asked to, and how they ended.
     surprises: Vec<String>,
     usage: Usage,
 }
@@ -33,14 +34,17 @@ enum State {
     Up { child: Box<Child>, cpu: Duration },
 }
 
-/// Usage of all lives together.
+/// CPU and memory of all lives together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
+    /// User and system time.
     pub cpu: Duration,
+    /// Highest resident size of any life.
     pub peak_rss_bytes: u64,
 }
 
 impl Proc {
+    /// A process that is down, with its log file in `dir`.
     pub fn new(name: impl Into<String>, dir: &std::path::Path) -> Self {
         let name = name.into();
         Self {
@@ -62,23 +66,27 @@ impl Proc {
         Ok(())
     }
 
+    /// The log file.
     pub fn log(&self) -> &std::path::Path {
         &self.log
     }
 
+    /// Times that the process was started.
     pub fn lives(&self) -> u32 {
         self.lives
     }
 
+    /// Ends that nobody asked for, in words.
     pub fn surprises(&self) -> &[String] {
         &self.surprises
     }
 
+    /// Whether the process runs, as far as the last look tells.
     pub fn is_up(&self) -> bool {
         matches!(self.state, State::Up { .. })
     }
 
-    /// How long it has been down, where it is.
+    /// Time since the process ended; `None` while it runs.
     pub fn down_for(&self) -> Option<Duration> {
         match self.state {
             State::Down { since } => Some(since.elapsed()),
@@ -86,7 +94,7 @@ impl Proc {
         }
     }
 
-    /// Reads its counters; of a process that ended just now, too.
+    /// Reads the counters, also those of a process that ended just now.
     pub fn observe(&mut self) -> Usage {
         if let State::Up { child, cpu } = &mut self.state {
             *cpu = procfs::cpu_time(child.id()).unwrap_or(*cpu).max(*cpu);
@@ -97,7 +105,7 @@ impl Proc {
         self.usage
     }
 
-    /// True where it ended by itself since the last look. `expected` ends are no surprise.
+    /// Whether the process ended by itself since the last look. An end that is not `expected` is noted as a surprise.
     pub fn reap(&mut self, expected: bool) -> anyhow::Result<bool> {
         self.observe();
         let State::Up { child, .. } = &mut self.state else { return Ok(false) };
@@ -113,7 +121,7 @@ impl Proc {
         Ok(true)
     }
 
-    /// To the whole process group; nothing happens where it is down.
+    /// Sends `signal` to the whole process group; does nothing if the process is down.
     pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         if let State::Up { child, .. } = &self.state {
             child.signal(signal).with_context(|| format!("signalling {}", self.name))?;
@@ -121,7 +129,7 @@ impl Proc {
         Ok(())
     }
 
-    /// SIGKILL, and waits for the end.
+    /// Sends SIGKILL and waits for the end.
     pub async fn kill(&mut self) -> anyhow::Result<()> {
         self.observe();
         if let State::Up { child, .. } = &mut self.state {
@@ -131,6 +139,7 @@ impl Proc {
         Ok(())
     }
 
+    /// Sends SIGTERM, and SIGKILL after `deadline`; waits for the end.
     pub async fn terminate(&mut self, deadline: Duration) -> anyhow::Result<()> {
         self.observe();
         if let State::Up { child, .. } = &mut self.state {

@@ -19,12 +19,14 @@ mod course;
 
 use course::Course;
 
-/// 5.8 s on the wire: eighteen cases in less than four minutes.
+/// Size of a version: 5.8 s on the wire, so eighteen cases take less than four minutes.
 const BYTES: u64 = 128 << 20;
 const RELAYS: usize = 3;
 const RECEIVERS: usize = RELAYS + 1;
 const PERCENT: [u64; 3] = [10, 50, 90];
+/// Largest share of a version that a fault may bring a second time.
 const AGAIN: f64 = 0.02;
+/// Longest time with a fault, as a multiple of the time without.
 const FINISH: f64 = 1.25;
 const GIVE_UP: Duration = Duration::from_secs(90);
 
@@ -37,22 +39,24 @@ enum Victim {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fault {
-    /// SIGKILL; started again at once.
+    /// SIGKILL, and an immediate restart.
     Kill,
-    /// The cable is pulled until the others are done; that of the only source for as long as the progress deadline.
+    /// The cable is pulled until the others are done. For the only source it is pulled for as long as the progress
+    /// deadline.
     Link,
 }
 
-/// What one transfer took, by receiver.
+/// Result of one transfer to all receivers.
 struct Run {
     after: Vec<Duration>,
-    /// All that came over its link.
+    /// All bytes that came over the receiver's link.
     arrived_bytes: Vec<u64>,
-    /// For how long there was no source at all.
+    /// Time without any source.
     sourceless: Duration,
     errors: Vec<String>,
 }
 
+/// Measures the figure.
 pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     let rows = Victim::ALL.iter().flat_map(|v| Fault::ALL.map(|f| (*v, f)));
     let mut fleet = match Fleet::start(lab, "f", RECEIVERS).await {
@@ -94,7 +98,8 @@ pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     Ok(figures)
 }
 
-/// One version to all, with at most one fault on the way; every receiver has the right bytes in the end.
+/// Sends one version to all receivers, with at most one fault on the way, and checks that every receiver has the right
+/// bytes in the end.
 async fn run(
     fleet: &mut Fleet<'_>,
     number: u64,
@@ -208,7 +213,7 @@ impl Victim {
         }
     }
 
-    /// Whose progress says that the moment has come.
+    /// Index of the receiver whose progress decides when to strike.
     fn watched(self) -> usize {
         self.receiver().unwrap_or(1)
     }

@@ -18,10 +18,10 @@ use super::report::{Figure, median};
 use crate::progress;
 
 const ZSTD_LEVEL: i32 = 1;
-/// What an index of 32 bits and a value of 16 take for one changed element.
+/// Bytes of one changed element as an index of 32 bits and a value of 16.
 const PAIR_BYTES: u64 = 4 + 2;
 
-/// Figure C, on the pairs in `dir`, which are trained if they are not there.
+/// Measures figure C on the pairs in `dir`. Pairs that are not there are trained.
 pub fn figure_c(dir: &Path) -> anyhow::Result<Vec<Figure>> {
     let mut figures = Vec::new();
     for pair in pairs::pairs(dir)? {
@@ -70,7 +70,7 @@ fn sizes(pair: &Pair) -> anyhow::Result<[Figure; 2]> {
     ])
 }
 
-/// The goals are stated for 0.3-3 % and for more than 5 %.
+/// Remark for a density for which no goal is stated: goals are for 0.3-3 % and for more than 5 %.
 fn outside(density: f64) -> &'static str {
     match density {
         d if d < 0.003 => "; sparser than the goal is for",
@@ -79,8 +79,8 @@ fn outside(density: f64) -> &'static str {
     }
 }
 
-/// What no code of single steps can go below that knows each element's old exponent, and for each exponent
-/// how often each step in value order occurs.
+/// Lower bound of the size, in bytes, of any code of single steps that knows each element's old exponent, and for each
+/// exponent how often each step in value order occurs.
 fn entropy_bytes(base: &[u8], new: &[u8]) -> f64 {
     let ordered = |b: &[u8]| match u16::from_le_bytes([b[0], b[1]]) {
         bits if bits >> 15 == 0 => i32::from(bits),
@@ -99,7 +99,7 @@ fn entropy_bytes(base: &[u8], new: &[u8]) -> f64 {
     steps.iter().map(bits).sum::<f64>() / 8.0
 }
 
-/// A safetensors file of bf16 tensors as the image that a version of them would have.
+/// Reads a safetensors file of bf16 tensors as the image of a version.
 fn image(path: &Path) -> anyhow::Result<(Layout, Vec<u8>)> {
     let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     let file = SafeTensors::deserialize(&bytes)
@@ -133,14 +133,14 @@ const SHARES: [(&str, f64); 2] = [("0.2%", 0.002), ("0.9%", 0.009)];
 const ROUNDS: usize = 5;
 const SETS: usize = 3;
 
-/// Seconds of one copy, one encoding, one application of the same image.
+/// Seconds of one copy, one encoding and one application of the same image.
 struct Round {
     copy: f64,
     encode: f64,
     apply: f64,
 }
 
-/// Figure D, on an image of `bytes`, one thread.
+/// Measures figure D on an image of `bytes`, with one thread.
 pub fn figure_d(bytes: u64) -> anyhow::Result<Vec<Figure>> {
     let figures: anyhow::Result<Vec<[Figure; 2]>> =
         SHARES.iter().map(|(name, share)| speeds(bytes, name, *share)).collect();

@@ -19,7 +19,7 @@ const BYTES: u64 = 512 << 20;
 const ENGINES: usize = 4;
 const RATE: &str = "200mbit";
 const GOAL: f64 = 0.25;
-/// Just below 1% of the elements.
+/// Share of changed elements: just below 1%.
 const CHANGED: f64 = 0.009;
 const MANAGER: &str = "10.77.0.1:5000";
 const ENGINE: &str = "127.0.0.1:30000";
@@ -29,11 +29,12 @@ const PATIENCE: Duration = Duration::from_secs(180);
 /// The processes of one job on its hosts.
 struct Cluster {
     trainer: Host,
-    /// Killed when dropped.
+    /// Manager, agents and engines; killed when dropped.
     others: Vec<Child>,
     net: Net,
 }
 
+/// Measures the figure.
 pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     let cluster = match Cluster::start(lab).await {
         Ok(cluster) => cluster,

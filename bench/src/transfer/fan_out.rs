@@ -11,9 +11,10 @@ use crate::progress;
 const BYTES: u64 = 256 << 20;
 const RECEIVERS: usize = 8;
 const SIMULATED: usize = 32;
-/// 200 Mbit/s, in bytes.
+/// Rate of a simulated link in bytes per second: 200 Mbit/s.
 const SIM_RATE: u64 = 25_000_000;
 
+/// Measures the figure, and simulates it for more receivers.
 pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     let mut rows = match measured(lab).await {
         Ok(rows) => rows,
@@ -72,7 +73,7 @@ async fn measured(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     ])
 }
 
-/// When the last one had everything, in seconds.
+/// Time at which the last receiver had everything, in seconds.
 fn last(arrivals: &[Arrival]) -> f64 {
     arrivals.iter().map(|a| a.after.as_secs_f64()).fold(0.0, f64::max)
 }
@@ -85,7 +86,7 @@ fn told(arrival: &Arrival) -> Value {
     })
 }
 
-/// The manager's plan and the receivers' queues in virtual time: more hosts than a machine can be.
+/// Runs the manager's plan and the receivers' queues in virtual time, for more hosts than one machine can be.
 fn simulated() -> [Figure; 2] {
     let run = anabranch_sim::transfer::fan_out(SIMULATED, BYTES, DEFAULT_CHUNK_BYTES, SIM_RATE);
     let note = format!("K = {SIMULATED} in virtual time, {} stripes", run.stripes);

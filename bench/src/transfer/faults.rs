@@ -28,6 +28,7 @@ struct Stage<'a> {
     caught: u32,
 }
 
+/// Measures the figure.
 pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     let trainer = lab.trainer(lab.local("i-trainer")?, LOCAL, false).await?;
     let receiver = lab.receiver(lab.local("i-receiver")?, LOCAL).await?;
@@ -62,7 +63,7 @@ pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
 }
 
 impl Stage<'_> {
-    /// Through a source that lies, alone or with an honest one behind it.
+    /// Fetches through a source that lies, alone or together with an honest one.
     async fn meddled(&mut self, name: &str, fault: &Fault, honest: bool) -> anyhow::Result<()> {
         let issued = self.publish().await?;
         let meddler = Meddler::start(&self.trainer.addr, fault.clone()).await?;
@@ -72,7 +73,7 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// The source's memory is given to other versions while it is read.
+    /// Gives the source's memory to other versions while it is read.
     async fn torn(&mut self) -> anyhow::Result<()> {
         let issued = self.publish().await?;
         let meddler = Meddler::start(&self.trainer.addr, Fault::Slow).await?;
@@ -90,7 +91,7 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// With a grant for a version that the source does not hold any more.
+    /// Fetches with a grant for a version that the source does not hold any more.
     async fn gone(&mut self) -> anyhow::Result<()> {
         let issued = self.publish().await?;
         for _ in 0..2 {
@@ -101,7 +102,7 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// Somebody without a grant writes to the ports of both while a version arrives.
+    /// Lets somebody without a grant write to the ports of both while a version arrives.
     async fn foreign(&mut self) -> anyhow::Result<()> {
         let issued = self.publish().await?;
         let meddler = Meddler::start(&self.trainer.addr, Fault::Slow).await?;
@@ -175,7 +176,8 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// Caught: the right bytes, or a refusal where there is no honest source that could have helped.
+    /// Notes a case. It is caught if the right bytes came, or if they were refused and no honest source could have
+    /// helped.
     fn judge(
         &mut self,
         name: &str,
@@ -192,7 +194,7 @@ impl Stage<'_> {
     }
 }
 
-/// With a grant that nobody minted: as a receiver, or as a source that dials.
+/// Greeting with a grant that nobody minted: as a receiver, or as a source that dials.
 fn greeting(offer: bool) -> Vec<u8> {
     let grant = vec![7; 160];
     let message = match offer {
@@ -202,7 +204,7 @@ fn greeting(offer: bool) -> Vec<u8> {
     message.to_bytes()
 }
 
-/// Sends the words and then chunks; how that was answered.
+/// Sends `words` and then chunks; returns how that was answered.
 async fn intrude(addr: &str, mut words: Vec<u8>) -> anyhow::Result<String> {
     let mut stream = TcpStream::connect(addr).await?;
     for index in 0..4 {

@@ -13,26 +13,33 @@ use super::lab::{Lab, Server};
 use super::netns::{Net, Traffic};
 use super::order::*;
 
+/// Rate of every link, in the words of `tc`.
 pub const RATE: &str = "200mbit";
-/// Parallel streams of a transfer that goes by no plan.
+/// Parallel streams of a transfer without a plan.
 pub const STREAMS: usize = 4;
 
+/// The hosts of one figure.
 pub struct Fleet<'a> {
     lab: &'a Lab,
+    /// Links between the hosts.
     pub net: Net,
     figure: String,
+    /// The trainer, host 0.
     pub trainer: Server,
-    /// Receiver `i` is host `i + 1`.
+    /// The receivers; receiver `i` is host `i + 1`.
     pub receivers: Vec<Server>,
 }
 
-/// One receiver's part in a fan-out.
+/// Result of one receiver's fetch.
 pub struct Arrival {
+    /// Time from the start of the fan-out until the receiver had everything.
     pub after: Duration,
+    /// The receiver's own report.
     pub fetched: Fetched,
 }
 
 impl<'a> Fleet<'a> {
+    /// Starts the links, the trainer and the receivers.
     pub async fn start(lab: &'a Lab, figure: &str, receivers: usize) -> anyhow::Result<Fleet<'a>> {
         let net = Net::up(receivers, RATE).await?;
         let trainer = train(lab, &net, figure).await?;
@@ -51,13 +58,13 @@ impl<'a> Fleet<'a> {
         self.lab.receiver(host, Net::addr(at + 1)).await
     }
 
-    /// Another life of a receiver that was killed.
+    /// Starts a receiver that was killed again.
     pub async fn restart(&mut self, at: usize) -> anyhow::Result<()> {
         self.receivers[at] = self.receiver(at).await?;
         Ok(())
     }
 
-    /// Another life of the trainer: it publishes the same bytes again.
+    /// Starts the trainer again; it publishes the same bytes again.
     pub async fn restart_trainer(&mut self, issued: &Issued, bytes: u64) -> anyhow::Result<()> {
         self.trainer = train(self.lab, &self.net, &self.figure).await?;
         let again = self.publish(issued.version.number, bytes).await?;
@@ -65,12 +72,13 @@ impl<'a> Fleet<'a> {
         Ok(())
     }
 
+    /// Makes and publishes version `number` with `bytes` bytes.
     pub async fn publish(&self, number: u64, bytes: u64) -> anyhow::Result<Issued> {
         let order = Publish { number, bytes, seed: number, changed: None };
         self.trainer.host.ask(Order::Publish(order)).await
     }
 
-    /// Lets receiver `at` fetch by `feed`.
+    /// Lets receiver `at` fetch a version by `feed`.
     pub async fn fetch(
         &self,
         at: usize,
@@ -93,11 +101,12 @@ impl<'a> Fleet<'a> {
         self.receivers[at].host.send(Order::Fetch(fetch)).await
     }
 
-    /// One receiver alone, straight from the trainer: what the link gives.
+    /// Fetches to one receiver, straight from the trainer, to see what the link can carry.
     pub async fn alone(&self, at: usize, issued: &Issued) -> anyhow::Result<Arrival> {
         self.one(at, issued, &Feed::from_trainer()).await
     }
 
+    /// Fetches to one receiver by `feed`.
     pub async fn one(&self, at: usize, issued: &Issued, feed: &Feed) -> anyhow::Result<Arrival> {
         let started = Instant::now();
         let pending = self.fetch(at, &issued.version, feed).await?;
@@ -106,7 +115,7 @@ impl<'a> Fleet<'a> {
         Ok(arrival)
     }
 
-    /// All receivers at once, by plan.
+    /// Fetches to all receivers at once, by the manager's plan.
     pub async fn fan_out(&self, issued: &Issued) -> anyhow::Result<Vec<Arrival>> {
         let started = Instant::now();
         let mut pending = Vec::new();
@@ -124,7 +133,7 @@ impl<'a> Fleet<'a> {
         Ok(arrivals)
     }
 
-    /// What lies at receiver `at` is what was published, byte for byte.
+    /// Fails unless receiver `at` holds what was published, byte for byte.
     pub async fn check(&self, at: usize, issued: &Issued) -> anyhow::Result<()> {
         let host = &self.receivers[at].host;
         let digest: String = host.ask(Order::Digest).await?;
@@ -132,15 +141,17 @@ impl<'a> Fleet<'a> {
         Ok(())
     }
 
-    /// What passed the trainer's link so far.
+    /// Bytes that passed the trainer's link so far.
     pub fn trainer_traffic(&self) -> anyhow::Result<Traffic> {
         Traffic::of(self.trainer.host.pid().context("the trainer has ended")?)
     }
 
+    /// Counters of the trainer's process.
     pub async fn trainer_usage(&self) -> anyhow::Result<Usage> {
         self.trainer.host.ask(Order::Usage).await
     }
 
+    /// Ends the hosts and the links.
     pub async fn end(self) -> anyhow::Result<()> {
         for receiver in self.receivers {
             receiver.host.end().await?;
@@ -153,35 +164,42 @@ impl<'a> Fleet<'a> {
 // === impl Arrival ===
 
 impl Arrival {
-    /// Arrival by the receiver's own clock, counted from when it was asked.
+    /// The arrival of a receiver that was asked at `asked`, by its own clock.
     pub fn of(asked: Duration, fetched: Fetched) -> Arrival {
         Arrival { after: asked + Duration::from_secs_f64(fetched.took_ms / 1e3), fetched }
     }
 }
 
-/// Sources of one receiver.
+/// Sources of one receiver, as a plan assigns them.
 #[derive(Clone, Debug, Default)]
 pub struct Feed {
+    /// The sources.
     pub sources: Vec<Origin>,
+    /// Stripes that the image is cut into; 0 without a plan.
     pub stripe_count: u32,
+    /// Parallel streams.
     pub streams: usize,
 }
 
+/// One source of a receiver.
 #[derive(Clone, Debug, Default)]
 pub struct Origin {
-    /// `None`: the trainer.
+    /// Index of the receiver that is the source; the trainer if `None`.
     pub peer: Option<usize>,
+    /// Stripes that the source serves.
     pub stripes: Vec<u32>,
+    /// Stripes for which the source may stand in.
     pub fallback_for: Vec<u32>,
 }
 
 impl Feed {
+    /// The feed without a plan: everything from the trainer.
     pub fn from_trainer() -> Feed {
         Feed { sources: vec![Origin::default()], stripe_count: 0, streams: STREAMS }
     }
 }
 
-/// As the manager would have it: `relays` that pass on what they get, then `leaves` that do not.
+/// Feeds by the manager's plan, of `relays` that pass on what they get and then of `leaves` that do not.
 pub fn planned(relays: usize, leaves: usize, bytes: u64) -> Vec<Feed> {
     let image = Image {
         bytes,

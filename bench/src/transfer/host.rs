@@ -20,6 +20,7 @@ use super::order::{Answer, Call, Order, Reply};
 
 /// One host of a figure.
 pub struct Host {
+    /// Name of the host in logs and orders.
     pub name: String,
     child: Child,
     stdin: tokio::sync::Mutex<ChildStdin>,
@@ -28,7 +29,7 @@ pub struct Host {
     _reader: JoinSet<()>,
 }
 
-/// Bounded by what the bench has asked for.
+/// Orders without an answer. Bounded by what the bench has asked for.
 #[derive(Default)]
 struct Waiting {
     orders: BTreeMap<u64, Sink>,
@@ -43,7 +44,7 @@ struct Sink {
 /// An order whose answer is on its way.
 pub struct Pending {
     host: String,
-    /// Verified bytes, for a fetch.
+    /// Verified bytes so far, for a fetch.
     pub progress: watch::Receiver<u64>,
     done: oneshot::Receiver<Result<Value, String>>,
 }
@@ -51,7 +52,7 @@ pub struct Pending {
 // === impl Host ===
 
 impl Host {
-    /// `command` runs this program, perhaps elsewhere; what the node logs is appended to `log`.
+    /// Starts `command`, which runs this program, perhaps in a namespace. Logs of the node are appended to `log`.
     pub fn start(name: &str, mut command: Command, log: &PathBuf) -> anyhow::Result<Host> {
         let file = std::fs::File::options().create(true).append(true).open(log);
         let file = file.with_context(|| format!("opening {}", log.display()))?;
@@ -73,6 +74,7 @@ impl Host {
         })
     }
 
+    /// Gives an order; the answer comes later.
     pub async fn send(&self, order: Order) -> anyhow::Result<Pending> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (progress, seen) = watch::channel(0);
@@ -91,26 +93,29 @@ impl Host {
         Ok(Pending { host: self.name.clone(), progress: seen, done: outcome })
     }
 
+    /// Gives an order and waits for its answer.
     pub async fn ask<T: DeserializeOwned>(&self, order: Order) -> anyhow::Result<T> {
         self.send(order).await?.answer().await
     }
 
+    /// Process id; `None` if the process has ended.
     pub fn pid(&self) -> Option<u32> {
         self.child.id()
     }
 
+    /// Sends a signal to the process.
     pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         let pid = self.pid().and_then(|pid| Pid::from_raw(pid as i32));
         let pid = pid.with_context(|| format!("{} has ended", self.name))?;
         kill_process(pid, signal).with_context(|| format!("signalling {}", self.name))
     }
 
-    /// As a machine that is taken away: no goodbye.
+    /// Kills the process without a goodbye, as a machine that is taken away.
     pub async fn kill(&mut self) -> anyhow::Result<()> {
         self.child.kill().await.with_context(|| format!("killing {}", self.name))
     }
 
-    /// Ends it by its stdin; it takes its staging area along.
+    /// Ends the process by its stdin; it removes its staging area.
     pub async fn end(self) -> anyhow::Result<()> {
         let Host { name, mut child, stdin, .. } = self;
         drop(stdin);
@@ -118,7 +123,7 @@ impl Host {
     }
 }
 
-/// Hands the node's answers to their callers; when the node ends, it lets go whoever still waits.
+/// Hands the node's answers to their callers; when the node ends, fails all orders that still wait.
 async fn read(stdout: ChildStdout, waiting: Arc<Mutex<Waiting>>) {
     let mut lines = BufReader::new(stdout).lines();
     while let Ok(Some(line)) = lines.next_line().await {
@@ -153,18 +158,19 @@ fn lock(waiting: &Mutex<Waiting>) -> std::sync::MutexGuard<'_, Waiting> {
 // === impl Pending ===
 
 impl Pending {
+    /// Waits for the answer. Fails if the node refused the order or ended.
     pub async fn answer<T: DeserializeOwned>(mut self) -> anyhow::Result<T> {
         self.answer_in_place().await
     }
 
-    /// As [`Pending::answer`], once.
+    /// Like [`Pending::answer`] without consuming the order; to be called once.
     pub async fn answer_in_place<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
         let outcome = (&mut self.done).await.map_err(|_| anyhow!("{} ended", self.host))?;
         let value = outcome.map_err(|why| anyhow!("{}: {why}", self.host))?;
         serde_json::from_value(value).with_context(|| format!("{} answered otherwise", self.host))
     }
 
-    /// Returns when so many bytes are verified, or the order is over.
+    /// Waits until so many bytes are verified, or the order is over.
     pub async fn reaches(&mut self, bytes: u64) {
         self.progress.wait_for(|at| *at >= bytes).await.ok();
     }

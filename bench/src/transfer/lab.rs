@@ -15,10 +15,12 @@ use super::order::{Listening, Order, Receive, Source, Train, VersionId};
 use crate::workdir::WorkDir;
 
 const JOB: &str = "bench";
+/// Time without a byte after which a receiver gives up a stream.
 pub const PROGRESS: Duration = Duration::from_secs(5);
-/// Longer than any figure.
+/// Life of a grant: longer than any figure.
 const GRANT_TTL: Duration = Duration::from_secs(3600);
 
+/// Settings and folders that all figures share.
 pub struct Lab {
     work: WorkDir,
     staging: PathBuf,
@@ -27,16 +29,19 @@ pub struct Lab {
     nonce: AtomicU64,
 }
 
-/// Loopback, any port.
+/// Loopback with any port.
 pub const LOCAL: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
-/// A host that serves, and where.
+/// A host that serves, with its address.
 pub struct Server {
+    /// The host.
     pub host: Host,
+    /// Address at which the host serves.
     pub addr: String,
 }
 
 impl Lab {
+    /// Makes the folders. `dir` keeps the logs; all sizes are divided by `divide`.
     pub fn new(dir: Option<&Path>, divide: u64) -> anyhow::Result<Lab> {
         let work = WorkDir::new(dir.map(Path::to_owned), "transfer")?;
         let shm = Path::new("/dev/shm");
@@ -48,31 +53,33 @@ impl Lab {
         Ok(Lab { work, staging, divide, key, nonce: AtomicU64::new(1) })
     }
 
-    /// `bytes`, or less where a look was asked for.
+    /// `bytes`, divided by the run's `--divide`.
     pub fn size(&self, bytes: u64) -> u64 {
         bytes / self.divide
     }
 
-    /// For files of the run that are not logs.
+    /// Folder for files of the run that are not logs.
     pub fn scratch(&self) -> &Path {
         self.work.path()
     }
 
+    /// Staging area of a host.
     pub fn staging(&self, host: &str) -> PathBuf {
         self.staging.join(host)
     }
 
-    /// A process on this machine's loopback.
+    /// Starts a process on this machine's loopback.
     pub fn local(&self, name: &str) -> anyhow::Result<Host> {
         let exe = std::env::current_exe().context("finding this program")?;
         self.start(name, Command::new(exe))
     }
 
-    /// As [`Lab::local`], by a command that ends in this program.
+    /// Starts a process by a command that ends in this program, such as one that enters a namespace.
     pub fn start(&self, name: &str, command: Command) -> anyhow::Result<Host> {
         Host::start(name, command, &self.work.path().join(format!("{name}.log")))
     }
 
+    /// Makes `host` a trainer.
     pub async fn trainer(
         &self,
         host: Host,
@@ -82,7 +89,7 @@ impl Lab {
         self.trainer_with(host, listen, delta, None).await
     }
 
-    /// With an arena, its first address is that of the shared memory.
+    /// Makes `host` a trainer. With an arena, its first address is that of the shared memory.
     pub async fn trainer_with(
         &self,
         host: Host,
@@ -95,7 +102,7 @@ impl Lab {
         serving(host, order).await
     }
 
-    /// Another life of a host finds what the one before left in its staging area.
+    /// Makes `host` a receiver. Another life of a host finds the staging area of the life before.
     pub async fn receiver(&self, host: Host, listen: SocketAddr) -> anyhow::Result<Server> {
         let (key, job) = (hex::encode(self.key), JOB.to_owned());
         let (staging, progress_ms) = (self.staging(&host.name), PROGRESS.as_millis() as u64);
@@ -103,7 +110,7 @@ impl Lab {
         serving(host, order).await
     }
 
-    /// `holder` as a source of `version` for `receiver`.
+    /// `holder` as a source of `version` for `receiver`, with a grant.
     pub fn source(
         &self,
         holder: &Server,
@@ -128,7 +135,7 @@ impl Lab {
         })
     }
 
-    /// Removes what the run left; its logs too, where nothing is left to look into.
+    /// Removes the files of the run, and the logs too if the run passed.
     pub fn close(self, passed: bool) -> anyhow::Result<()> {
         std::fs::remove_dir_all(&self.staging)
             .with_context(|| format!("removing {}", self.staging.display()))?;

@@ -11,6 +11,7 @@ use crate::progress;
 const BYTES: u64 = 256 << 20;
 const HOLDERS: usize = 2;
 
+/// Measures the figure.
 pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     let fleet = match Fleet::start(lab, "g", HOLDERS + 1).await {
         Ok(fleet) => fleet,

@@ -16,7 +16,8 @@ const BYTES: u64 = 2 << 30;
 const STREAMS: usize = 4;
 const ROUNDS: usize = 5;
 
-/// Two versions in the arena, one in the staging area, one raw arena, the model while it is made.
+/// Memory that the figure needs, as a multiple of the version: two versions in the arena, one in the staging area, one
+/// raw arena, the model while it is made.
 const MEMORY_FACTOR: u64 = 5;
 
 struct Round {
@@ -27,6 +28,7 @@ struct Round {
     hash_cpu_ns: f64,
 }
 
+/// Measures the figure.
 pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     let bytes = lab.size(BYTES);
     let (need, have) = (MEMORY_FACTOR * bytes, machine::available_bytes());
@@ -61,7 +63,7 @@ async fn publish(trainer: &Server, number: u64, bytes: u64) -> anyhow::Result<Is
     trainer.host.ask(Order::Publish(Publish { number, bytes, seed: number, changed: None })).await
 }
 
-/// One transfer of each kind, in an order that changes.
+/// Makes one transfer of each kind, in an order that changes.
 async fn round(
     lab: &Lab,
     trainer: &Server,
@@ -130,7 +132,7 @@ fn judge(bytes: u64, rounds: &[Round], iperf: Value) -> Vec<Figure> {
     ]
 }
 
-/// What `iperf3` moves with as many streams, where it is installed; only shown.
+/// Rate of `iperf3` with as many streams, if it is installed; only shown.
 async fn iperf() -> Value {
     if !machine::has("iperf3") {
         return Value::from("not installed");

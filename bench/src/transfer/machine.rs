@@ -1,9 +1,10 @@
-//! What a report has to say of the machine, since ratios are only comparable on the same one.
+//! Facts of the machine, for the report: ratios are comparable only on the same machine.
 
 use std::process::Command;
 
 use serde_json::{Value, json};
 
+/// The facts as JSON.
 pub fn facts() -> Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let (cpus, memory) = (read("/proc/cpuinfo"), read("/proc/meminfo"));
@@ -20,17 +21,19 @@ pub fn facts() -> Value {
     })
 }
 
+/// Whether this process runs as root.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Free memory, page cache included.
+/// Free memory in bytes, page cache included.
 pub fn available_bytes() -> u64 {
     let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib = after(&memory, "MemAvailable").and_then(|v| v.trim_end_matches(" kB").parse().ok());
     kib.map_or(0, |kib: u64| kib << 10)
 }
 
+/// Whether `program` is installed.
 pub fn has(program: &str) -> bool {
     Command::new(program).arg("--version").output().is_ok()
 }

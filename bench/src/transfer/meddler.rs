@@ -12,17 +12,19 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
-/// One chunk in so many is spoiled.
+/// One chunk in this many is spoiled.
 const EVERY: u64 = 5;
-/// How long a frame is held back for the next one to overtake it.
+/// Time for which a frame is held back for the next one to overtake it.
 const HOLD: Duration = Duration::from_millis(300);
+/// Pause before each chunk of a slow source.
 const SLOW: Duration = Duration::from_millis(100);
 
+/// What the source does wrong.
 #[derive(Clone, Debug)]
 pub enum Fault {
-    /// One bit of a chunk's bytes.
+    /// One bit of a chunk's bytes is wrong.
     FlipBit,
-    /// One bit of a chunk's header.
+    /// One bit of a chunk's header is wrong.
     FlipHeader,
     /// The stream ends inside a chunk.
     Truncate,
@@ -30,18 +32,21 @@ pub enum Fault {
     SwapBytes,
     /// Two chunks come in the other order.
     SwapFrames,
+    /// A chunk comes twice.
     Duplicate,
     /// Every chunk has the bytes of this older image.
     Stale(Arc<Vec<u8>>),
-    /// Every chunk is rubbish of the right size.
+    /// Every chunk has the right size and wrong bytes.
     Rubbish,
     /// The manifest has one byte changed.
     Manifest,
-    /// Nothing is spoiled, but it takes its time.
+    /// Nothing is spoiled, but chunks come late.
     Slow,
 }
 
+/// A lying source that listens.
 pub struct Meddler {
+    /// Address of the lying source.
     pub addr: String,
     shared: Arc<Shared>,
     _tasks: JoinSet<()>,
@@ -54,7 +59,7 @@ struct Shared {
     injected: AtomicU64,
 }
 
-/// A frame as it came.
+/// A frame as it was received.
 struct Frame {
     message: Message,
     head: Vec<u8>,
@@ -64,6 +69,7 @@ struct Frame {
 // === impl Meddler ===
 
 impl Meddler {
+    /// Starts a proxy in front of `source`.
     pub async fn start(source: &str, fault: Fault) -> anyhow::Result<Meddler> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let addr = listener.local_addr()?.to_string();
@@ -82,6 +88,7 @@ impl Meddler {
         Ok(Meddler { addr, shared, _tasks: tasks })
     }
 
+    /// Number of faults so far.
     pub fn injected(&self) -> u64 {
         self.shared.injected.load(Ordering::Relaxed)
     }
@@ -118,7 +125,7 @@ impl Shared {
         }
     }
 
-    /// False where the stream ends here.
+    /// Spoils a frame, or not. False if the stream ends here.
     async fn spoil(
         &self,
         frame: &mut Frame,

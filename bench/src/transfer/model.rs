@@ -11,6 +11,7 @@ const COLUMNS: u64 = 1024;
 /// Standard deviation of the weights.
 const SIGMA: f64 = 0.02;
 
+/// Tensors of one version.
 pub struct Model {
     tensors: Vec<Tensor>,
 }
@@ -24,7 +25,7 @@ struct Tensor {
 // === impl Model ===
 
 impl Model {
-    /// `bytes`, rounded up to whole rows.
+    /// Makes `bytes` of weights, rounded up to whole rows.
     pub fn new(bytes: u64, seed: u64) -> Model {
         let row = 2 * COLUMNS;
         let mut left = bytes.div_ceil(row).max(1) * row;
@@ -41,7 +42,7 @@ impl Model {
         model
     }
 
-    /// All elements anew, in the same memory.
+    /// Makes all elements anew, in the same memory.
     pub fn renew(&mut self, seed: u64) {
         let table = normals();
         for (nth, tensor) in self.tensors.iter_mut().enumerate() {
@@ -56,11 +57,13 @@ impl Model {
         }
     }
 
+    /// Size of all tensors in bytes.
     pub fn bytes(&self) -> u64 {
         self.tensors.iter().map(|t| t.data.len() as u64).sum()
     }
 
-    /// The next version's: `old` with a share of its elements moved, or all of them anew. Also tells the share.
+    /// Makes the next version's weights: `old` with a share of its elements moved, or all of them anew. Also returns
+    /// the share that really changed.
     pub fn next(old: Option<Model>, bytes: u64, seed: u64, changed: Option<f64>) -> (Model, f64) {
         match (old, changed) {
             (Some(mut model), Some(share)) => {
@@ -75,7 +78,7 @@ impl Model {
         }
     }
 
-    /// Moves about `share` of the elements to the next value up or down. Returns the share that it was.
+    /// Moves about `share` of the elements to the next value up or down. Returns the share that really moved.
     pub fn step(&mut self, share: f64, seed: u64) -> f64 {
         let (mut moved, mut all) = (0u64, 0u64);
         let gap = (2.0 / share.clamp(1e-9, 1.0)) as u64;
@@ -98,6 +101,7 @@ impl Model {
         moved as f64 / all as f64
     }
 
+    /// The tensors in the form that the SDK publishes.
     pub fn refs(&self) -> Vec<TensorRef<'_>> {
         self.tensors.iter().map(Tensor::as_ref).collect()
     }
@@ -114,7 +118,7 @@ impl Tensor {
     }
 }
 
-/// Digest of names and bytes; the names come in order.
+/// Digest of names and bytes; the names must come in order.
 pub fn digest<'a>(tensors: impl Iterator<Item = (&'a str, impl AsRef<[u8]>)>) -> String {
     let mut hasher = blake3::Hasher::new();
     for (name, data) in tensors {

@@ -12,22 +12,25 @@ const SCRIPT: &str = include_str!("../../../scripts/bench/netns.sh");
 
 const PORT: u16 = 7077;
 
+/// The namespaces and their links.
 pub struct Net {
     script: Child,
     prefix: String,
 }
 
-/// What passed a host's link so far.
+/// Bytes that passed a host's link so far.
 #[derive(Clone, Copy, Debug)]
 pub struct Traffic {
+    /// Bytes towards the host.
     pub received_bytes: u64,
+    /// Bytes from the host.
     pub sent_bytes: u64,
 }
 
 // === impl Net ===
 
 impl Net {
-    /// Hosts 0 to `receivers` on one switch.
+    /// Makes hosts 0 to `receivers` on one switch, each with a link of `rate`.
     pub async fn up(receivers: usize, rate: &str) -> anyhow::Result<Net> {
         let mut command = script(&["hold", &receivers.to_string(), rate]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -45,7 +48,7 @@ impl Net {
         Ok(Net { script, prefix: prefix.trim().to_owned() })
     }
 
-    /// This program on host `n`; the process is the program itself.
+    /// A command that starts this program on host `n`, without a process in between.
     pub fn command(&self, n: usize) -> anyhow::Result<Command> {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &format!("{}-{n}", self.prefix)]);
@@ -53,12 +56,12 @@ impl Net {
         Ok(command)
     }
 
-    /// The same over all lives of host `n`.
+    /// Address of host `n`, the same in all its lives.
     pub fn addr(n: usize) -> SocketAddr {
         SocketAddr::from(([10, 77, 0, n as u8 + 1], PORT))
     }
 
-    /// Down is a pulled cable: nothing is refused, nothing arrives.
+    /// Turns the link of host `n` on or off. Off is a pulled cable: nothing is refused, nothing arrives.
     pub async fn set_link(&self, n: usize, up: bool) -> anyhow::Result<()> {
         let what = if up { "link-up" } else { "link-down" };
         self.change(&[what, &self.prefix, &n.to_string()]).await
@@ -77,7 +80,7 @@ impl Net {
         }
     }
 
-    /// Returns when the namespaces are gone.
+    /// Removes the namespaces; returns when they are gone.
     pub async fn down(mut self) -> anyhow::Result<()> {
         drop(self.script.stdin.take());
         self.script.wait().await.map(drop).context("waiting for the namespaces to go")
@@ -85,7 +88,7 @@ impl Net {
 }
 
 impl Traffic {
-    /// Traffic of the namespace that process `pid` lives in.
+    /// Traffic of the namespace of process `pid`.
     pub fn of(pid: u32) -> anyhow::Result<Traffic> {
         let text = std::fs::read_to_string(format!("/proc/{pid}/net/dev"))?;
         Traffic::parse(&text).context("no eth0 there")

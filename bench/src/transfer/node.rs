@@ -20,8 +20,8 @@ use super::{raw, usage};
 
 mod job;
 
-/// The process of `anabranch bench transfer-node`. Each order runs on a thread of its own; the bench waits for
-/// answers, so there are as many as it has asked for.
+/// Runs `anabranch bench transfer-node` until its stdin ends. Each order runs on a thread of its own; the bench waits
+/// for answers, so there are only as many as it has asked for.
 pub fn run() -> anyhow::Result<bool> {
     let node = Node::new();
     std::thread::scope(|scope| {
@@ -49,7 +49,7 @@ pub fn run() -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// Prints one reply. A reader that is gone closes stdin too, which ends the node.
+/// Prints one reply. If nobody reads, stdin is closed too, which ends the node.
 #[allow(clippy::print_stdout)]
 fn say(reply: &Reply) {
     let line = serde_json::to_string(reply).expect("replies are plain data");
@@ -75,7 +75,7 @@ struct Trainer {
 #[derive(Clone)]
 struct Receiver {
     fetcher: Fetcher,
-    /// Lends what the fetcher has got, for as long as the node lives.
+    /// Lends what the fetcher has fetched, for as long as the node lives.
     server: Arc<Server>,
     staging: PathBuf,
     kept: Arc<Mutex<Vec<Staged>>>,
@@ -265,7 +265,7 @@ impl Node {
         lock(&self.receiver).clone().context("this node is no receiver")
     }
 
-    /// A node that is killed leaves its staging area, as an agent does; one that ends does not.
+    /// Removes the staging area. A node that is killed leaves it, as an agent does.
     fn end(self) {
         let receiver = lock(&self.receiver).take();
         if let Some(Receiver { fetcher, server, staging, kept }) = receiver {
@@ -275,7 +275,7 @@ impl Node {
     }
 }
 
-/// Digest of what lies in the staged file, whatever the chunks' hashes were.
+/// Digest of the bytes in the staged file, whatever the chunks' hashes were.
 fn digest_of(staged: &Staged) -> String {
     let mut names: Vec<&str> = staged.manifest().tensors.iter().map(|t| t.name.as_str()).collect();
     names.sort_unstable();

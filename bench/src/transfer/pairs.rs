@@ -21,10 +21,11 @@ mod text;
 use lm::Lm;
 use text::Text;
 
-/// Learning rates: pretraining first, whose weights the two of reinforcement learning start from.
+/// Learning rates: first that of pretraining, from whose weights the two of reinforcement learning start.
 const RATES: [(&str, f64); 3] = [("3e-4", 3e-4), ("1e-5", 1e-5), ("1e-6", 1e-6)];
-/// Steps of a rate before its first image: the moments of Adam have settled.
+/// Steps of a rate before its first image, in which Adam's moments settle.
 const SETTLED: usize = 10;
+/// Steps between the two checkpoints of a pair.
 const APART: [usize; 3] = [1, 10, 100];
 /// Settings of both optimizers; each has half of the tensors and a thread of its own.
 const ADAM: ParamsAdamW =
@@ -32,13 +33,15 @@ const ADAM: ParamsAdamW =
 
 /// Two checkpoints of one run.
 pub struct Pair {
-    /// The learning rate and the steps between them: `lr-1e-6.10`.
+    /// Learning rate, and number of steps between the checkpoints: `lr-1e-6.10`.
     pub name: String,
+    /// File of the older checkpoint.
     pub base: PathBuf,
+    /// File of the newer checkpoint.
     pub new: PathBuf,
 }
 
-/// Those in `dir`; what is missing is trained, which takes minutes.
+/// The pairs in `dir`. If a checkpoint is missing, all are trained, which takes minutes.
 pub fn pairs(dir: &Path) -> anyhow::Result<Vec<Pair>> {
     let missing = |(name, _): &(&str, f64)| images(dir, name).iter().any(|(_, p)| !p.is_file());
     if RATES.iter().any(missing) {
@@ -55,7 +58,7 @@ pub fn pairs(dir: &Path) -> anyhow::Result<Vec<Pair>> {
     Ok(RATES.iter().flat_map(of_rate).collect())
 }
 
-/// The base of a rate's pairs, then those that they lead to.
+/// The base of a rate's pairs, then the newer checkpoint of each pair.
 fn images(dir: &Path, rate: &str) -> [(String, PathBuf); 4] {
     let [a, b, c] = APART;
     [0, a, b, c].map(|after| {
@@ -96,7 +99,7 @@ fn train(dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// bf16 of the master, complete or not there.
+/// Writes the master weights as bf16; the file is complete or not there.
 fn save(lm: &Lm, path: &Path) -> anyhow::Result<()> {
     let mut tensors = HashMap::new();
     for (name, var) in lm.vars() {

@@ -1,5 +1,5 @@
-//! What the transfer engine is held against: `sendfile` into a socket, `recv` into shared memory that was touched
-//! before, in equal slices, nothing framed and nothing verified. Owns its memory, its listener and its threads.
+//! The baseline of the transfer engine: `sendfile` into a socket, `recv` into shared memory that was touched before, in
+//! equal slices, nothing framed and nothing verified. Owns its memory, its listener and its threads.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -15,7 +15,7 @@ use rustix::fs::{MemfdFlags, memfd_create, sendfile};
 use super::order::RawFetched;
 use super::usage;
 
-/// Sent over and over: larger than any cache, smaller than the arena.
+/// Bytes that are sent over and over: more than any cache, less than the arena.
 const SOURCE_BYTES: u64 = 256 << 20;
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -35,13 +35,14 @@ pub fn serve(ip: IpAddr, bytes: u64) -> anyhow::Result<SocketAddr> {
     Ok(addr)
 }
 
-/// The receiver's arena, kept from one round to the next.
+/// The arena of the receiver, kept from one round to the next.
 #[derive(Default)]
 pub struct Receiver {
     arena: Mutex<Option<MmapMut>>,
 }
 
 impl Receiver {
+    /// Receives so many bytes over `streams` connections.
     pub fn fetch(&self, addr: &str, bytes: u64, streams: usize) -> anyhow::Result<RawFetched> {
         let mut arena = self.arena.lock().expect("nothing panics under it");
         if arena.as_ref().is_none_or(|a| a.len() as u64 != bytes) {
@@ -60,7 +61,7 @@ impl Receiver {
         Ok(RawFetched { took_ms, cpu_ns: usage::cpu_ns() - cpu })
     }
 
-    /// CPU time of hashing the arena as often as it takes, on this thread.
+    /// CPU time, in nanoseconds, of hashing so many bytes of the arena on this thread.
     pub fn hash(&self, bytes: u64) -> anyhow::Result<u64> {
         let arena = self.arena.lock().expect("nothing panics under it");
         let arena = arena.as_ref().context("nothing was received yet")?;
@@ -102,7 +103,7 @@ fn send(mut stream: TcpStream, source: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Shared memory with every page touched, as the arenas of the transfer engine are.
+/// Makes shared memory with every page touched, as in the arenas of the transfer engine.
 fn memory(name: &str, bytes: u64) -> anyhow::Result<(File, MmapMut)> {
     let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
     file.set_len(bytes)?;

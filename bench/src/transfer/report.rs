@@ -10,24 +10,30 @@ use serde_json::{Value, json};
 /// One measured ratio and what it should be.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Figure {
-    /// A letter, and a part where a figure has several: `B.egress`.
+    /// Letter of the figure, followed by a part if the figure has several: `B.egress`.
     pub id: String,
-    /// NaN (`null` in JSON) where it could not be measured; `detail.why` says why.
+    /// The ratio; NaN (`null` in JSON) if it could not be measured, with the reason in `detail.why`.
     pub value: f64,
+    /// The goal, in the same unit.
     pub goal: f64,
+    /// Unit of the ratio.
     pub unit: String,
+    /// Whether the goal was met.
     pub pass: bool,
-    /// What stands behind the number; `goal_is` says which side of the goal is good.
+    /// Numbers behind the ratio; `goal_is` says which side of the goal is good.
     pub detail: Value,
 }
 
 /// All figures of one run and the machine that they were made on.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
+    /// The figures, in the order of the table.
     pub figures: Vec<Figure>,
+    /// Whether every figure met its goal.
     pub pass: bool,
+    /// Facts of the machine: ratios are comparable only on the same one.
     pub machine: Value,
-    /// How the run was asked for.
+    /// Flags of the run.
     pub run: Value,
 }
 
@@ -37,22 +43,22 @@ const AT_LEAST: &str = "at least";
 // === impl Figure ===
 
 impl Figure {
-    /// Lower is better.
+    /// A figure of which lower is better.
     pub fn at_most(id: &str, value: f64, goal: f64, unit: &str, detail: Value) -> Figure {
         Figure::new(id, value, goal, unit, value <= goal, with(detail, AT_MOST))
     }
 
-    /// Higher is better.
+    /// A figure of which higher is better.
     pub fn at_least(id: &str, value: f64, goal: f64, unit: &str, detail: Value) -> Figure {
         Figure::new(id, value, goal, unit, value >= goal, with(detail, AT_LEAST))
     }
 
-    /// Could not be measured here.
+    /// A figure that could not be measured here, because of `why`; it fails.
     pub fn absent(id: &str, goal: f64, unit: &str, why: impl ToString) -> Figure {
         Figure::new(id, f64::NAN, goal, unit, false, json!({"why": why.to_string()}))
     }
 
-    /// Does not count, for `why`, however good the value is.
+    /// Makes the figure fail because of `why`, however good its value is.
     pub fn spoiled(mut self, why: impl ToString) -> Figure {
         self.pass = false;
         self.detail["why"] = why.to_string().into();
@@ -79,16 +85,19 @@ impl Figure {
 // === impl Report ===
 
 impl Report {
+    /// Makes a report; it passes if there are figures and all of them pass.
     pub fn new(figures: Vec<Figure>, machine: Value, run: Value) -> Report {
         let pass = !figures.is_empty() && figures.iter().all(|f| f.pass);
         Report { figures, pass, machine, run }
     }
 
+    /// Writes the report as JSON.
     pub fn write(&self, path: &Path) -> anyhow::Result<()> {
         let text = serde_json::to_string_pretty(self).context("forming the report")?;
         std::fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))
     }
 
+    /// The report as a table for people.
     pub fn table(&self) -> String {
         let head = ["figure", "value", "goal", "unit", ""].map(str::to_owned);
         let rows: Vec<[String; 5]> =
@@ -106,7 +115,7 @@ impl Report {
     }
 }
 
-/// NaN of nothing.
+/// Median of the values; NaN if there are none.
 pub fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
@@ -120,7 +129,7 @@ fn with(detail: Value, goal_is: &str) -> Value {
     detail
 }
 
-/// Three or four digits that count.
+/// A number with three or four significant digits.
 fn short(value: f64) -> String {
     match value.abs() {
         v if v >= 100.0 || v == 0.0 => format!("{value:.0}"),

@@ -13,9 +13,10 @@ use crate::progress;
 const BYTES: u64 = 256 << 20;
 const RECEIVERS: usize = 4;
 const ROUNDS: usize = 5;
-/// 5% of [`RATE`].
+/// Rate of a throttled receiver: 5% of [`RATE`].
 const THROTTLED: &str = "10mbit";
-/// Publications of a round and a condition: one takes the free slot, one that of the version being read.
+/// Publications of a round and a condition: the first takes the free slot, the second the slot of the version that is
+/// being read.
 const PUBLISHES: usize = 2;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -26,13 +27,14 @@ enum Receivers {
     Active,
 }
 
-/// Copy times of each condition, in ms.
+/// Copy times of each condition, in milliseconds.
 #[derive(Default)]
 struct Times {
     of: [Vec<f64>; 4],
     number: u64,
 }
 
+/// Measures the figure.
 pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     let fleet = match Fleet::start(lab, "h", RECEIVERS).await {
         Ok(fleet) => fleet,
@@ -64,7 +66,7 @@ impl Times {
         Ok(fleet.publish(self.number, bytes).await?.copied_ms)
     }
 
-    /// Publishes while the receivers read the version before, and are what they are.
+    /// Publishes while the receivers read the version before, in the state that the condition names.
     async fn condition(
         &mut self,
         fleet: &Fleet<'_>,
@@ -115,7 +117,7 @@ impl Receivers {
     const ALL: [Receivers; 4] =
         [Receivers::None, Receivers::Stopped, Receivers::Throttled, Receivers::Active];
 
-    /// Begins or ends what befalls them.
+    /// Brings the receivers into the condition's state, or back.
     async fn set(self, fleet: &Fleet<'_>, on: bool) -> anyhow::Result<()> {
         for (at, receiver) in fleet.receivers.iter().enumerate() {
             match self {

@@ -13,25 +13,28 @@ use super::report::Figure;
 use crate::progress;
 
 const BYTES: u64 = 256 << 20;
-/// After the first version; every other one as a delta.
+/// Versions after the first; every other one goes as a delta.
 const UPDATES: u64 = 6;
 const CHANGED: f64 = 0.01;
 const PAGE: u64 = 4096;
-/// "None new", less what threads and buffers of the process itself take.
+/// Page faults, as a share of the version's pages, that still count as none: threads and buffers of the process take
+/// some.
 const FAULTS: f64 = 0.01;
+/// Memory, in bytes, that threads and buffers of a role's processes may take beside two versions.
 const SLACK: u64 = 64 << 20;
 
-/// One update, as both sides felt it.
+/// Cost of one update on both sides.
 struct Update {
     number: u64,
     trainer_faults: (u64, u64),
     receiver_faults: (u64, u64),
     trainer_bytes: u64,
     receiver_bytes: u64,
-    /// Files in shared memory: the trainer's, the receiver's, and both, each counted once.
+    /// Size of the files in shared memory: the trainer's, the receiver's, and both together, each file counted once.
     named_bytes: [u64; 3],
 }
 
+/// Measures the figure.
 pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     let bytes = lab.size(BYTES);
     let apart = watch(lab, "j", false, bytes).await?;
@@ -48,7 +51,7 @@ pub async fn figures(lab: &Lab) -> anyhow::Result<Vec<Figure>> {
     Ok(rows)
 }
 
-/// Versions from one trainer to one receiver on this host; by TCP, or by the trainer's own memory.
+/// Sends versions from one trainer to one receiver on this host, by TCP or through the trainer's own memory.
 async fn watch(lab: &Lab, name: &str, shared: bool, bytes: u64) -> anyhow::Result<Vec<Update>> {
     let arena = lab.staging(&format!("{name}.arena"));
     let host = lab.local(&format!("{name}-trainer"))?;
@@ -143,7 +146,7 @@ fn role(
     ]
 }
 
-/// Allocated bytes of all files below, each counted once whatever its names are.
+/// Allocated bytes of all files below `dirs`, each counted once whatever its names are.
 fn used(dirs: &[&Path]) -> u64 {
     let mut seen = BTreeMap::new();
     let mut dirs: Vec<_> = dirs.iter().map(|dir| dir.to_path_buf()).collect();

@@ -1,4 +1,4 @@
-//! What this process has used, by the kernel's word: CPU time, page faults, memory.
+//! Resources that this process has used, as the kernel counts them: CPU time, page faults, memory.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -8,24 +8,25 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::order::Usage;
 
-/// User and system time of all threads so far.
+/// User and system time of all threads so far, in nanoseconds.
 pub fn cpu_ns() -> u64 {
     let now = clock_gettime(ClockId::ProcessCPUTime);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// (minor, major) page faults of all threads so far.
+/// Page faults of all threads so far: (minor, major).
 pub fn faults() -> anyhow::Result<(u64, u64)> {
     let stat = std::fs::read_to_string("/proc/self/stat")?;
     parse_faults(&stat).context("/proc/self/stat has another form")
 }
 
-/// Since [`faults`] said `before`.
+/// Page faults since [`faults`] returned `before`.
 pub fn faults_since(before: (u64, u64)) -> anyhow::Result<(u64, u64)> {
     let now = faults()?;
     Ok((now.0 - before.0, now.1 - before.1))
 }
 
+/// All counters.
 pub fn now() -> anyhow::Result<Usage> {
     let (minor_faults, major_faults) = faults()?;
     Ok(Usage {
@@ -38,7 +39,7 @@ pub fn now() -> anyhow::Result<Usage> {
     })
 }
 
-/// Fields 10 and 12, counted after the name, which may hold anything.
+/// Reads fields 10 and 12, counted after the name, which may contain anything.
 fn parse_faults(stat: &str) -> Option<(u64, u64)> {
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(7);
     let minor = fields.next()?.parse().ok()?;
@@ -55,7 +56,7 @@ fn private() -> anyhow::Result<u64> {
     Ok((all - shared.unwrap_or(0)) << 10)
 }
 
-/// Allocated bytes of each memory file that is open here, once each.
+/// Allocated bytes of each memory file that the process has open, each counted once.
 fn memfds() -> anyhow::Result<BTreeMap<String, u64>> {
     let mut found = BTreeMap::new();
     for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {

@@ -9,44 +9,56 @@ use pb::trajectory::Finish;
 
 use crate::records::{Asked, Job, Weights};
 
-/// The first thing found wrong in a trajectory.
+/// The first error found in a trajectory.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Wrong {
+    /// Nobody asked for the sample.
     #[error("nobody asked for it")]
     Foreign,
+    /// The seed is not the sample's.
     #[error("it names seed {got}, its own is {want}")]
     Seed { want: u64, got: u64 },
+    /// Tokens and log-probabilities differ in number.
     #[error("{ids} bytes of tokens and {logprobs} of log-probabilities")]
     Columns { ids: usize, logprobs: usize },
+    /// The spans leave a gap or overlap.
     #[error("its spans cover {covered} of {len} tokens, or overlap, at token {covered}")]
     Spans { covered: u32, len: u32 },
+    /// A span names an engine that is not of the run.
     #[error("token {at}: engine {engine:?} (incarnation {incarnation}) is none of this run's")]
     Engine { at: u32, engine: String, incarnation: u64 },
+    /// A span names a version that was never published.
     #[error("token {at}: version {number} of epoch {epoch} was never published")]
     UnknownVersion { at: u32, epoch: u32, number: u64 },
+    /// A token was made by another version than its span says.
     #[error("token {at} says version {says}, version {really} made it")]
     Version { at: u32, says: u64, really: u64 },
+    /// A token is not the oracle's.
     #[error("token {at} is {got}, the oracle says {want}: lost, doubled, swapped or foreign")]
     Token { at: u32, want: u32, got: u32 },
+    /// A log-probability is not the oracle's.
     #[error("the log-probability of token {at} is {got}, the oracle says {want}")]
     Logprob { at: u32, want: f32, got: f32 },
+    /// The answer continues after its EOS.
     #[error("EOS is token {at} of {len}: it ran on")]
     PastEos { at: u32, len: u32 },
+    /// The finish does not fit the tokens.
     #[error("finish {finish:?} with {len} of {max} tokens, the last {}an EOS", if *.eos { "" } else { "not " })]
     Finish { finish: Finish, len: u32, max: u32, eos: bool },
 }
 
-/// Everything needed to recompute any trajectory of one run.
+/// The facts from which any trajectory of one run can be recomputed.
 pub struct Oracle {
     seed: u64,
     model: SyntheticParams,
     engines: BTreeSet<String>,
-    /// Weights by (epoch, number); number 0 is every epoch's start-up weights.
+    /// Weights by (epoch, number); number 0, the start-up weights, is `base` in every epoch.
     keys: BTreeMap<(u32, u64), WeightsKey>,
     base: WeightsKey,
 }
 
 impl Wrong {
+    /// Name of the error in reports.
     pub fn kind(&self) -> &'static str {
         match self {
             Wrong::Foreign => "foreign",
@@ -65,6 +77,7 @@ impl Wrong {
 }
 
 impl Oracle {
+    /// Makes the oracle of a run from its job and its published weights.
     pub fn new(job: &Job, weights: &[Weights]) -> Self {
         let key = |w: &Weights| {
             let digest: [u8; 32] = hex::decode(&w.digest).ok()?.try_into().ok()?;
@@ -79,6 +92,7 @@ impl Oracle {
         }
     }
 
+    /// Checks one trajectory; the error is the first that is found.
     pub fn check(&self, asked: &Asked, t: &pb::Trajectory) -> Result<(), Wrong> {
         let seed = seed::of_sample(self.seed, &t.key, t.index);
         if t.seed != seed {
@@ -124,7 +138,7 @@ impl Oracle {
         }
     }
 
-    /// A token of other weights is a wrong version; anything else is a wrong token or a shifted log-probability.
+    /// Names the error of a token that is not as expected: another version, another token, or another log-probability.
     fn diagnose(
         &self,
         span: &pb::Span,

@@ -1,4 +1,4 @@
-//! `anabranch agent`: the sidecar of one engine, which runs already or is started by it.
+//! `anabranch agent`: the sidecar of one engine, which runs already or is started by the agent.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::failure::{Failure, OrExit, Outcome, exit_of};
 use crate::link::ManagerArgs;
 
+/// Flags of `anabranch agent`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     anabranch agent --manager http://10.0.0.1:5000 --engine sglang=http://127.0.0.1:30000\n  \
@@ -23,46 +24,46 @@ pub struct Args {
     /// An engine that runs: sglang=http://HOST:PORT
     #[arg(long, required_unless_present = "command", conflicts_with = "command")]
     engine: Option<String>,
-    /// Its name, stable over restarts [default: host name and engine port]
+    /// Name of the engine, stable over restarts [default: host name and engine port]
     #[arg(long)]
     id: Option<String>,
-    /// KEY=VALUE, for placement; colocated=true: on the trainer's own GPUs; may be given more than once
+    /// Property for placement, KEY=VALUE; colocated=true: on the trainer's own GPUs; may be given more than once
     #[arg(long, value_parser = label)]
     label: Vec<(String, String)>,
     /// GPUs that the engine uses, for tokens per second and GPU
     #[arg(long, default_value_t = 0)]
     gpus: u32,
-    /// Where peers fetch weights from this agent; port 0 takes a free one [default: it serves none]
+    /// Address at which peers fetch weights from this agent; port 0 takes a free one [default: it serves none]
     #[arg(long, visible_alias = "weights-listen")]
     listen: Option<SocketAddr>,
     /// tcp (in the clear), tls or quic; may be given more than once, best first [default: tcp on loopback, else tls]
     #[arg(long, requires = "listen", value_name = "LINK")]
     weights_link: Vec<LinkKind>,
-    /// What peers shall dial, where it is not the listener's own address; may be given more than once
+    /// Addresses that peers shall dial, if not the listener's own; may be given more than once
     #[arg(long, requires = "listen")]
     advertise: Vec<String>,
-    /// Where weights are staged for the engine to read
+    /// Directory in which weights are staged for the engine to read
     #[arg(long, default_value = "/dev/shm")]
     staging: PathBuf,
-    /// Copy each version, also where another agent of this host has it in memory
+    /// Copy each version, also if another agent of this host has it in memory
     #[arg(long)]
     no_sharing: bool,
-    /// How long running samples may go on after SIGTERM, in seconds
+    /// Seconds that running samples may go on after SIGTERM
     #[arg(long, default_value_t = 30)]
     drain_deadline: u64,
-    /// raw, tempered or processed, where the engine itself cannot say [default: what it says, else tempered]
+    /// raw, tempered or processed, if the engine itself cannot say [default: what it says, else tempered]
     #[arg(long, alias = "logprob-convention")]
     logprobs_mode: Option<LogprobsMode>,
     /// The trainer loads this engine itself (NCCL, CUDA IPC) and attests the versions
     #[arg(long)]
     weights_by_trainer: bool,
-    /// For an engine that was started with --api-key
+    /// API key of an engine that was started with --api-key
     #[arg(long, env = "ANABRANCH_ENGINE_API_KEY", hide_env_values = true)]
     engine_api_key: Option<String>,
     /// Tokens kept for a re-attach, in MiB
     #[arg(long)]
     buffer_mib: Option<usize>,
-    /// How long a new engine process may take until it answers, in seconds
+    /// Seconds that a new engine process may take until it answers
     #[arg(long)]
     engine_start_timeout: Option<u64>,
     /// Starts, watches, restarts and stops this engine; flags that it needs are added, and said
@@ -77,6 +78,7 @@ fn label(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// Runs the command.
 pub async fn run(args: Args) -> Outcome {
     run_agent(args.config().or_exit(Exit::Usage)?).await
 }

@@ -9,6 +9,7 @@ use anabranch_runtime::Exit;
 
 use crate::failure::{Failure, Outcome};
 
+/// Flags of `anabranch bench`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -17,21 +18,22 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
-    /// What manager and agents cost per token, and how late tokens are
+    /// Measures what manager and agents cost per token, and how late tokens are
     Stream(StreamArgs),
-    /// What the manager's core and ledger cost without sockets, by kind of event and size of the fleet
+    /// Measures the manager's core and ledger without sockets, by kind of event and size of the fleet
     Core(CoreArgs),
-    /// One random fault a second, a version every few seconds; every token is verified
+    /// Injects one random fault a second, and a version every few seconds; every token is verified
     Chaos(ChaosArgs),
-    /// The transfer engine's figures: speed, fan-out, deltas, faults, each a ratio within one run
+    /// Measures the transfer engine: speed, fan-out, deltas, faults, each a ratio within one run
     Transfer(TransferArgs),
     /// One host of the transfer bench, which starts it
     #[command(hide = true)]
     TransferNode,
-    /// Verifies recorded trajectories; the first two start it as a process of its own
+    /// Verifies recorded trajectories; `stream` and `chaos` start it as a process of its own
     Verify(VerifyArgs),
 }
 
+/// Runs the command.
 pub async fn run(args: Args) -> Outcome {
     let passed = match args.what {
         What::Stream(args) => Box::pin(stream::run(args)).await,

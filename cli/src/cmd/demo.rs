@@ -5,12 +5,14 @@ use anabranch_runtime::Exit;
 
 use crate::failure::{Failure, Outcome};
 
+/// Flags of `anabranch demo`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     demo: DemoArgs,
 }
 
+/// Runs the command.
 pub async fn run(args: Args) -> Outcome {
     let as_json = args.demo.json;
     let outcome = anabranch_demo::run(args.demo).await.map_err(failure)?;

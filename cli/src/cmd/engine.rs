@@ -11,18 +11,19 @@ use tokio_util::sync::CancellationToken;
 
 use crate::failure::{Failure, OrExit, Outcome};
 
+/// Flags of `anabranch engine`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// synthetic, or hf:DIR, a Llama, Qwen2 or Qwen3 checkpoint in safetensors
     #[arg(long, value_parser = model)]
     model: Model,
-    /// Port 0 takes a free one
+    /// Address to listen on; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:30000")]
     listen: SocketAddr,
-    /// Tokens per second of each running sample; default as fast as possible
+    /// Tokens per second of each running sample [default: as fast as possible]
     #[arg(long)]
     rate: Option<f64>,
-    /// Prompt tokens per second of a prefill; default at once
+    /// Prompt tokens per second of a prefill [default: no delay]
     #[arg(long)]
     prefill_rate: Option<f64>,
     /// Tokens per stream chunk after the first
@@ -61,7 +62,7 @@ pub struct Args {
     /// EOS of the synthetic model
     #[arg(long)]
     eos_id: Option<u32>,
-    /// Mean length of the synthetic model's answers; default never ends by itself
+    /// Mean length of the synthetic model's answers [default: they end only at their limit]
     #[arg(long)]
     mean_len: Option<u32>,
 }
@@ -80,6 +81,7 @@ fn model(text: &str) -> Result<Model, String> {
     }
 }
 
+/// Runs the command.
 pub async fn run(args: Args) -> Outcome {
     let server = Server::bind(args.config()).await.map_err(failure)?;
     let stop = CancellationToken::new();

@@ -1,4 +1,4 @@
-//! `anabranch engines`: who is attached, and sending one away.
+//! `anabranch engines`: lists the attached engines, and sends one away.
 
 use anabranch_proto::pb;
 use anabranch_runtime::Exit;
@@ -9,6 +9,7 @@ use crate::failure::Outcome;
 use crate::link::ManagerArgs;
 use crate::table::{cells, table};
 
+/// Flags of `anabranch engines`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -48,6 +49,7 @@ enum What {
     },
 }
 
+/// Runs the command.
 pub async fn run(args: Args) -> Outcome {
     use pb::engines_request::Kind;
     match args.what {

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::failure::{Failure, OrExit, Outcome, exit_of};
 use crate::table::{cells, table};
 
+/// Flags of `anabranch manager`.
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
@@ -27,13 +28,13 @@ pub struct Args {
 enum What {
     /// Makes a join token and prints it
     Token {
-        /// agent, trainer or admin
+        /// Role of the holder: agent, trainer or admin
         #[arg(long, default_value = "agent")]
         role: Role,
-        /// The job it is for
+        /// Job that the token is for
         #[arg(long, default_value = "default")]
         job: String,
-        /// Good for so many seconds; default until it is revoked
+        /// Seconds that the token is good for [default: until it is revoked]
         #[arg(long)]
         ttl: Option<u64>,
         #[command(flatten)]
@@ -49,7 +50,7 @@ enum What {
     },
     /// Makes a join token void
     Revoke {
-        /// As `manager tokens` lists it
+        /// Id of the token, as `manager tokens` lists it
         id: String,
         #[command(flatten)]
         at: StateDir,
@@ -58,12 +59,12 @@ enum What {
 
 #[derive(Debug, clap::Args)]
 struct StateDir {
-    /// The manager's
+    /// State directory of the manager
     #[arg(long, env = "ANABRANCH_STATE_DIR")]
     state_dir: Option<PathBuf>,
 }
 
-/// Each flag beats the file.
+/// Flags of the manager itself; each overrides the settings file.
 #[derive(Debug, clap::Args)]
 struct Run {
     /// Settings in TOML; unknown keys are refused
@@ -74,7 +75,7 @@ struct Run {
     listen: Option<String>,
     #[command(flatten)]
     at: StateDir,
-    /// A file that tells others on a shared disk where the manager is (--manager file:PATH)
+    /// File that tells others on a shared disk the manager's address (--manager file:PATH)
     #[arg(long)]
     announce: Option<PathBuf>,
     /// Listen off loopback without TLS and tokens
@@ -89,19 +90,19 @@ struct Run {
     /// Events on a ZeroMQ PUB socket: ipc:///PATH or tcp://127.0.0.1:PORT
     #[arg(long)]
     zmq: Option<String>,
-    /// How often agents send what was made, in ms
+    /// Milliseconds between two sends of new tokens by an agent
     #[arg(long)]
     tick_ms: Option<u32>,
     /// Locks of the token ledger [default: twice the cores]
     #[arg(long)]
     ledger_shards: Option<usize>,
-    /// An agent that says nothing for so long gets no new work
+    /// Milliseconds of silence after which an agent gets no new work
     #[arg(long)]
     lease_ms: Option<u64>,
-    /// After its lease it may come back for so long before its samples move
+    /// Milliseconds after the lease in which an agent may come back before its samples move
     #[arg(long)]
     reattach_grace_ms: Option<u64>,
-    /// A running sample without a new token for so long is continued elsewhere
+    /// Milliseconds without a new token after which a running sample is continued elsewhere
     #[arg(long)]
     progress_ms: Option<u64>,
     /// Prompt and answer tokens that may be admitted and not yet committed
@@ -109,6 +110,7 @@ struct Run {
     admission_tokens: Option<u64>,
 }
 
+/// Runs the command.
 pub async fn run(args: Args) -> Outcome {
     match args.what {
         None => serve(args.run).await,

@@ -21,24 +21,25 @@ mod exchange;
 
 use exchange::Exchange;
 
+/// Flags of `anabranch publish`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     manager: ManagerArgs,
-    /// Holds *.safetensors, with the names, shapes and dtypes of the engines' own checkpoint
+    /// Directory of *.safetensors, with the names, shapes and dtypes of the engines' own checkpoint
     dir: PathBuf,
-    /// The job whose engines shall load it
+    /// Job whose engines shall load the version
     #[arg(long, default_value = "default")]
     job: String,
     #[arg(long, default_value_t = 0)]
     epoch: u32,
-    /// Default: the job's current one plus 1
+    /// Number of the version [default: the job's current one plus 1]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     number: Option<u64>,
-    /// Addresses (HOST or HOST:PORT) that engines shall fetch it from, where they cannot reach the default
+    /// Addresses (HOST or HOST:PORT) that engines shall fetch from, if they cannot reach the default
     #[arg(long)]
     advertise: Vec<String>,
-    /// Where it is served [default: a free port on the address that faces the manager]
+    /// Address that serves the version [default: a free port on the address that faces the manager]
     #[arg(long)]
     weights_listen: Option<SocketAddr>,
     /// tcp (in the clear), tls or quic; may be given more than once, best first [default: tcp on loopback, else tls]
@@ -75,10 +76,11 @@ pub struct Args {
     json: bool,
 }
 
-/// K/N, K from 1.
+/// The value K/N of `--sender`, K from 1.
 #[derive(Clone, Copy, Debug)]
 struct SenderOf(Sender);
 
+/// Runs the command.
 pub async fn run(args: Args) -> Outcome {
     if !args.dir.is_dir() {
         return Err(Failure::usage(format!("{} is not a directory", args.dir.display())));
@@ -168,7 +170,7 @@ fn said_of_part(part: &Part) -> String {
     )
 }
 
-/// Ends once the manager has sealed the version: engines load it without this process.
+/// Waits until the manager has sealed the version: engines load it without this process.
 async fn detach(published: &Published, as_json: bool) -> Outcome {
     let version = published.sealed().await?;
     let (number, epoch) = (version.number, version.epoch);
@@ -202,7 +204,7 @@ async fn follow(mut published: Published, quiet: bool) -> Result<VersionStatus, 
     }
 }
 
-/// What the engines that are not there yet are doing.
+/// Says what the engines do that have not loaded the version yet.
 fn note(status: &VersionStatus) -> String {
     let open = status.engines.iter().filter(|on| on.stage != LoadStage::Active);
     let words: Vec<String> = open

@@ -1,4 +1,4 @@
-//! `anabranch rollout status`: which engine is at which version, and how far the newest one has spread.
+//! `anabranch rollout status`: the version of every engine, and how far the newest version has spread.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -12,9 +12,10 @@ use crate::failure::Outcome;
 use crate::link::ManagerArgs;
 use crate::table::{bytes, cells, seconds, table};
 
-/// Between looks, and the span that a rate is measured over.
+/// Time between two looks, over which a rate is measured.
 const EVERY: Duration = Duration::from_millis(500);
 
+/// Flags of `anabranch rollout`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -61,12 +62,13 @@ struct Row {
     bytes_per_s: u64,
     left_ms: Option<u64>,
     took_ms: Option<u64>,
-    /// Planned, by stripe.
+    /// Planned sources, by stripe.
     parents: Vec<String>,
     fetched_from: BTreeMap<String, u64>,
     error: String,
 }
 
+/// Runs the command.
 pub async fn run(args: Args) -> Outcome {
     let What::Status { manager, watch, json } = args.what;
     let mut admin = manager.admin().await?;
@@ -189,7 +191,7 @@ impl Row {
         ]
     }
 
-    /// Peers that gave, with how much; until that is known, peers that are to.
+    /// Peers that bytes came from, with their number; until bytes have come, the planned peers.
     fn from(&self) -> String {
         let gave = self.fetched_from.iter().filter(|(_, n)| **n > 0);
         let mut gave: Vec<(&String, &u64)> = gave.collect();

@@ -10,9 +10,10 @@ use serde_json::json;
 use crate::failure::{Failure, OrExit, Outcome};
 use crate::progress::Progress;
 
+/// Flags of `anabranch sim`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// How many seeds [default: 200]
+    /// Number of seeds [default: 200]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: Option<u64>,
     /// The first seed; alone, only this one is run and its outcome shown
@@ -21,7 +22,7 @@ pub struct Args {
     /// The same worlds without faults
     #[arg(long)]
     calm: bool,
-    /// Threads [default: one a core]
+    /// Threads [default: one per core]
     #[arg(long)]
     threads: Option<usize>,
     /// One JSON object, for scripts
@@ -38,7 +39,7 @@ pub struct Args {
     coverage: bool,
 }
 
-/// What the seeds came to, in their order.
+/// Outcomes of the seeds in their order.
 #[derive(Default)]
 struct Worlds {
     ended: Vec<Result<Ended, Box<Broken>>>,
@@ -59,6 +60,7 @@ struct Sums {
     faults: u64,
 }
 
+/// Runs the command.
 pub async fn run(args: Args) -> Outcome {
     let only_one = args.seed.is_some() && args.seeds.is_none();
     let (first, count) =
@@ -98,7 +100,7 @@ struct Plan {
     covered: bool,
 }
 
-/// Every seed of the plan.
+/// Runs the world of every seed of the plan.
 fn all(plan: Plan, threads: usize, quiet: bool) -> Worlds {
     let next = AtomicU64::new(0);
     let progress = std::sync::Mutex::new((0, Progress::new("seeds", plan.count, quiet)));
@@ -184,7 +186,7 @@ fn report(
     }
 }
 
-/// Digests by seed; `first` is that of the first world.
+/// Digests by seed; `first` is the seed of the first world.
 fn digests_of(first: u64, ended: &[Result<Ended, Box<Broken>>]) -> Digests {
     let mut digests = Digests::default();
     for (seed, ended) in (first..).zip(ended) {

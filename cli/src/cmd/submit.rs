@@ -1,4 +1,4 @@
-//! `anabranch submit`: prompts in, trajectories out, one JSON object a line.
+//! `anabranch submit`: reads prompts and writes trajectories, one JSON object a line.
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Write};
@@ -19,6 +19,7 @@ use crate::link::ManagerArgs;
 use crate::progress::Progress;
 use crate::prompts::{self, Prompt};
 
+/// Flags of `anabranch submit`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -26,13 +27,13 @@ pub struct Args {
     /// Prompts, one JSON object a line: {"prompt": "text"} or {"input_ids": [1, 2]}, and perhaps "key"; - is stdin
     #[arg(default_value = "-")]
     prompts: PathBuf,
-    /// Where trajectories go, one JSON object a line; - is stdout
+    /// File for the trajectories, one JSON object a line; - is stdout
     #[arg(short, long, default_value = "-")]
     out: PathBuf,
     /// tokenizer.json, or a directory with it; needed for text prompts, gives "text" in the output
     #[arg(long)]
     tokenizer: Option<PathBuf>,
-    /// The job to open, or to join where it runs
+    /// Job to open, or to join if it runs
     #[arg(long, default_value = "default")]
     job: String,
     #[arg(long, default_value_t = 0)]
@@ -44,21 +45,21 @@ pub struct Args {
     max_tokens: u32,
     #[arg(long, default_value_t = 0)]
     min_tokens: u32,
-    /// 0 takes the likeliest token
+    /// Temperature of the sampling; 0 takes the likeliest token
     #[arg(long, default_value_t = 1.0)]
     temperature: f32,
     #[arg(long, default_value_t = 1.0)]
     top_p: f32,
-    /// 0 is off
+    /// Number of likeliest tokens to sample from; 0 is off
     #[arg(long, default_value_t = 0)]
     top_k: u32,
-    /// Ends a sample where its text holds this; may be given more than once
+    /// Text that ends a sample; may be given more than once
     #[arg(long)]
     stop: Vec<String>,
-    /// Ends a sample at this token; may be given more than once
+    /// Token that ends a sample; may be given more than once
     #[arg(long)]
     stop_id: Vec<u32>,
-    /// Of the job; each sample's own is derived from it
+    /// Seed of the job; each sample's own is derived from it
     #[arg(long)]
     seed: Option<u64>,
     /// Run on after the model's EOS
@@ -67,7 +68,7 @@ pub struct Args {
     /// Only this version of the weights may make the tokens
     #[arg(long)]
     pin: Option<u64>,
-    /// How long a full manager is waited for, in seconds
+    /// Seconds to wait for a manager that is full
     #[arg(long, default_value_t = 3600)]
     patience: u64,
     /// No progress on stderr
@@ -90,7 +91,7 @@ struct Line<'a> {
     attempts: u32,
     seed: u64,
     discarded_tokens: u32,
-    /// Numbers of the weights that made it, in order.
+    /// Numbers of the weight versions that made the tokens, in order.
     versions: Vec<u64>,
     spans: Vec<SpanLine<'a>>,
 }
@@ -107,7 +108,7 @@ struct SpanLine<'a> {
     kv_recomputed: bool,
 }
 
-/// What has come so far.
+/// Counts of what has come so far.
 struct Tally {
     step: Step,
     started: Instant,
@@ -120,6 +121,7 @@ struct Tally {
     progress: Progress,
 }
 
+/// Runs the command.
 pub async fn run(args: Args) -> Outcome {
     let tokenizer = args.tokenizer.as_deref().map(prompts::load_tokenizer).transpose()?;
     let prompts = args.read(tokenizer.as_ref())?;
@@ -145,7 +147,7 @@ pub async fn run(args: Args) -> Outcome {
     ended.map(|good| if good { Exit::Ok } else { Exit::Failed })
 }
 
-/// Submits while it consumes: a manager with room for few groups takes more as samples are delivered.
+/// Submits while it consumes: a manager with room for few groups accepts more as samples are delivered.
 async fn work(
     job: &Job,
     groups: Vec<Group>,
@@ -208,7 +210,7 @@ fn report<'a>(rejected: impl Iterator<Item = &'a Verdict>) -> usize {
     rejected.inspect(|verdict| say(verdict)).count()
 }
 
-/// Says what is missing; true where nothing is.
+/// Says what is missing from the step; true if nothing is.
 fn report_step(done: &StepDone) -> bool {
     for short in done.short.iter().chain(&done.dropped) {
         eprintln!(

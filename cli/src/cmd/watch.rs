@@ -1,4 +1,4 @@
-//! `anabranch watch`: everything at a glance, until q. Plain lines where stdout is no terminal.
+//! `anabranch watch`: the whole state on one screen, until q. Plain lines if stdout is no terminal.
 
 mod draw;
 mod model;
@@ -20,12 +20,14 @@ use model::Model;
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
+/// Flags of `anabranch watch`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     manager: ManagerArgs,
 }
 
+/// Runs the command.
 pub async fn run(args: Args) -> Outcome {
     let admin = args.manager.admin().await?;
     let model = Model::new(&args.manager.manager);
@@ -108,7 +110,7 @@ enum Key {
     Redraw,
 }
 
-/// Reading the terminal blocks, so it has a thread; it ends with the process or when nobody listens.
+/// Reads the terminal on a thread, because that blocks; the thread ends with the process or when nobody listens.
 fn keys() -> std::io::Result<mpsc::Receiver<Key>> {
     let (sender, keys) = mpsc::channel(8);
     let read = move || {

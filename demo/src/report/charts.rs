@@ -24,7 +24,9 @@ const X_LABELS: u32 = 26;
 const Y_LABELS: u32 = 84;
 
 // Middle tones: they are read on a light and on a dark page.
+/// Colour of the mean reward.
 pub const REWARD: RGBColor = RGBColor(0x1f, 0x9a, 0x92);
+/// Colour of the share of exact answers.
 pub const EXACT: RGBColor = RGBColor(0xd6, 0x7b, 0x2e);
 const RATE: RGBColor = RGBColor(0x6f, 0xa5, 0xa1);
 const TEXT: RGBColor = RGBColor(0x7d, 0x87, 0x90);
@@ -32,7 +34,7 @@ const GOOD: RGBColor = RGBColor(0x2e, 0x9e, 0x66);
 const BAD: RGBColor = RGBColor(0xd0, 0x4f, 0x44);
 const WARN: RGBColor = RGBColor(0xc4, 0x8a, 0x2a);
 
-/// Mean reward and share of exact answers of each step.
+/// Draws the mean reward and the share of exact answers of each step.
 pub fn reward(report: &Report) -> String {
     svg(CURVE_HEIGHT, |area| {
         let mut chart = over_time(area, report, 0.0..1.0)?;
@@ -45,7 +47,7 @@ pub fn reward(report: &Report) -> String {
     })
 }
 
-/// Tokens per second of each step, as bars from the step's begin to its end.
+/// Draws the tokens per second of each step, as bars from the begin to the end of the step.
 pub fn token_rate(report: &Report) -> String {
     let top = report.curve.iter().map(|p| p.tokens_per_s).fold(1.0, f64::max);
     svg(RATE_HEIGHT, |area| {
@@ -60,14 +62,14 @@ pub fn token_rate(report: &Report) -> String {
     })
 }
 
-/// When the first step began. No earlier step ends there, so the first is taken to be as long as the second.
+/// Time at which the first step began. No earlier step ends there, so the first is taken to be as long as the second.
 fn first_begin(report: &Report) -> Option<f64> {
     let first = report.curve.first()?.t_s;
     let length = report.curve.get(1).map_or(first, |second| second.t_s - first);
     Some((first - length).max(0.0))
 }
 
-/// Each engine's life as a lane, coloured by the weight version that it served.
+/// Draws each engine's life as a lane, coloured by the weight version that it served.
 pub fn timeline(report: &Report) -> String {
     let lanes = report.engines.len().max(1);
     // The first engine stands on top. Plotters counts the range's end as a lane too: it stays empty.
@@ -125,7 +127,7 @@ where
     Ok(())
 }
 
-/// Seconds that each engine took to serve each version.
+/// Draws the seconds that each engine took to serve each version.
 pub fn roll_outs(report: &Report) -> String {
     let delays = report.versions.iter().flat_map(|v| v.active_s.values().copied());
     let (top, last) = (delays.fold(0.1, f64::max) * 1.1, last_version(report).max(1));
@@ -264,7 +266,7 @@ where
     Ok(())
 }
 
-/// No more digits than an axis needs.
+/// A number with no more digits than an axis needs.
 fn short(value: f64) -> String {
     match value {
         v if v >= 1000.0 => format!("{}k", v / 1000.0),

@@ -6,7 +6,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use super::charts::{self, css};
 use super::{HappeningKind, Phase, Report, Verdict, prose};
 
-/// Draws `report.html`.
+/// Makes the text of `report.html`.
 pub fn render(report: &Report) -> String {
     let page = html! {
         (DOCTYPE)

@@ -7,26 +7,33 @@ use anabranch_trainer::{Finish, Trajectory};
 /// Sums over all trajectories so far.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Totals {
+    /// Samples that were asked for.
     pub asked: u64,
+    /// Samples that came back, each counted once.
     pub trajectories: u64,
+    /// Samples that came a second time.
     pub duplicated: u64,
-    /// Never asked for.
+    /// Samples that were never asked for.
     pub foreign: u64,
-    /// Given up by the manager: counted as lost.
+    /// Samples that the manager gave up; counted as lost.
     pub abandoned: u64,
+    /// Tokens of the trajectories.
     pub tokens: u64,
-    /// Times that one of them went on elsewhere.
+    /// Times that a sample continued on another engine.
     pub migrations: u64,
     /// Trajectories whose tokens come from more than one engine.
     pub across_engines: u64,
     /// Trajectories whose tokens come from more than one version.
     pub across_versions: u64,
-    /// Thrown away by restarts from the prompt.
+    /// Tokens thrown away by restarts from the prompt.
     pub restarted_tokens: u64,
+    /// Largest lag of a token, in versions.
     pub max_lag: u64,
+    /// Tokens by the engine that made them.
     pub tokens_by_engine: BTreeMap<String, u64>,
 }
 
+/// Every sample that was asked for, and every trajectory that came back.
 #[derive(Debug, Default)]
 pub struct Book {
     asked: BTreeMap<String, u32>,
@@ -67,21 +74,23 @@ impl Book {
         }
     }
 
+    /// The sums so far.
     pub fn totals(&self) -> &Totals {
         &self.totals
     }
 
-    /// Asked for and not received whole.
+    /// Samples that were asked for and did not come back whole.
     pub fn lost(&self) -> u64 {
         self.totals.asked - self.totals.trajectories + self.totals.abandoned
     }
 
-    /// More than once, or never asked for.
+    /// Samples that came more than once, or were never asked for.
     pub fn duplicated(&self) -> u64 {
         self.totals.duplicated + self.totals.foreign
     }
 
-    /// Over all trajectories in the order of (step, key, index): tokens and log-probabilities' bits.
+    /// BLAKE3 digest, in hexadecimal, of the tokens and log-probabilities of all trajectories in the order of (step,
+    /// key, index).
     pub fn digest(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         for ((step, key, index), hash) in &self.seen {

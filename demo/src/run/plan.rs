@@ -13,21 +13,30 @@ use crate::task::Task;
 /// The id of the engine on the trainer's own GPU.
 pub const COLOCATED: &str = "colocated";
 
+/// What a run will do, derived from its flags.
 pub struct Plan {
+    /// Seed of weights, problems and sampling.
     pub seed: u64,
+    /// Task that the policy learns.
     pub task: Box<dyn Task>,
+    /// Settings of the training.
     pub recipe: Recipe,
+    /// Whether each step's version is published.
     pub publish: bool,
-    /// Every sample is made by one version of the weights, and trained on in one order.
+    /// Whether one weight version makes each sample, and training takes the samples in one order.
     pub deterministic: bool,
+    /// Settings of every engine.
     pub engines: EngineFlags,
+    /// Joins, kills and drains of the run.
     pub cues: Vec<Cue>,
+    /// Held-out problems of one evaluation.
     pub held_out: usize,
-    /// The trainer takes its GPU back when so large a share of a step's samples has come.
+    /// Share of a step's samples after which the trainer takes its GPU back.
     pub take_back_share: f64,
 }
 
 impl Plan {
+    /// Derives the plan from the flags.
     pub fn new(args: &DemoArgs, task: Box<dyn Task>, recipe: Recipe) -> Self {
         let steps = args.steps.map_or(recipe.steps, |steps| steps as usize);
         let quiet_script = |cue: &&Cue| !args.deterministic || cue.act == Act::Attach;
@@ -44,15 +53,17 @@ impl Plan {
         }
     }
 
+    /// Optimizer steps of the run.
     pub fn steps(&self) -> u64 {
         self.recipe.steps as u64
     }
 
-    /// The step of the job that comes after training.
+    /// Number of the job's step after training, for the last evaluation.
     pub fn last_evaluation(&self) -> u64 {
         self.steps() + 1
     }
 
+    /// Settings of the job, as the trainer opens it.
     pub fn job(&self) -> JobConfig {
         let staleness = match self.deterministic {
             true => Staleness::ON_POLICY,
@@ -80,7 +91,7 @@ impl Plan {
         (0..self.recipe.prompts_per_step as u64).map(ask).collect()
     }
 
-    /// A trajectory, graded. `None` where it is not one of `step`'s prompts.
+    /// Grades a trajectory. `None` if it answers no prompt of `step`.
     pub fn grade(&self, step: u64, trajectory: Trajectory) -> Option<Rollout> {
         let at = trajectory.key.rsplit('-').next()?.parse().ok()?;
         let group = self.problem(step, at);

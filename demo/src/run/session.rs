@@ -16,68 +16,88 @@ use crate::script::{Script, Stage};
 use crate::trainer::StepStats;
 use crate::watch::{Story, Watcher};
 
-/// Samples of one pass of the deterministic mode, whatever order they came in.
+/// Samples of one pass in the deterministic mode, whatever order they came in.
 const FIXED_MICRO_BATCH: usize = 64;
 
-/// For the last version to reach every engine.
+/// Longest time that the last version may take to reach every engine.
 const ROLLED: Duration = Duration::from_secs(10);
 
 /// Everything that is alive while the demo runs.
 pub struct Session {
+    /// What the run will do.
     pub plan: Plan,
+    /// Time zero of the story and the report.
     pub started: Instant,
+    /// Output on the screen.
     pub view: View,
     // Before the cluster: what talks to it is dropped first.
+    /// Prompts to the fleet and trajectories back.
     pub rollouts: Rollouts,
+    /// The job at the manager.
     pub job: Job,
+    /// The manager's events.
     pub watcher: Watcher,
+    /// The processes.
     pub cluster: Cluster,
+    /// The engine on the trainer's GPU.
     pub colocated: Colocated,
+    /// Joins, kills and drains.
     pub script: Script,
+    /// The trainer.
     pub learner: Learner,
-    /// What the engines serve, or will.
+    /// Weight version that the engines serve, or will serve once it has reached them.
     pub version: Version,
     /// The newest step that was submitted.
     pub submitted: u64,
+    /// Finished steps in their order.
     pub steps: Vec<StepRecord>,
+    /// Published versions in their order.
     pub published: Vec<Publication>,
 }
 
-/// What one step was.
+/// Figures of one finished step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepRecord {
+    /// Number of the step, from 1.
     pub step: u64,
+    /// Time at which the step ended, in seconds since the demo's start.
     pub ended_s: f64,
+    /// Duration of the step.
     pub took: Duration,
+    /// Figures of its samples and of its optimizer step.
     pub stats: StepStats,
+    /// Tokens of its samples.
     pub tokens: u64,
-    /// Largest of a token, in versions.
+    /// Largest lag of a token, in versions.
     pub lag: u64,
 }
 
-/// What collecting a step gave.
+/// Result of collecting a step's samples.
 #[derive(Default)]
 struct Collected {
-    /// Not trained on yet.
+    /// Samples that were not trained on yet.
     rest: Vec<Trajectory>,
     tokens: u64,
     lag: u64,
 }
 
+/// Figures of one published version.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Publication {
+    /// The version's number.
     pub number: u64,
+    /// Size of the version's tensors in bytes.
     pub bytes: u64,
-    /// Since the demo began.
+    /// Time at which the publication began, in seconds since the demo's start.
     pub at_s: f64,
-    /// How long the trainer was kept.
+    /// Time that the publication kept the trainer waiting.
     pub kept: Duration,
     /// Time until the manager had sealed the version.
     pub sealed: Duration,
 }
 
 impl Session {
-    /// Held-out exact match at the current version, as step `step` of the job.
+    /// Share of held-out problems answered exactly at the current version. Takes the job's step `step`.
     pub async fn evaluate(&mut self, step: u64) -> Result<f64, DemoError> {
         self.view
             .update(|n| n.doing = format!("evaluating {} held-out problems", self.plan.held_out));
@@ -85,6 +105,7 @@ impl Session {
         Ok(exact_match(&mut self.rollouts, task, (step, count), self.version).await?)
     }
 
+    /// Runs all training steps.
     pub async fn train(&mut self) -> Result<(), DemoError> {
         for step in 1..=self.plan.steps() {
             self.step(step).await?;
@@ -112,8 +133,8 @@ impl Session {
         Ok(())
     }
 
-    /// Takes the step's samples as they come, and the GPU back on the way; from then on it trains
-    /// while the rest comes from the other engines.
+    /// Takes the step's samples as they come. As soon as enough of them are here, takes the GPU back and trains while
+    /// the rest comes from the other engines.
     async fn collect(&mut self, step: u64) -> Result<Collected, DemoError> {
         self.view.update(|n| n.doing = "generating".to_owned());
         let enough = self.plan.recipe.samples_per_step() as f64 * self.plan.take_back_share;
@@ -168,8 +189,8 @@ impl Session {
         Ok(())
     }
 
-    /// The spare engines begin the next step while the optimizer makes its version; those samples
-    /// go on with the new version in the middle.
+    /// Submits the next step while the optimizer makes its version, so that the spare engines have work; those samples
+    /// continue with the new version in the middle.
     async fn submit_ahead(&mut self, step: u64) -> Result<(), DemoError> {
         match step <= self.plan.steps() && !self.plan.deterministic {
             true => self.submit(step).await,
@@ -191,7 +212,7 @@ impl Session {
         Ok(())
     }
 
-    /// After the last step: the fleet may reach the last version, and the script is told to its end.
+    /// Ends the training: waits until the fleet serves the last version, and tells the rest of the script.
     pub async fn finish(&mut self) -> Result<(), DemoError> {
         self.lend().await?;
         let (step, number) = (self.plan.steps(), self.version.number);

@@ -13,22 +13,23 @@ const ALGORITHM: &str = "GRPO with process supervision: a token is compared with
                          at the same position";
 const ALGORITHM_OUTCOME: &str = "GRPO: an answer is compared with its siblings' answers";
 
-/// What an engine makes for a probe of its agent, and for no sample.
+/// Tokens that an engine makes for one probe of its agent; they belong to no sample.
 const PROBE_TOKENS: u64 = 8;
 
-/// How the demo ended, for whoever called it.
+/// Result of the demo, for its caller.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DemoOutcome {
+    /// All facts of the run.
     pub report: Report,
-    /// What report.json holds.
+    /// Content of `report.json`.
     pub json: String,
     /// A few lines for a person.
     pub text: String,
-    /// Nothing was lost, and nothing came twice.
+    /// Whether nothing was lost and nothing came twice.
     pub kept_promises: bool,
 }
 
-/// The report of a session whose processes have not been stopped yet.
+/// Makes the report of a session whose processes still run.
 pub fn gather(session: &Session, warmup_s: f64, exact: (f64, f64)) -> Report {
     let (plan, book) = (&session.plan, session.rollouts.book());
     let (story, totals) = (session.watcher.with(Story::clone), book.totals());
@@ -70,7 +71,7 @@ pub fn gather(session: &Session, warmup_s: f64, exact: (f64, f64)) -> Report {
     }
 }
 
-/// Made by our engines for samples, and never received. Engines of others have no count.
+/// Tokens that our engines made for samples and that were never received. Engines of others have no count.
 fn discarded(story: &Story, received: &BTreeMap<String, u64>, dirs: &Dirs) -> u64 {
     let of_engine = |(id, engine): (&String, &EngineStory)| {
         let wanted = received.get(id).copied().unwrap_or(0) + engine.probes * PROBE_TOKENS;
@@ -92,7 +93,7 @@ fn engines(story: &Story, tokens: &BTreeMap<String, u64>, wall_s: f64) -> Vec<En
     story.engines.iter().map(row).collect()
 }
 
-/// Each phase until the next, the last one until the engine left or the run ended.
+/// The phases of an engine: each lasts until the next, the last one until the engine left or the run ended.
 fn phases(engine: &EngineStory, wall_s: f64) -> Vec<PhaseSpan> {
     let end = engine.left.as_ref().map_or(wall_s, |(at_s, _)| *at_s);
     let ends = engine.phases.iter().skip(1).map(|(at_s, _)| *at_s).chain([end]);
@@ -133,7 +134,7 @@ fn point(step: &StepRecord) -> CurvePoint {
     }
 }
 
-/// Writes the files.
+/// Writes the report's files and makes the outcome.
 pub fn conclude(report: Report, dirs: &Dirs) -> Result<DemoOutcome, DemoError> {
     report.write(dirs.report()).map_err(|(path, source)| DemoError::Write { path, source })?;
     Ok(DemoOutcome {

@@ -7,45 +7,65 @@ use anabranch_views::Notice;
 
 use crate::report::Phase;
 
-/// All times are seconds since the demo began.
+/// The events of the run, by engine and by version. All times are seconds since the demo began.
 #[derive(Debug, Clone, Default)]
 pub struct Story {
+    /// Each engine's life, by id.
     pub engines: BTreeMap<String, EngineStory>,
+    /// Each version's roll-out, by number.
     pub versions: BTreeMap<u64, VersionStory>,
+    /// Moves of samples, in their order.
     pub moves: Vec<Move>,
-    /// What should not happen and is told to the user as it is.
+    /// What should not have happened, in the words that the user sees.
     pub complaints: Vec<String>,
+    /// Events that the manager dropped because this stream was too slow.
     pub missed_events: u64,
 }
 
+/// One engine's life.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct EngineStory {
+    /// Time at which the engine attached.
     pub joined_s: f64,
+    /// Whether the engine runs on the trainer's GPU.
     pub colocated: bool,
-    /// When it stopped being one thing and became the next.
+    /// Each phase with the time at which it began.
     pub phases: Vec<(f64, Phase)>,
+    /// Time at which the engine left, and why.
     pub left: Option<(f64, String)>,
-    /// Times that its agent let it answer the fixed prompt: at attach and after each load.
+    /// Times that the agent let the engine answer the fixed prompt: at attach and after each load.
     pub probes: u64,
 }
 
+/// One version's roll-out.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct VersionStory {
+    /// Size of the version in bytes.
     pub bytes: u64,
+    /// Time at which the trainer announced the version.
     pub announced_s: f64,
+    /// Time at which the version was sealed.
     pub sealed_s: Option<f64>,
+    /// Time at which the version became the current one.
     pub current_s: Option<f64>,
+    /// Time at which every engine served the version.
     pub settled_s: Option<f64>,
-    /// Time at which each engine served the version, in seconds since the demo's start.
+    /// Time at which each engine served the version, by engine.
     pub active_s: BTreeMap<String, f64>,
 }
 
+/// One move of samples away from an engine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Move {
+    /// Time of the move.
     pub at_s: f64,
+    /// Id of the engine that the samples left.
     pub from: String,
+    /// Number of samples.
     pub samples: u64,
+    /// Tokens that the samples keep.
     pub kept_tokens: u64,
+    /// Reason of the move.
     pub why: String,
 }
 
@@ -147,16 +167,18 @@ impl Story {
         moved.fold((0, 0), |(samples, tokens), m| (samples + m.samples, tokens + m.kept_tokens))
     }
 
+    /// Whether `engine` was there and has left.
     pub fn is_gone(&self, engine: &str) -> bool {
         self.engines.get(engine).is_some_and(|story| story.left.is_some())
     }
 
+    /// Whether `engine` is there and serves a version.
     pub fn is_serving(&self, engine: &str) -> bool {
         let serves = |story: &EngineStory| matches!(story.phase(), Some(Phase::Serving { .. }));
         self.engines.get(engine).is_some_and(|story| story.left.is_none() && serves(story))
     }
 
-    /// Every engine that is there serves version `number`.
+    /// Whether every engine that is there serves version `number`.
     pub fn all_serve(&self, number: u64) -> bool {
         let mut here = self.engines.values().filter(|engine| engine.left.is_none());
         here.all(|engine| engine.phase() == Some(Phase::Serving { version: number }))
@@ -164,6 +186,7 @@ impl Story {
 }
 
 impl EngineStory {
+    /// The engine's current phase; `None` before the first.
     pub fn phase(&self) -> Option<Phase> {
         self.phases.last().map(|(_, phase)| *phase)
     }

@@ -27,9 +27,9 @@ pub(crate) struct HfConfig {
     pub rms_eps: f32,
     pub rope_theta: f64,
     pub tied: bool,
-    /// Biases on q, k and v.
+    /// Whether q, k and v have biases.
     pub qkv_bias: bool,
-    /// And on the output projection: Llama and Qwen3 with `attention_bias`.
+    /// Whether the output projection has a bias too: Llama and Qwen3 with `attention_bias`.
     pub out_bias: bool,
     pub context: u32,
     pub eos: Vec<u32>,
@@ -162,7 +162,7 @@ fn rope_theta(raw: &Raw) -> Result<f64, String> {
     Ok(nested.or(raw.rope_theta).unwrap_or(10_000.0))
 }
 
-/// Both files name end tokens and either list may be the longer one.
+/// End tokens of both files; either list may be the longer one.
 fn eos_ids(config: Option<Ids>, generation: Option<Value>) -> Vec<u32> {
     let named =
         generation.and_then(|mut value| serde_json::from_value(value["eos_token_id"].take()).ok());

@@ -7,11 +7,11 @@ use candle_core::{Device, Tensor};
 use super::config::HfConfig;
 use super::load::{HfWeights, Layer, Linear};
 
-/// Rows in one product. Below 2 gemm takes another path with another order of additions, and at the top a fixed
-/// bound keeps its blocking the same for long prefills.
+/// Fewest rows of one product: below 2, gemm takes another path with another order of additions.
 const MIN_ROWS: usize = 2;
+/// Most rows of one product: a fixed bound keeps gemm's blocking the same for long prefills.
 const MAX_ROWS: usize = 256;
-/// Partial sums of a dot product: wide enough for the widest vector registers, always the same order.
+/// Number of partial sums of a dot product: enough for the widest vector registers, always in the same order.
 const DOT_LANES: usize = 16;
 
 /// Keys and values of one sequence, `[position, kv_heads * head_dim]` for each layer.
@@ -56,7 +56,8 @@ impl Decoder {
         &self.config
     }
 
-    /// Puts the tokens into the caches; with `logits`, the `[feeds, vocab]` logits after each feed's last token.
+    /// Puts the tokens into the caches; with `logits`, returns the `[feeds, vocab]` logits after each feed's last
+    /// token.
     pub fn forward(
         &self,
         weights: &HfWeights,
@@ -113,7 +114,7 @@ impl Decoder {
         Ok(())
     }
 
-    /// Norms and rotates q and k in place, appends k and v to the caches.
+    /// Applies norm and rotation to q and k in place, and appends k and v to the caches.
     fn cache(&self, layer: &Layer, index: usize, feeds: &mut [Feed<'_>], qkv: &mut [f32]) {
         let config = &self.config;
         let (d, q_len, kv_len) =
@@ -193,7 +194,7 @@ impl Decoder {
 }
 
 impl Rotary {
-    /// Hugging Face's halves: element i turns with element i + d/2.
+    /// Rotates one head in Hugging Face's halves: element i turns with element i + d/2.
     fn rotate(&self, head: &mut [f32], position: usize) {
         let (low, high) = head.split_at_mut(head.len() / 2);
         for ((low, high), frequency) in low.iter_mut().zip(high).zip(&self.inverse_frequencies) {
@@ -203,7 +204,7 @@ impl Rotary {
     }
 }
 
-/// `x [rows, K] @ weight [K, N] + bias`, in products of at least two rows.
+/// Computes `x [rows, K] @ weight [K, N] + bias`, in products of at least two rows.
 pub(crate) fn apply(linear: &Linear, x: &[f32]) -> candle_core::Result<Vec<f32>> {
     let rows = x.len() / linear.inputs;
     let mut out = Vec::with_capacity(rows.max(MIN_ROWS) * linear.outputs);

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use super::config::{Family, HfConfig};
 use crate::weights::{TensorEntry, TensorTable, WeightsError, digest_table, list_tensors};
 
-/// Names in an error are enough to see what is wrong; a checkpoint has hundreds.
+/// Names in an error: enough to see what is wrong, as a checkpoint has hundreds.
 const NAMES_IN_ERROR: usize = 4;
 
 /// One linear layer: weight `[K, N]` contiguous, so that a row's result does not depend on its batch.

@@ -1,5 +1,5 @@
 //! The choice of a token: a pure function of the logits, the parameters, the seed and the position in the sequence.
-//! So a sample that continues elsewhere, or after a retraction, takes the path that it would have taken.
+//! A sample that continues elsewhere, or after a retraction, therefore takes the path that it would have taken.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
@@ -34,12 +34,12 @@ pub(crate) fn choose(logits: &[f32], choice: &Choice<'_>) -> Made {
     made(token, if choice.original_logprob { log_softmax_at(&logits, token) } else { logprob })
 }
 
-/// A seed for a request that brought none: nothing can ask for its path again.
+/// Seed of a request that brought none; its path cannot be repeated.
 pub(crate) fn random_seed() -> u64 {
     RandomState::new().build_hasher().finish()
 }
 
-/// In [0, 1), 53 bits.
+/// Uniform number in [0, 1) with 53 random bits.
 fn uniform(seed: u64, position: u64) -> f64 {
     let bits = splitmix(splitmix(seed).wrapping_add(position));
     (bits >> 11) as f64 / (1u64 << 53) as f64
@@ -52,7 +52,8 @@ fn splitmix(x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// The inverse of the cumulative distribution in a fixed order; the log-probability is the one before any filter.
+/// Draws a token by the inverse of the cumulative distribution, in a fixed order; the log-probability is the one before
+/// any filter.
 fn draw(tempered: &[f64], sampling: &Sampling, uniform: f64) -> (usize, f64) {
     let max = tempered.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = tempered.iter().map(|x| (x - max).exp()).collect();
@@ -68,7 +69,8 @@ fn draw(tempered: &[f64], sampling: &Sampling, uniform: f64) -> (usize, f64) {
     (token, tempered[token] - max - total.ln())
 }
 
-/// SGLang's order: by probability, then top-k, top-p over the whole distribution, min-p of the best.
+/// Tokens that pass the filters in SGLang's order: by probability, then top-k, top-p over the whole distribution, min-p
+/// of the best.
 fn filter(weights: &[f64], total: f64, sampling: &Sampling) -> Vec<usize> {
     let mut order: Vec<usize> = (0..weights.len()).collect();
     order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]).then(a.cmp(&b)));

@@ -23,7 +23,7 @@ struct Abort {
     abort_all: bool,
 }
 
-/// Always 200 with an empty body: the outcome shows on the stream of the request itself.
+/// Answers 200 with an empty body in any case: the outcome shows on the stream of the request itself.
 pub(super) async fn abort_request(State(app): State<Arc<App>>, body: Bytes) -> Response {
     let abort: Abort = match parse(&body) {
         Ok(abort) => abort,
@@ -160,7 +160,7 @@ struct MemoryBody {
 }
 
 impl MemoryBody {
-    /// Parts that are meant, of (weights, kv_cache); no tags are all of them.
+    /// Which of (weights, kv_cache) the tags name; no tags name both.
     fn parts(body: &Bytes) -> Result<(bool, bool), Response> {
         let body: Self = if body.is_empty() { Self::default() } else { parse(body)? };
         let Some(tags) = body.tags else { return Ok((true, true)) };

@@ -1,5 +1,5 @@
-//! `/generate`: the request's JSON into a checked [`Request`], the engine's frames into a response. And the health
-//! probe, which is a one-token generate as in SGLang.
+//! The call `/generate`: turns the request's JSON into a checked [`Request`], and the engine's frames into a response.
+//! Also the health probe, which is a one-token generate as in SGLang.
 
 use std::io;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::model::Sampling;
 use crate::sse;
 use crate::step::Request;
 
-/// `SGLANG_HEALTH_CHECK_TIMEOUT`'s default.
+/// Longest wait for a health probe: the default of `SGLANG_HEALTH_CHECK_TIMEOUT`.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(20);
 const DEFAULT_MAX_NEW_TOKENS: i64 = 128;
 
@@ -39,7 +39,7 @@ struct GenerateBody {
     stream: Option<bool>,
     #[serde(default)]
     return_logprob: Option<bool>,
-    /// Ours: the oracle's extra column as `meta_info.output_extra`.
+    /// Whether to add the oracle's extra column as `meta_info.output_extra`; not in SGLang's dialect.
     #[serde(default)]
     return_extra: Option<bool>,
 }
@@ -137,9 +137,9 @@ fn event_stream(body: impl Into<Body>) -> Response {
 }
 
 enum Wrong {
-    /// The schema refuses it: a plain 400 also for a stream.
+    /// The schema refuses the body: a plain 400, also for a stream.
     Shape(String),
-    /// A value refuses it: a stream hears of it in the stream.
+    /// A value is refused: a stream is told in the stream.
     Value { message: String, stream: bool },
 }
 
@@ -182,7 +182,7 @@ fn parse(app: &App, body: &Bytes) -> Result<Request, Wrong> {
     })
 }
 
-/// The commonest wrong body is a batch: say so instead of quoting the parser.
+/// Says what is wrong with a body. The commonest wrong body is a batch, which is named instead of quoting the parser.
 fn explain(body: &Bytes, why: &serde_json::Error) -> String {
     let nested = |value: &Value| {
         value["input_ids"].as_array().is_some_and(|ids| ids.iter().any(Value::is_array))

@@ -1,4 +1,4 @@
-//! The calls that describe the engine. Reads shared counters only, so it answers while the engine loads or stalls.
+//! The calls that describe the engine. They read shared counters only, so they answer while the engine loads or stalls.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;

@@ -28,7 +28,7 @@ mod fault;
 mod generate;
 mod info;
 
-/// A prompt of a million tokens is about 8 MB of JSON.
+/// Largest body: a prompt of a million tokens is about 8 MB of JSON.
 const BODY_LIMIT_BYTES: usize = 64 << 20;
 
 /// Facts and senders that a handler may use.
@@ -40,7 +40,7 @@ pub(crate) struct App {
     pub started: std::time::Instant,
 }
 
-/// Facts of the model that never change while the process lives.
+/// Facts of the model that do not change while the process lives.
 #[derive(Clone, Debug)]
 pub(crate) struct ModelFacts {
     pub name: String,
@@ -133,7 +133,7 @@ fn text(status: StatusCode, body: impl Into<Body>) -> Response {
     response
 }
 
-/// SGLang wants a JSON body on every control call, even an empty object.
+/// Parses a body. SGLang wants JSON on every control call, even an empty object.
 fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, Response> {
     serde_json::from_slice(body).map_err(|why| {
         error(

@@ -15,9 +15,9 @@ use super::{Core, End, Phase, Refusal, SeqId};
 use crate::model::Model;
 use crate::weights::WeightsError;
 
-/// Updates are a trainer's steps: more than this many at once is a client in a loop.
+/// Weight updates that may wait. A trainer makes one per step, so more at once are a client in a loop.
 const UPDATE_QUEUE: usize = 16;
-/// `slow` on an unpaced engine divides this rate, in tokens per second.
+/// Rate, in tokens per second, that the fault `slow` divides on an engine without a rate.
 const UNPACED_RATE_WHEN_SLOWED: f64 = 1000.0;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub(crate) enum PauseMode {
     InPlace,
 }
 
-/// One `update_weights_from_disk`; `ticket` is the driver's name for the caller.
+/// One call of `update_weights_from_disk`; `ticket` is the driver's name for the caller.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Update {
     pub path: PathBuf,
@@ -58,7 +58,7 @@ pub(crate) enum Memory {
     #[default]
     Held,
     Released,
-    /// Brought back without content: only weights can be in this state.
+    /// Allocated again without content: only weights can be in this state.
     Blank,
 }
 
@@ -99,7 +99,7 @@ impl Default for Control {
 }
 
 impl Control {
-    /// Sequences from this id on wait until a draining update is through.
+    /// Id from which on sequences wait until a draining update is through.
     pub(super) fn gate(&self) -> Option<SeqId> {
         match self.update {
             UpdateState::Draining { gate, .. } => Some(gate),
@@ -109,6 +109,7 @@ impl Control {
 }
 
 impl<M: Model, S> Core<M, S> {
+    /// Pauses generation, and does with running requests what `mode` says.
     pub fn pause(&mut self, mode: PauseMode) {
         self.control.paused = true;
         match mode {
@@ -122,16 +123,18 @@ impl<M: Model, S> Core<M, S> {
         self.advance_update();
     }
 
+    /// Ends the pause.
     pub fn resume(&mut self, now: Duration) {
         self.control.paused = false;
         self.restart_pace(now);
     }
 
+    /// Whether generation is paused.
     pub fn is_paused(&self) -> bool {
         self.control.paused
     }
 
-    /// Exactly this rid, as SGLang with one tokenizer worker; false when it is not live.
+    /// Aborts the request with exactly this rid, as SGLang with one tokenizer worker; false if it is not live.
     pub fn abort(&mut self, rid: &str) -> bool {
         let Some(&id) = self.by_rid.get(rid) else { return false };
         let queued = self.waiting.contains_key(&id);
@@ -141,6 +144,7 @@ impl<M: Model, S> Core<M, S> {
         true
     }
 
+    /// Aborts all requests.
     pub fn abort_all(&mut self) {
         let rids: Vec<String> = self.by_rid.keys().cloned().collect();
         for rid in rids {
@@ -148,11 +152,12 @@ impl<M: Model, S> Core<M, S> {
         }
     }
 
-    /// The caches hold nothing that a new request could meet: only running sequences keep them busy.
+    /// Whether the cache holds nothing that a new request could meet: only running sequences keep it busy.
     pub fn flush_cache(&self) -> bool {
         self.running.is_empty()
     }
 
+    /// Queues a weight update. Answers at once if the queue is full.
     pub fn begin_update(&mut self, update: Update) {
         if self.control.queue.len() >= UPDATE_QUEUE {
             let message =
@@ -167,6 +172,7 @@ impl<M: Model, S> Core<M, S> {
         self.advance_update();
     }
 
+    /// Takes the result of [`Action::Load`].
     pub fn loaded(&mut self, result: Result<M::Weights, WeightsError>, now: Duration) {
         let UpdateState::Loading(update) = std::mem::take(&mut self.control.update) else { return };
         match result {
@@ -177,6 +183,7 @@ impl<M: Model, S> Core<M, S> {
         self.advance_update();
     }
 
+    /// Sets the label of the weights without a load.
     pub fn set_version(&mut self, version: &str, abort_all: bool) {
         if abort_all {
             self.abort_all();
@@ -184,7 +191,7 @@ impl<M: Model, S> Core<M, S> {
         self.label = Arc::from(version);
     }
 
-    /// `Err` names what is in the way; nothing changed then.
+    /// Releases weights or cache. An error names what is in the way; nothing has changed then.
     pub fn release(&mut self, weights: bool, kv: bool) -> Result<(), String> {
         let live = self.running.len() + self.waiting.len();
         if live > 0 {
@@ -205,6 +212,7 @@ impl<M: Model, S> Core<M, S> {
         Ok(())
     }
 
+    /// Allocates weights or cache again; weights stay without content until the next update.
     pub fn resume_memory(&mut self, weights: bool, kv: bool) {
         if weights && self.control.weights == Memory::Released {
             self.control.weights = Memory::Blank;
@@ -214,15 +222,17 @@ impl<M: Model, S> Core<M, S> {
         }
     }
 
-    /// No token is made before `until`; `Duration::MAX` is for ever.
+    /// Makes no token before `until`; `Duration::MAX` is for ever.
     pub fn stall(&mut self, until: Duration) {
         self.control.stall_until = Some(until);
     }
 
+    /// Divides the rate by `factor`.
     pub fn slow(&mut self, factor: f64) {
         self.control.slow = factor;
     }
 
+    /// Ends stall and slowness.
     pub fn clear_faults(&mut self, now: Duration) {
         self.control.slow = 1.0;
         if self.control.stall_until.take().is_some() {
@@ -230,6 +240,7 @@ impl<M: Model, S> Core<M, S> {
         }
     }
 
+    /// Returns the actions that the driver has not carried out yet.
     pub fn take_actions(&mut self) -> Vec<Action> {
         std::mem::take(&mut self.actions)
     }
@@ -311,7 +322,7 @@ impl<M: Model, S> Core<M, S> {
             .push(Action::Reply { ticket: update.ticket, reply: UpdateReply { success, message } });
     }
 
-    /// Time spent paused, stalled or loading is no debt: sequences go on from here.
+    /// Restarts the pace of all sequences, so that time spent paused, stalled or loading is no debt.
     fn restart_pace(&mut self, now: Duration) {
         for running in self.running.values_mut() {
             if let Phase::Decode { due, .. } = &mut running.phase {

@@ -6,11 +6,11 @@ use std::time::Duration;
 use super::{Core, End, Mark, Phase, Running, Seq, SeqId, seq_len};
 use crate::model::{Lane, Made, Model};
 
-/// A sequence that fell behind its pace by more than this does not burst to catch up.
+/// Largest debt of a sequence that fell behind its pace; it does not burst to catch up with more.
 const PACE_DEBT: Duration = Duration::from_millis(250);
 
 impl<M: Model, S> Core<M, S> {
-    /// The next sequence that may start, if capacity and a draining update let it.
+    /// The next sequence that may start, if capacity and a draining update allow one.
     pub(super) fn admissible(&self) -> Option<SeqId> {
         let (&id, seq) = self.waiting.first_key_value()?;
         let gated = self.control.gate().is_some_and(|gate| id >= gate);
@@ -52,7 +52,7 @@ impl<M: Model, S> Core<M, S> {
         }
     }
 
-    /// One token for every sequence that is due; how many there were.
+    /// Makes one token for every sequence that is due; returns how many there were.
     pub(super) fn round(&mut self, now: Duration) -> usize {
         let mut lanes = Vec::new();
         let mut ids = Vec::new();

@@ -35,11 +35,17 @@ impl Core {
     }
 
     pub(super) fn ack(&mut self, now: Now, consumer: ConsumerId, seq: BatchSeq) {
+        if !self.rollout.egress().has(consumer) {
+            return;
+        }
         self.trainer_heard(now);
         self.rollout.ack(consumer, seq, &mut self.out);
     }
 
     pub(super) fn commit(&mut self, now: Now, consumer: ConsumerId, seq: BatchSeq) {
+        if !self.rollout.egress().has(consumer) {
+            return;
+        }
         self.trainer_heard(now);
         self.rollout.commit(consumer, seq, &mut self.out);
     }

@@ -32,11 +32,16 @@ impl Core {
         let resume = open.resume;
         let name = open.job.clone();
         let epoch = open.epoch;
+        if let Some(Err(why)) = resume.map(|cursor| self.rollout.check_cursor(cursor)) {
+            return self.out.fail(reply, FailKind::Conflict, why);
+        }
         if !joins {
             self.begin_epoch(now, open);
         }
         let session = SessionId(self.out.fresh_id());
-        if let Some(cursor) = resume {
+        // Another rank of a trainer that has begun already resumes with the first one.
+        let begins = !joins || !self.rollout.egress().has_consumers();
+        if let Some(cursor) = resume.filter(|_| begins) {
             self.rollout.rewind(cursor, &mut self.out);
         }
         let (floor, current) = (self.rollout.books().floor(), self.weights.current());
@@ -54,10 +59,10 @@ impl Core {
     /// restarted and will ask for that work from its cursor; another job's work is dropped.
     fn begin_epoch(&mut self, now: Now, open: OpenJob) {
         let same_job = self.job.settings().is_some_and(|job| job.name == open.job);
+        self.rollout.begin_epoch(&mut self.out);
         if !same_job {
             self.drop_everything(now);
         }
-        self.rollout.begin_epoch();
         self.weights.begin(open.epoch);
         self.job.begin(now, open);
         for session in self.fleet.sessions() {
@@ -104,8 +109,10 @@ impl Core {
         cancel_running: bool,
         reply: ReplyTo,
     ) {
+        let speaks = self.job_of(session).is_ok();
         self.job.close_session(session);
-        if cancel_running {
+        // An old epoch's trainer may say that it is over; the work is another's.
+        if cancel_running && speaks {
             for group in self.rollout.open_groups() {
                 self.give_up_group(now, group, "the trainer closed the job", false);
             }

@@ -13,6 +13,7 @@ use crate::ledger::{Fact, Finished};
 
 mod feeding;
 mod senders;
+mod trainers;
 
 /// A core with one job, whose actions are collected.
 struct Bench {
@@ -33,18 +34,7 @@ impl Bench {
 
     /// A session of the job's trainer, or of another rank of it.
     fn open(&mut self) -> SessionId {
-        let open = OpenJob {
-            job: "job".into(),
-            epoch: 0,
-            model: Model::default(),
-            logprobs_mode: LogprobsMode::Tempered,
-            staleness: Staleness { max_lag: Some(0), on_exceed: OnExceed::Wait },
-            on_running: OnRunning::Continue,
-            on_trainer_lost: Duration::from_secs(600),
-            resume: None,
-            seed: 1,
-            rolling: None,
-        };
+        let open = opening();
         let actions = self.tell(Event::JobOpened { open: Box::new(open), reply: ReplyTo(1) });
         let opened = actions.into_iter().find_map(|action| match action {
             Action::Reply { answer: Answer::Opened { session, .. }, .. } => Some(session),
@@ -113,6 +103,21 @@ impl Bench {
             groups: vec![group],
             reply,
         })
+    }
+}
+
+fn opening() -> OpenJob {
+    OpenJob {
+        job: "job".into(),
+        epoch: 0,
+        model: Model::default(),
+        logprobs_mode: LogprobsMode::Tempered,
+        staleness: Staleness { max_lag: Some(0), on_exceed: OnExceed::Wait },
+        on_running: OnRunning::Continue,
+        on_trainer_lost: Duration::from_secs(600),
+        resume: None,
+        seed: 1,
+        rolling: None,
     }
 }
 

@@ -88,19 +88,24 @@ impl Books {
         match change {
             Change::BatchCut { seq, batch } => self.batch_cut(*seq, batch),
             Change::StepOver { step } => self.steps.entry(*step).or_default().over = true,
-            Change::ShardSeen { shard } => {
-                self.shards.entry(*shard).or_default();
+            Change::Sharded { count } => {
+                let start = self.committed();
+                let marks = Marks { acked: start, committed: start };
+                self.shards = (0..*count).map(|shard| (shard, marks)).collect();
             }
             Change::Acked { shard, seq } => {
-                let marks = self.shards.entry(*shard).or_default();
-                marks.acked = marks.acked.max(*seq);
+                if let Some(marks) = self.shards.get_mut(shard) {
+                    marks.acked = marks.acked.max(*seq);
+                }
             }
             Change::Committed { shard, seq } => {
-                let marks = self.shards.entry(*shard).or_default();
-                marks.committed = marks.committed.max(*seq);
-                marks.acked = marks.acked.max(marks.committed);
+                if let Some(marks) = self.shards.get_mut(shard) {
+                    marks.committed = marks.committed.max(*seq);
+                    marks.acked = marks.acked.max(marks.committed);
+                }
             }
             Change::Rewound { cursor } => {
+                self.last = self.last.max(*cursor);
                 for marks in self.shards.values_mut() {
                     *marks = Marks { acked: *cursor, committed: (*cursor).max(self.floor) };
                 }
@@ -108,6 +113,7 @@ impl Books {
             Change::BatchForgotten { seq } => self.batch_forgotten(*seq),
             Change::FloorRaised { floor } => self.floor = self.floor.max(*floor),
             Change::EpochBegun => {
+                self.shards.clear();
                 let groups = &self.groups;
                 self.keys.retain(|_, group| groups.contains_key(group));
                 self.past_steps.clear();
@@ -271,13 +277,18 @@ impl Books {
         self.batches.len()
     }
 
+    /// Number of shards that the trainer consumes in; 0 before a consumer of this epoch attached.
+    pub fn shard_count(&self) -> u32 {
+        self.shards.len() as u32
+    }
+
     pub fn marks(&self, shard: u32) -> Marks {
         self.shards.get(&shard).copied().unwrap_or_default()
     }
 
     /// Highest batch that every shard has received.
     pub fn acked(&self) -> BatchSeq {
-        self.shards.values().map(|marks| marks.acked).min().unwrap_or_default()
+        self.shards.values().map(|marks| marks.acked).min().unwrap_or(self.floor)
     }
 
     /// Highest batch that every shard has committed.

@@ -30,8 +30,9 @@ pub(crate) enum Change {
     BatchCut { seq: BatchSeq, batch: BatchBook },
     /// The last batch of a step was cut.
     StepOver { step: Step },
-    /// A shard of the trainer consumes.
-    ShardSeen { shard: u32 },
+    /// The trainer consumes in `count` shards from now on. Where it consumed in another number before, what is not
+    /// committed is offered again: a shard of two has other samples than a shard of four.
+    Sharded { count: u32 },
     /// A shard has received everything up to `seq`.
     Acked { shard: u32, seq: BatchSeq },
     /// A shard has everything up to `seq` in a checkpoint.

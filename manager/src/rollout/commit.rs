@@ -34,9 +34,24 @@ impl Rollout {
         self.forget_up_to(self.books.committed(), out);
     }
 
-    /// A trainer restarted from a checkpoint that holds everything up to `cursor`: the rest is offered again.
+    /// Checks the cursor of a trainer that restarted from a checkpoint. A cursor beyond the last batch counts batches of
+    /// another life of the manager: no batch of this life may be taken for one of them.
+    pub fn check_cursor(&self, cursor: BatchSeq) -> Result<(), String> {
+        let (last, retained) = (self.books.last(), self.books.retained());
+        if cursor <= last || retained == 0 {
+            return Ok(());
+        }
+        Err(format!(
+            "the checkpoint has batches up to {}, this manager has made {} and keeps {retained} of them uncommitted: \
+             the checkpoint is from another manager or an earlier life of this one; resume from a checkpoint that \
+             was made with this manager, or open the job without resume",
+            cursor.0, last.0
+        ))
+    }
+
+    /// A trainer restarted from a checkpoint that holds everything up to `cursor`: the rest is offered again. Batches
+    /// that are cut from now on are numbered behind the cursor.
     pub fn rewind(&mut self, cursor: BatchSeq, out: &mut Outbox) {
-        let cursor = cursor.min(self.books.last());
         self.commit_change(Change::Rewound { cursor });
         self.forget_up_to(cursor, out);
     }

@@ -28,7 +28,9 @@ impl Rollout {
             let why = format!("this trainer consumes shard {} on a newer stream", shard.index);
             out.act(Action::CloseConsumer { consumer: old, why });
         }
-        self.commit_change(Change::ShardSeen { shard: shard.index });
+        if self.books.shard_count() != shard.count {
+            self.commit_change(Change::Sharded { count: shard.count });
+        }
         let acked = self.books.marks(shard.index).acked;
         let next = BatchSeq(acked.max(self.books.floor()).0 + 1);
         self.egress.attach(session, consumer, shard, next);

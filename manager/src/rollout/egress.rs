@@ -96,6 +96,16 @@ impl Egress {
         self.consumers.remove(&consumer).is_some()
     }
 
+    /// Every consumer is of an epoch that is over. Gives their ids.
+    pub fn detach_all(&mut self) -> Vec<ConsumerId> {
+        self.touched.clear();
+        std::mem::take(&mut self.consumers).into_keys().collect()
+    }
+
+    pub fn has(&self, consumer: ConsumerId) -> bool {
+        self.consumers.contains_key(&consumer)
+    }
+
     pub fn has_consumers(&self) -> bool {
         !self.consumers.is_empty()
     }

@@ -1,10 +1,10 @@
-//! The rows that are variants of an enum. The names are those of the variants.
+//! Rows that are variants of an enum. Their names are those of the variants.
 
 use anabranch_manager::action::{Action, Answer, Notice};
 use anabranch_manager::event::Event;
 use anabranch_manager::ledger::Fact;
 
-/// A function from a value to its variant's name, and the list of all names. The match has no `_`, so a new
+/// Makes a function from a value to its variant's name, and the list of all names. The match has no `_`, so a new
 /// variant does not compile before it is listed.
 macro_rules! names {
     ($name:ident, $all:ident, $of:ident, $($variant:ident)*) => {
@@ -18,7 +18,7 @@ macro_rules! names {
     };
 }
 
-/// By section of the table.
+/// All names, by section of the table.
 pub(super) const ALL: &[(&str, &[&str])] = &[
     ("event", EVENTS),
     ("fact", FACTS),

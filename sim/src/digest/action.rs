@@ -452,7 +452,7 @@ fn on_engine(record: &mut Record<'_>, on: &OnEngine) {
     record.sentence(error);
 }
 
-/// State by name, as the publisher hears it.
+/// Tag of a state, by the name that the publisher hears.
 fn state_tag(state: &str) -> u8 {
     match state {
         "announced" => 1,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 /// A stream of a receiver: (host, stream).
 pub(super) type FlowId = (usize, usize);
 
+/// One chunk on its way.
 pub(super) struct Flow {
     pub from: usize,
     pub chunk: u32,
@@ -12,14 +13,15 @@ pub(super) struct Flow {
     rate: f64,
 }
 
+/// All chunks on their way.
 #[derive(Default)]
 pub(super) struct Flows {
     flows: BTreeMap<FlowId, Flow>,
-    /// Seconds.
+    /// Time in seconds up to which the flows are computed.
     at: f64,
 }
 
-/// Bytes/s of a host's link.
+/// Rates of a host's link in bytes per second.
 #[derive(Clone, Copy)]
 pub(super) struct Link {
     pub ingress: f64,
@@ -27,21 +29,24 @@ pub(super) struct Link {
 }
 
 impl Flows {
+    /// Starts a chunk of `bytes` from the host `from`.
     pub fn start(&mut self, id: FlowId, from: usize, chunk: u32, bytes: u64) {
         self.flows.insert(id, Flow { from, chunk, left: bytes as f64, rate: 0.0 });
     }
 
+    /// Takes a flow out.
     pub fn end(&mut self, id: FlowId) -> Option<Flow> {
         self.flows.remove(&id)
     }
 
-    /// When the first one is through, if nothing changes until then.
+    /// Time at which the first flow ends, if nothing changes until then.
     pub fn next_end(&self) -> Option<(f64, FlowId)> {
         let moving = self.flows.iter().filter(|(_, flow)| flow.rate > 0.0);
         let ends = moving.map(|(id, flow)| (self.at + flow.left / flow.rate, *id));
         ends.min_by(|a, b| a.0.total_cmp(&b.0))
     }
 
+    /// Moves all flows on to the time `to`.
     pub fn advance(&mut self, to: f64) {
         let span = to - self.at;
         for flow in self.flows.values_mut() {
@@ -50,7 +55,8 @@ impl Flows {
         self.at = to;
     }
 
-    /// Progressive filling: the tightest link sets its flows' rate, and what is left goes to the others.
+    /// Shares the links fairly by progressive filling: the tightest link sets its flows' rate, and what is left goes to
+    /// the others.
     pub fn share(&mut self, links: &[Link]) {
         let mut free: Vec<[(f64, u32); 2]> =
             links.iter().map(|link| [(link.egress, 0), (link.ingress, 0)]).collect();

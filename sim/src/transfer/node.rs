@@ -6,17 +6,18 @@ use anabranch_manager::weights::plan::Feed;
 use anabranch_transfer::chunks::ChunkSet;
 use anabranch_transfer::queue::ChunkQueue;
 
+/// One host.
 pub(super) struct Node {
     pub life: Life,
-    /// A late joiner.
+    /// Whether the host is a late joiner.
     pub late: bool,
     pub rate: u64,
     pub held: ChunkSet,
     pub fetch: Option<Fetch>,
-    /// Watchers of what the node gets: (host, source).
+    /// Watchers of what the node receives: (host, source).
     pub watchers: BTreeSet<(usize, usize)>,
     pub feed: Option<Feed>,
-    /// Seconds.
+    /// Time in seconds at which the host joined.
     pub joined: f64,
     pub done: Option<f64>,
     pub received: f64,
@@ -24,30 +25,33 @@ pub(super) struct Node {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Life {
+    /// The host has not joined.
     NotYet,
     Up,
-    /// Nothing answers for it, and nobody hears so.
+    /// Nothing answers for the host, and nobody hears of it.
     Cut,
     Dead,
 }
 
+/// A fetch in progress.
 pub(super) struct Fetch {
     pub queue: ChunkQueue,
-    /// Hosts, in the order of the plan.
+    /// Hosts in the order of the plan.
     pub sources: Vec<usize>,
     pub streams: BTreeMap<usize, Stream>,
     pub window: usize,
 }
 
-/// As in the receiver's driver: greeted, then as many chunks asked ahead as the window allows.
+/// State of one stream, as in the receiver's driver: greeted, then as many chunks asked ahead as the window allows.
 pub(super) enum Stream {
-    /// Waits for the queue to give it a source.
+    /// The stream waits for the queue to give it a source.
     Idle,
-    /// `attempt`: answers to an earlier one are not for us.
+    /// The stream has dialled its source; answers to an earlier `attempt` are not for it.
     Greeting {
         source: usize,
         attempt: u64,
     },
+    /// The source serves the stream.
     Bound {
         source: usize,
         asked: VecDeque<u32>,
@@ -56,6 +60,7 @@ pub(super) enum Stream {
 }
 
 impl Node {
+    /// A host that holds nothing.
     pub fn new(rate: u64, chunks: u32, late: bool) -> Self {
         Self {
             life: Life::NotYet,
@@ -73,6 +78,7 @@ impl Node {
 }
 
 impl Stream {
+    /// Index of the source, if there is one.
     pub fn source(&self) -> Option<usize> {
         match self {
             Stream::Idle => None,

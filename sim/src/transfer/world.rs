@@ -1,5 +1,6 @@
-//! The clock, and what each stream does next: the receiver's driver (`fetch/pull` of the transfer crate),
-//! without its threads.
+//! The clock, and the next action of each stream: the receiver's driver (`fetch/pull` of the transfer crate) without
+//! its
+//! threads.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -17,11 +18,11 @@ use super::{FanOut, Transfer};
 
 /// The trainer's host; receivers are numbered from 1.
 const TRAINER: usize = 0;
-/// Idle streams look at the clock so often, as in the driver.
+/// Time in seconds between two looks of an idle stream at the clock, as in the driver.
 const TICK: f64 = 0.05;
-/// Verifying a chunk takes a receiver thread so long, in bytes/s.
+/// Rate at which a receiver thread verifies chunks, in bytes per second.
 const HASH_RATE: f64 = 1.5e9;
-/// A world that is not done by then hangs.
+/// Time in seconds after which a world is taken to hang.
 const PATIENCE: f64 = 3600.0;
 
 mod faults;
@@ -37,7 +38,7 @@ enum Happening {
         attempt: u64,
         why: &'static str,
     },
-    /// The front chunk's request is at the source, and nothing is before it.
+    /// The front chunk's request is at the source, and no request is before it.
     Send {
         flow: FlowId,
         attempt: u64,
@@ -58,7 +59,7 @@ pub(super) struct World<'a> {
     transfer: &'a Transfer,
     rules: FetchRules,
     chunks: u32,
-    /// Seconds.
+    /// Time in seconds.
     now: f64,
     epoch: Instant,
     nodes: Vec<Node>,
@@ -70,6 +71,7 @@ pub(super) struct World<'a> {
 }
 
 impl<'a> World<'a> {
+    /// A world at time zero.
     pub fn new(transfer: &'a Transfer) -> Self {
         let chunks = transfer.bytes.div_ceil(transfer.chunk_bytes.into()) as u32;
         let rate = |host: usize| {
@@ -111,6 +113,7 @@ impl<'a> World<'a> {
         }
     }
 
+    /// Runs the world to its end. An error names the broken promise.
     pub fn run(mut self) -> Result<FanOut, String> {
         while self.broken.is_none() && !self.is_over() {
             self.step();
@@ -186,7 +189,7 @@ impl<'a> World<'a> {
 
     // === the manager ===
 
-    /// What the manager knows of everybody, and its plan for `hosts`.
+    /// Tells the plan what the manager knows of all hosts, and gives its orders to `hosts`.
     fn order(&mut self, hosts: &[usize]) {
         let place = |host: usize, node: &Node| match (node.life, &node.feed) {
             _ if hosts.contains(&host) => Some(Place::Wants),
@@ -257,7 +260,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// As the driver's thread of this stream: asks for chunks while it may, or for a source.
+    /// Does what the driver's thread of this stream would do: asks for chunks while it may, or for a source.
     fn pump(&mut self, flow: FlowId) {
         let instant = self.instant();
         let (host, stream) = flow;
@@ -368,7 +371,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// A chunk is through.
+    /// Takes a chunk that has arrived.
     fn came(&mut self, flow: FlowId) {
         let (host, stream) = flow;
         let Some(Flow { from, chunk, .. }) = self.flows.end(flow) else { return };

@@ -98,7 +98,7 @@ impl World {
         }
     }
 
-    /// What the driver would put on the wire is checked here, against the oracle.
+    /// Delivers a batch after checking it against the oracle, as it would go on the wire.
     fn deliver(&mut self, consumer: ConsumerId, batch: Arc<Batch>, samples: Vec<usize>) {
         for index in &samples {
             let sample = &batch.samples[*index];
@@ -122,7 +122,7 @@ impl World {
         self.after(LATENCY, Happening::Take { consumer, batch, samples });
     }
 
-    /// A prompt is a function of its key.
+    /// The prompt of a group, a function of its key.
     pub(crate) fn prompt(&self, key: &str) -> Vec<u32> {
         let hash = blake3::hash(key.as_bytes());
         let byte = |b: &u8| u32::from(*b) + 3;
@@ -130,7 +130,7 @@ impl World {
     }
 }
 
-/// Its engine has state that is not in the tokens.
+/// Whether the engine has state of the sample that is not in the tokens.
 fn cannot_resume(order: &anabranch_manager::action::StartOrder) -> bool {
     order.sampling.presence_penalty != 0.0 || !order.sampling.stop_strings.is_empty()
 }

@@ -1,4 +1,4 @@
-//! What agents do of themselves: dial, generate, load, drain.
+//! Actions of the agents: dial, generate, load, drain.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -36,7 +36,7 @@ impl World {
         self.after(wait, Happening::Redial { engine });
     }
 
-    /// The connection is gone on both sides; `heard`: the manager notices at once.
+    /// Cuts the connection on both sides; `heard`: the manager notices at once.
     pub(crate) fn break_link(&mut self, engine: usize, heard: bool) {
         let agent = &mut self.engines[engine];
         agent.attached = false;
@@ -69,7 +69,7 @@ impl World {
         self.post(Event::EngineAttached { link, hello: Box::new(hello) });
     }
 
-    /// Of a life before the first that the manager saw: it is refused.
+    /// Dials as a life before the first that the manager saw, which is refused.
     pub(crate) fn dial_as_ghost(&mut self, engine: usize) {
         if self.engines[engine].session.is_none() {
             return;
@@ -291,7 +291,7 @@ impl World {
         self.control(engine, Event::LoadReported { session, report: Box::new(report) });
     }
 
-    /// A control message: lost where the link is down (a real agent says it again at re-attach).
+    /// Sends a control message, which is lost if the link is down (a real agent repeats it when it attaches again).
     fn control(&mut self, engine: usize, event: Event) {
         let agent = &self.engines[engine];
         if agent.net_up && agent.attached {
@@ -347,7 +347,7 @@ impl World {
         }
     }
 
-    /// Drained: say so and leave; the process comes back as a new one after a while.
+    /// Reports the end of the drain and leaves; the process comes back as a new one after a while.
     fn finish_drain(&mut self, engine: usize) {
         let agent = &self.engines[engine];
         let Some((order, _)) = agent.drain else { return };
@@ -366,7 +366,7 @@ impl World {
     }
 }
 
-/// A token outside the vocabulary, where there is one to spoil.
+/// Puts a token outside the vocabulary into a tick, if it has a token.
 fn garble(tick: &mut pb::Tick) {
     let mut ids: Vec<u32> = tokens::ids(&tick.tokens).collect();
     if let Some(last) = ids.last_mut() {

@@ -1,4 +1,4 @@
-//! What happens outside the manager: to agents ([`super::agents`]) and to the trainer ([`super::training`]).
+//! Events outside the manager: of agents ([`super::agents`]) and of the trainer ([`super::training`]).
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! What the trainer does of itself: open, submit, take batches, commit, publish, switch modes.
+//! Actions of the trainer: open, submit, take batches, commit, publish, switch modes.
 
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ impl World {
         self.advance();
     }
 
-    /// Has the step come whole?
+    /// Goes on to training if the step has come whole.
     pub(super) fn advance(&mut self) {
         let Phase::Waiting { step } = self.trainer.phase else { return };
         let Some(seq) = self.trainer.has_step(step) else { return };
@@ -102,7 +102,7 @@ impl World {
         self.post(Event::ModeRequested { session, train, deadline: MODE_DEADLINE, reply });
     }
 
-    /// The next version, by all its senders. `step`: training waits for it.
+    /// Publishes the next version, by all its senders. `step`: training waits for it.
     pub(super) fn publish(&mut self, step: Option<u64>) {
         if self.trainer.session.is_none() {
             return;
@@ -112,7 +112,7 @@ impl World {
         self.announce(version, step);
     }
 
-    /// The newest version again, after its stream broke.
+    /// Publishes the newest version again, after its stream broke.
     pub(super) fn republish(&mut self) {
         if self.trainer.session.is_some() && self.trainer.version > 0 {
             let version = crate::trainer::version(self.trainer.epoch, self.trainer.version);
@@ -151,7 +151,7 @@ impl World {
         self.post(Event::VersionSealed { publisher, version, reply });
     }
 
-    /// No version is on its way to the manager.
+    /// Whether no version is on its way to the manager.
     pub(crate) fn publishes_nothing(&self) -> bool {
         let publishes = |w: &Waiting| matches!(w, Waiting::Announce { .. } | Waiting::Seal { .. });
         !self.waiting.values().any(publishes)
@@ -230,6 +230,10 @@ impl World {
 
     fn opened(&mut self, session: SessionId) {
         self.trainer.session = Some(session);
+        for said in std::mem::take(&mut self.zombies) {
+            let late = Duration::from_millis(self.rng.range(10, 3_000));
+            self.after(late, Happening::Core(said));
+        }
         self.consume(0);
         for shard in 1..self.trainer.shards {
             self.after(self.scenario.trainer.stagger * shard, Happening::Consume { shard });
@@ -349,7 +353,7 @@ impl World {
         }
     }
 
-    /// Some groups have penalties or stop strings: they restart from their prompt.
+    /// Settings of a group. Some groups have penalties or stop strings: they restart from their prompt.
     fn sampling(&self, key: &str) -> Sampling {
         let plain = Sampling::new(self.scenario.max_tokens);
         if draw(key, 0) >= self.scenario.trainer.replayed {

@@ -16,7 +16,7 @@ pub(super) struct Course {
     issued: Issued,
     feeds: Vec<Feed>,
     started: Instant,
-    /// When each receiver was asked, and the order.
+    /// Each receiver's order, with the time at which it was given.
     pub(super) pending: Vec<(Duration, Pending)>,
     pub(super) after: Vec<Option<Duration>>,
     pub(super) sourceless: Duration,
@@ -75,7 +75,8 @@ impl Course {
         Ok(())
     }
 
-    /// Waits until those receivers have everything. One whose fetch failed is asked again, as a manager would.
+    /// Waits until the receivers that `of` accepts have everything. A receiver whose fetch failed is asked again, as a
+    /// manager would ask it.
     pub(super) async fn finish(
         &mut self,
         fleet: &Fleet<'_>,

@@ -8,10 +8,11 @@ use anyhow::{Context, bail};
 use super::super::model::Model;
 use super::super::order::{Activated, Publish};
 
-/// A manager that is not there by then will not be.
+/// Longest time that the manager may take to listen.
 const START: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(200);
 
+/// The job, and the weights of its newest version.
 pub struct Training {
     job: Job,
     engines: usize,
@@ -19,6 +20,7 @@ pub struct Training {
 }
 
 impl Training {
+    /// Opens the job at `manager`, and expects so many engines.
     pub async fn open(manager: &str, engines: usize) -> anyhow::Result<Training> {
         let until = Instant::now() + START;
         let client = loop {
@@ -36,6 +38,7 @@ impl Training {
         Ok(Training { job: client.open(config).await?, engines, model: None })
     }
 
+    /// Publishes a version and waits until all engines serve it.
     pub async fn publish(&mut self, order: &Publish) -> anyhow::Result<Activated> {
         let old = self.model.take();
         let (model, changed_share) = Model::next(old, order.bytes, order.seed, order.changed);

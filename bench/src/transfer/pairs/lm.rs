@@ -4,8 +4,11 @@ use candle_core::{D, Device, Result, Tensor, Var};
 
 use crate::rng::Rng;
 
+/// The model in words.
 pub const ABOUT: &str = "decoder of bytes, 7 layers, width 512, 8 heads, GELU";
+/// Rows of one step.
 pub const BATCH: usize = 2;
+/// Length of a row in bytes.
 pub const LEN: usize = 64;
 const LAYERS: usize = 7;
 const WIDTH: usize = 512;
@@ -15,6 +18,7 @@ const VOCAB: usize = 256;
 const SIGMA: f64 = 0.02;
 const HIDDEN: f32 = -1e9;
 
+/// The weights of the model.
 pub struct Lm {
     /// Parameters by name, in the order of use.
     vars: Vec<(String, Var)>,
@@ -24,6 +28,7 @@ pub struct Lm {
 // === impl Lm ===
 
 impl Lm {
+    /// Random weights, always the same.
     pub fn new() -> Result<Lm> {
         let mut rng = Rng::new(0x11);
         let mut vars = Vec::new();
@@ -52,10 +57,12 @@ impl Lm {
         Ok(Lm { vars, mask: Tensor::from_vec(mask, (LEN, LEN), &Device::Cpu)? })
     }
 
+    /// The parameters by name.
     pub fn vars(&self) -> &[(String, Var)] {
         &self.vars
     }
 
+    /// Number of trainable numbers.
     pub fn parameters(&self) -> usize {
         self.vars.iter().map(|(_, var)| var.elem_count()).sum()
     }

@@ -4,10 +4,11 @@ use crate::rng::Rng;
 
 const WORDS: usize = 2000;
 
+/// A stream of made-up words.
 pub struct Text {
     rng: Rng,
     words: Vec<Vec<u8>>,
-    /// Sums of the words' frequencies.
+    /// Running sums of the words' frequencies.
     up_to: Vec<f64>,
     last: usize,
     pending: Vec<u8>,
@@ -16,6 +17,7 @@ pub struct Text {
 // === impl Text ===
 
 impl Text {
+    /// The stream from its start, always the same.
     pub fn new() -> Text {
         let mut rng = Rng::new(0x7e87);
         let letters = b"etaoinshrdlcumwfgypbvk";

@@ -1,4 +1,4 @@
-//! What several `publish --sender K/N` tell each other, as files of a directory that all of them see.
+//! Messages between several `publish --sender K/N`, as files of a directory that all of them see.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use crate::failure::Failure;
 
 const POLL: Duration = Duration::from_millis(100);
 
+/// One sender's access to the directory.
 pub struct Exchange {
     dir: PathBuf,
     /// Prefix of the names of all files of this version.
@@ -18,12 +19,13 @@ pub struct Exchange {
     sender: Sender,
 }
 
-/// What this sender told; gone when dropped.
+/// The file with this sender's message; removed when dropped.
 pub struct Told(PathBuf);
 
 // === impl Exchange ===
 
 impl Exchange {
+    /// Access for `sender`, for one version of a job.
     pub fn new(dir: &Path, job: &str, epoch: u32, number: u64, sender: Sender) -> Self {
         // A job's name may be anything; a file's may not.
         let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' };
@@ -31,7 +33,7 @@ impl Exchange {
         Self { dir: dir.to_owned(), prefix: format!("{job}.{epoch}.{number}"), sender }
     }
 
-    /// At once or not at all, so that nobody reads half of it.
+    /// Writes this sender's message, at once or not at all, so that nobody reads half of it.
     pub fn tell(&self, info: &[u8]) -> Result<Told, Failure> {
         let path = self.path(self.sender.index);
         let part = path.with_extension("tmp");
@@ -44,7 +46,7 @@ impl Exchange {
         Ok(Told(path))
     }
 
-    /// What all senders told, by their number.
+    /// Waits for the messages of all senders, and returns them by the senders' numbers.
     pub async fn gather(&self, within: Duration) -> Result<Vec<Vec<u8>>, Failure> {
         let started = Instant::now();
         let mut infos = Vec::new();

@@ -11,6 +11,7 @@ use ratatui::widgets::{Block, Paragraph, Row, Table};
 use super::model::Model;
 use crate::table::{bytes, seconds};
 
+/// Draws one frame.
 pub fn draw(frame: &mut Frame, model: &Model) {
     let engines = (model.state.engines.len() as u16 + 3).clamp(5, 16);
     let [head, top, middle, log] = Layout::vertical([

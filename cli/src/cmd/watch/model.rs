@@ -1,4 +1,4 @@
-//! What the view shows: the last state, rates between looks, and the last events. Draws nothing.
+//! Content of the screen: the last state, rates between looks, and the last events. Draws nothing.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
@@ -11,19 +11,25 @@ use crate::table::seconds;
 /// Events kept for the log.
 const EVENTS: usize = 200;
 
+/// Content of the screen.
 pub struct Model {
+    /// Address of the manager.
     pub manager: String,
+    /// The last state.
     pub state: StateView,
-    /// Tokens per second, by engine and of all.
+    /// Tokens per second, by engine.
     pub rates: BTreeMap<String, f64>,
+    /// Tokens per second of all engines.
     pub rate: f64,
+    /// The last events, as lines.
     pub events: VecDeque<String>,
-    /// Why the manager cannot be seen at the moment.
+    /// Reason why the manager cannot be reached now.
     pub trouble: Option<String>,
     looked: Option<Instant>,
 }
 
 impl Model {
+    /// An empty screen.
     pub fn new(manager: &str) -> Self {
         Self {
             manager: manager.to_owned(),
@@ -36,6 +42,7 @@ impl Model {
         }
     }
 
+    /// Takes a new state, and measures the rates since the last.
     pub fn look(&mut self, state: StateView) {
         let now = Instant::now();
         if let Some(before) = self.looked.replace(now) {
@@ -45,7 +52,7 @@ impl Model {
         self.state = state;
     }
 
-    /// Returns the line that the log shows; `None` where it says nothing to a person.
+    /// Takes an event. Returns the line that the log shows; `None` if it says nothing to a person.
     pub fn event(&mut self, json: &str) -> Option<String> {
         let line = describe(json)?;
         if self.events.len() == EVENTS {
@@ -55,12 +62,13 @@ impl Model {
         Some(line)
     }
 
+    /// Notes that the manager cannot be reached.
     pub fn lost(&mut self, why: &str) {
         self.trouble = Some(why.to_owned());
         self.looked = None;
     }
 
-    /// All of it in one line.
+    /// The content in one line.
     pub fn line(&self) -> String {
         let state = &self.state;
         let serving = state.engines.iter().filter(|engine| engine.state.is_serving()).count();
@@ -78,6 +86,7 @@ impl Model {
         )
     }
 
+    /// The job in a few words.
     pub fn job(&self) -> String {
         match &self.state.job {
             Some(job) if job.epoch > 0 => format!("job {}@{}", job.name, job.epoch),
@@ -103,7 +112,7 @@ impl Model {
     }
 }
 
-/// `12.3 s  samples moved: from e1, samples 4, kept_tokens 312`
+/// The event as a line, such as `12.3 s  samples moved: from e1, samples 4, kept_tokens 312`.
 fn describe(json: &str) -> Option<String> {
     let event: Map<String, Value> = serde_json::from_str(json).ok()?;
     if serde_json::from_str(json).is_ok_and(|notice| is_quiet(&notice)) {
@@ -121,7 +130,7 @@ fn describe(json: &str) -> Option<String> {
     Some(format!("{at:>10}  {name}: {}", facts.join(", ")))
 }
 
-/// True for what is told many times a second, or said by another event as well.
+/// Whether an event comes many times a second, or another event says the same.
 fn is_quiet(notice: &Notice) -> bool {
     use Notice::{BatchAcked, LoadStage, SamplesPlaced};
     matches!(notice, BatchAcked { .. } | LoadStage { .. } | SamplesPlaced { .. })

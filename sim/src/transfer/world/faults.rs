@@ -1,4 +1,4 @@
-//! Deaths and dark links, and what the streams to such a host come to.
+//! Deaths and dead links, and the end of the streams to such a host.
 
 use super::super::flow::{Flow, FlowId};
 use super::super::node::{Life, Stream};
@@ -29,7 +29,7 @@ impl World<'_> {
         }
     }
 
-    /// Silence is only noticed at the progress deadline.
+    /// Gives the stream up at the progress deadline, because silence is not noticed before.
     pub(super) fn give_up_later(&mut self, flow: FlowId, attempt: u64) {
         let wait = self.rules.progress.as_secs_f64();
         self.after(wait, Happening::Unreachable { flow, attempt, why: "no progress" });
