@@ -27,7 +27,7 @@ use breaker::Breaker;
 
 /// Time between two looks at the cluster.
 const LOOK: Duration = Duration::from_millis(50);
-/// How long a process stays down before it is started again.
+/// Time that a process stays down before it is started again.
 const REST: Duration = Duration::from_millis(700);
 /// Time before the first fault, in which engines attach and take their first samples.
 const SETTLE: Duration = Duration::from_secs(2);

@@ -41,7 +41,7 @@ pub struct Config {
     pub max_running: u32,
     /// Longest prompt with its answer, in tokens.
     pub context: u32,
-    /// What lies between agents and manager.
+    /// Connections between agents and manager.
     pub links: Links,
     /// Log filter of every process.
     pub log: String,

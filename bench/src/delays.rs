@@ -1,5 +1,5 @@
-//! How late tokens are: what the engines noted, the link's tap saw and the trainer received, put side by side. All three
-//! read the one monotonic clock of this machine. Pure.
+//! Delays of tokens, computed from three records: the engines' notes, the link's tap, and the trainer's arrivals. All
+//! three read the one monotonic clock of this machine. Pure.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

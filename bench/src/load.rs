@@ -1,5 +1,5 @@
-//! The trainer's side of a run: keeps a number of samples in flight, writes what was asked and what came back to disk,
-//! acknowledges. Two tasks over one job. What is asked, and when to stop, is the run's business.
+//! The trainer's side of a run: keeps a number of samples in flight, writes requests and results to disk, acknowledges.
+//! Two tasks over one job. The run decides what is asked, and when to stop.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};

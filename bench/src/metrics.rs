@@ -1,4 +1,4 @@
-//! Reads the manager's own histograms from `/metrics`. What they measure is the manager's business.
+//! A reader of the manager's own histograms from `/metrics`. The manager decides what they measure.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

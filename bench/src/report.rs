@@ -15,7 +15,7 @@ pub struct Report {
     pub pass: bool,
     /// The figures, in the order of the table.
     pub figures: Vec<Figure>,
-    /// How the run was set up and what its numbers mean.
+    /// Notes on the set-up of the run and on the meaning of its numbers.
     pub notes: Vec<String>,
     /// More facts of the run, by name.
     pub detail: serde_json::Value,

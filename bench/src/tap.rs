@@ -32,7 +32,7 @@ pub struct Passed {
     pub acked_ns: Option<u64>,
 }
 
-/// What passed between one agent and its manager.
+/// Tokens and acknowledgements that passed between one agent and its manager.
 #[derive(Default)]
 pub struct Tap {
     state: Mutex<State>,

@@ -125,12 +125,12 @@ impl Task for Gsm8k {
         self.train[(mix(self.seed, index) % self.train.len() as u64) as usize].clone()
     }
 
-    /// At most as many as the file holds.
+    /// The first `count` held-out problems; fewer if the file has fewer.
     fn held_out(&self, count: usize) -> Vec<Problem> {
         self.held_out.iter().take(count).cloned().collect()
     }
 
-    /// The number of another problem.
+    /// A problem with the number of another problem.
     fn form_example(&self, index: u64) -> Problem {
         let expected = self.train_problem(index + 1).expected;
         Problem { expected, ..self.train_problem(index) }

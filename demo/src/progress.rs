@@ -1,5 +1,5 @@
-//! What a person sees while the demo runs: a few live lines on a terminal, plain lines elsewhere.
-//! Owns the drawing. What the numbers mean is decided elsewhere.
+//! The display of a running demo: a few live lines on a terminal, plain lines elsewhere. Owns the drawing, not the
+//! meaning of the numbers.
 
 use std::fmt::Write;
 use std::io::IsTerminal;
@@ -23,7 +23,7 @@ const SPARK_WIDTH: usize = 30;
 pub struct Numbers {
     /// Step in progress, from 1.
     pub step: u64,
-    /// What the run does now, in words.
+    /// Current activity of the run, in words.
     pub doing: String,
     /// Mean reward of each finished step.
     pub rewards: Vec<f64>,

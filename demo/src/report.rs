@@ -1,4 +1,4 @@
-//! What a run leaves behind: `report.json` for scripts, `report.html` for people.
+//! The results of a run: `report.json` for scripts, `report.html` for people.
 //!
 //! Owns the schema and the two files. Gathers nothing and judges nothing but [`Report::verdict`].
 
@@ -65,7 +65,7 @@ pub struct Report {
     pub curve: Vec<CurvePoint>,
     /// Events that the script caused, in their order.
     pub story: Vec<Happening>,
-    /// What should not have happened, in the words that the user saw.
+    /// Things that should not have happened, in the words that the user saw.
     pub complaints: Vec<String>,
 }
 
@@ -100,7 +100,7 @@ pub struct PhaseSpan {
     pub phase: Phase,
 }
 
-/// What an engine did for a while.
+/// State of an engine during a part of its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "phase", rename_all = "snake_case")]
 pub enum Phase {

@@ -1,5 +1,5 @@
-//! What happens to the engines during the run: who attaches, who is killed, who is drained, and what
-//! came of it. Owns the cues and their wording. Starting and signalling processes is the cluster's.
+//! The script of the run: which engine attaches, is killed or is drained, and with which outcome. Owns the cues and
+//! their wording. The cluster starts and signals the processes.
 
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,7 @@ pub enum ScriptError {
     Watch(#[from] WatchError),
 }
 
-/// What happens to an engine.
+/// Kind of an event that the script causes for an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Act {
     /// The engine starts and attaches, at the start of the step.
@@ -77,7 +77,7 @@ pub struct Script {
     started: Instant,
 }
 
-/// What the script acts on.
+/// The parts of the run that the script acts on.
 pub struct Stage<'a> {
     /// The processes.
     pub cluster: &'a mut Cluster,

@@ -1,4 +1,4 @@
-//! What the model is to learn, and the exact verifier of its answers.
+//! The task that the model is to learn, and the exact verifier of its answers.
 //!
 //! Owns the strand task (vocabulary, problems, held-out set, verifier) and the [`Task`] seam.
 //! Does not know how answers are generated or learnt from.
@@ -130,8 +130,8 @@ impl Task for Strand {
         (0..count as u64).map(|i| self.draw(Side::HeldOut, i)).collect()
     }
 
-    /// Half copies the prompt, half is noise. A copied base is never its own complement, so the
-    /// habit that this teaches scores below chance; it only shows where to look and when to stop.
+    /// A problem whose answer is half a copy of the prompt and half noise. A copied base is never its own complement,
+    /// so the habit that this teaches scores below chance; it only shows where to look and when to stop.
     fn form_example(&self, index: u64) -> Problem {
         let problem = self.draw(Side::Train, FORM_STREAM + index);
         let key = mix(mix(self.seed, FORM_STREAM), index);

@@ -1,5 +1,5 @@
-//! What the manager tells while the demo runs: its events, followed to the end and kept as a story.
-//! Owns the stream, the story and waiting for a turn of it. Decides nothing.
+//! The manager's events while the demo runs, followed to the end and kept as a story. Owns the stream, the story, and
+//! waits for an event. Decides nothing.
 
 mod story;
 

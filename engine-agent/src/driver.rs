@@ -109,7 +109,7 @@ impl<E: Engine> Driver<E> {
                     link.tick(*tick);
                 }
             }
-            Action::ServePeers { job, key } => self.weights.serve(&job, &key),
+            Action::ServePeers { key } => self.weights.serve(&key),
             Action::Generate(request) => {
                 let (attempt, drain) = (request.attempt, self.drain.clone());
                 let task = generate::stream_task(self.shared.clone(), self.engine.clone(), request);

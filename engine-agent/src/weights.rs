@@ -95,22 +95,16 @@ impl Weights {
         self.sharing.as_ref().map(|(_, host)| host.clone()).unwrap_or_default()
     }
 
-    /// Opens the data plane for `job`, and checks grants of peers with `key`.
-    pub fn serve(&self, job: &str, key: &[u8]) {
+    /// Opens the data plane, and checks grants of peers with `key`. The key alone says who may read: the manager gives one for
+    /// each session, and jobs may follow each other within a session.
+    pub fn serve(&self, key: &[u8]) {
         let mut inner = self.lock();
         if let DataPlane::Reserved { listener } = &mut inner.data_plane {
             let listener = listener.take();
             let socket = self.sharing.as_ref().map(|(socket, _)| socket.as_path());
-            inner.data_plane = DataPlane::open(job, listener, socket, &self.staging);
+            inner.data_plane = DataPlane::open(listener, socket, &self.staging);
         }
-        let DataPlane::Open { job: known, holder, .. } = &inner.data_plane else { return };
-        if !known.is_empty() && known != job {
-            tracing::warn!(
-                job,
-                known,
-                "the manager changed the job; peers are served for the old one"
-            );
-        }
+        let DataPlane::Open { holder, .. } = &inner.data_plane else { return };
         match key.try_into() {
             Ok(key) => holder.set_key(key),
             Err(_) if key.is_empty() => {}

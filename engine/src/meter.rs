@@ -1,10 +1,9 @@
 //! A small file that counts what this engine made and outlives a kill: bench and chaos runs read which tokens were lost
 //! with an engine, and when tokens were on their way. Owns the file and its format.
 //!
-//! Bytes 0..8: tokens made for streams so far (u64 LE). From byte 64: entries of three u64 LE: a stream's seed, how
-//! many
-//! tokens it has with the chunk that is ready (highest bit: the last one), the monotonic time in nanoseconds. There is
-//! one for each stream that ended by itself, and one for each chunk of every sixteenth stream.
+//! Bytes 0..8: tokens made for streams so far (u64 LE). From byte 64: entries of three u64 LE: a stream's seed, the
+//! number of its tokens with the chunk that is ready (highest bit: the last one), the monotonic time in nanoseconds.
+//! There is one for each stream that ended by itself, and one for each chunk of every sixteenth stream.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

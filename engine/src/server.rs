@@ -1,6 +1,5 @@
 //! The life of an engine: binding, the accept loop and the end. One hyper connection task for each client, in a set
-//! that
-//! this module owns; the engine itself is a thread of its own, never on the async workers.
+//! that this module owns; the engine itself is a thread of its own, never on the async workers.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};

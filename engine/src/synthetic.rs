@@ -83,7 +83,7 @@ pub struct Made {
     pub extra: u32,
 }
 
-/// The token that follows `chain` under these weights. With `ignore_eos` the EOS is never chosen.
+/// The token that follows `chain` under these weights; never the EOS with `ignore_eos`.
 pub fn next(chain: Chain, weights: WeightsKey, params: SyntheticParams, ignore_eos: bool) -> Made {
     let [w0, w1, w2, w3] = weights.0;
     let end = mix(mix(chain.0 ^ w0).wrapping_add(w1));

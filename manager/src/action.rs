@@ -25,7 +25,8 @@ pub enum Action {
     /// `Ledger::begin`, then send `Start` with the kept tokens it returns (and the prompt, if this session
     /// has not had it). If the ledger says the sample is finished already, do nothing: the fact is on its way.
     Start(Box<StartOrder>),
-    /// The page's tokens are thrown away: the sample restarts from its prompt. Answered by `PageCleared`.
+    /// The page's tokens are thrown away: the sample restarts from its prompt. Answered by `PageCleared`, unless the sample
+    /// had finished.
     ClearPage {
         sample: SampleId,
     },

@@ -203,6 +203,7 @@ impl Core {
         if self.out.take_placeable() {
             self.place(now);
         }
+        self.weights.check_settled(now, &mut self.out);
         self.rollout.send_batches(&mut self.out);
     }
 

@@ -211,6 +211,7 @@ impl Driver {
         self.effects.metrics.look_at_engines(now, &state.engines);
         if is_due {
             self.effects.drop_stale_replies();
+            self.effects.send_statuses();
             let ledger = self.effects.ledger.stats();
             self.effects.metrics.look(now, &state, &ledger, self.inbox.len());
         }

@@ -3,7 +3,7 @@
 //! many agents scales over threads and the deciding core never sees a token.
 //!
 //! The deciding core does not hear of growth as such. A fact comes at an attempt's first token, where the oldest
-//! version changes, where the tokens are eight times as many, and at an end; [`Ledger::sweep`] finds the attempts that are silent.
+//! version changes, where the tokens have doubled, and at an end; [`Ledger::sweep`] finds the attempts that are silent.
 
 mod page;
 mod rules;
@@ -44,8 +44,7 @@ pub struct Maker {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Fact {
     /// The sample has `kept` tokens now; `oldest` is the lowest version number among them. Told at an attempt's first
-    /// token, where `oldest` changes, and where `kept` is eight times what was told; so what was told last is above an eighth of
-    /// what there is.
+    /// token, where `oldest` changes, and where `kept` has doubled; so what was told last is above half of what there is.
     Grew { sample: SampleId, attempt: Attempt, kept: u32, oldest: u64 },
     /// Ended for good. `running`: the engine has not said so and must be told to stop.
     Finished {
@@ -185,12 +184,22 @@ impl Ledger {
         }
     }
 
-    /// The sample restarts from its prompt. Gives the number of tokens thrown away.
-    pub fn clear(&self, sample: SampleId) -> u32 {
+    /// An attempt was taken off its engine: what still comes of it is stale.
+    pub fn end(&self, sample: SampleId, attempt: Attempt) {
+        if let Some(page) = self.shard(sample).pages.get_mut(&sample)
+            && page.runs_on(attempt).is_some()
+        {
+            page.end_attempt();
+        }
+    }
+
+    /// The sample restarts from its prompt. Gives the number of tokens thrown away; `None` where the sample had finished,
+    /// so that the fact of that end counts.
+    pub fn clear(&self, sample: SampleId) -> Option<u32> {
         let mut shard = self.shard(sample);
-        let cleared = shard.pages.get_mut(&sample).map_or(0, Page::clear);
+        let cleared = shard.pages.get_mut(&sample).filter(|page| !page.is_finished())?.clear();
         shard.stats.cleared_tokens += u64::from(cleared);
-        cleared
+        Some(cleared)
     }
 
     /// The sample ends as it is: what still comes for it is stale. Gives its tokens and the oldest version among them;

@@ -121,7 +121,7 @@ fn assemble(config: &ManagerConfig, auth: Auth, drain: &Drain) -> (Arc<Gate>, Jo
     let (clock, life) = (Clock::start(), Life::new(&secret));
     let core_config = crate::core::config::CoreConfig { secret, ..config.core.clone() };
     let (inbox, from) = Inbox::new(clock);
-    let ledger = Arc::new(Ledger::new(config.ledger_shards, config.core.progress()));
+    let ledger = Arc::new(Ledger::new(config.ledger_shards, config.core.patience()));
     let notices = Arc::new(Notices::new(clock));
     let metrics = Arc::new(Metrics::new());
     let pulse = Arc::new(Pulse::default());

@@ -84,9 +84,11 @@ impl Weights {
     }
 
     /// A new epoch, or another job: its versions begin at the weights that engines start with.
-    pub fn begin(&mut self, epoch: u32) {
+    pub fn begin(&mut self, epoch: u32, out: &mut Outbox) {
         self.commit(Change::Begun { epoch });
         self.receivers.retarget(self.books.current());
+        // What is on its way is of no version of this epoch.
+        self.cancel_outdated(&[], out);
         self.news(true);
     }
 
@@ -183,14 +185,18 @@ impl Weights {
 
     /// True where the current version can be had: offered, or held by a linked engine.
     pub fn current_is_within_reach(&self) -> bool {
-        let current = self.current();
+        self.is_within_reach(self.current())
+    }
+
+    /// True where somebody may give the version: offered, or held by a linked engine.
+    pub fn is_within_reach(&self, version: Version) -> bool {
         let linked = |session| self.receivers.get(session).is_some_and(|r| r.linked);
-        self.books.find(current).is_some_and(VersionRecord::is_offered)
-            || self.books.holders(current).any(linked)
+        self.books.find(version).is_some_and(VersionRecord::is_offered)
+            || self.books.holders(version).any(linked)
     }
 
     /// `next` is current from now on.
-    pub fn make_current(&mut self, next: Version, out: &mut Outbox) {
+    pub fn make_current(&mut self, now: Now, next: Version, out: &mut Outbox) {
         let older = |record: &&VersionRecord| {
             record.version().number < next.number
                 && matches!(record.state(), VersionState::Current | VersionState::Available)
@@ -199,6 +205,9 @@ impl Weights {
             self.books.iter().filter(older).map(|record| record.version().number).collect();
         for number in older {
             self.commit(Change::Moved { number, to: VersionState::Superseded });
+            if let Some(version) = self.books.get(number).map(VersionRecord::version) {
+                self.has_news(now, version, out);
+            }
         }
         self.commit(Change::Current { version: next });
         self.receivers.retarget(next);
@@ -207,10 +216,12 @@ impl Weights {
         out.tell(Notice::VersionCurrent { version: next, waited_for_groups: 0 });
     }
 
-    /// Tells once that every attached engine serves the current version.
-    pub fn check_settled(&mut self, now: Now, version: Version, out: &mut Outbox) {
-        let Some(record) = self.books.get(version.number) else { return };
-        if !self.receivers.front.is_settled() || self.current() != version || record.settled() {
+    /// Tells once that every attached engine serves the current version, one at least.
+    pub fn check_settled(&mut self, now: Now, out: &mut Outbox) {
+        let version = self.current();
+        let Some(record) = self.books.find(version) else { return };
+        let serves = self.receivers.front.is_served();
+        if !self.receivers.front.is_settled() || !serves || record.settled() {
             return;
         }
         let ms = record.live().sealed.map_or(0, |sealed| now.since(sealed).as_millis() as u64);

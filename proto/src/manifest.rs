@@ -234,43 +234,41 @@ impl Manifest {
         if matches!(self.kind, Kind::Delta { .. }) && !self.tensors.is_empty() {
             return Err(ManifestError::DeltaTensors(self.tensors.len()));
         }
-        self.check_tensors()
+        check_tensors(&self.tensors, self.image_bytes)
     }
+}
 
-    fn check_tensors(&self) -> Result<(), ManifestError> {
-        let mut names = BTreeSet::new();
-        let mut before: Option<&Tensor> = None;
-        for (index, t) in self.tensors.iter().enumerate() {
-            let name = || t.name.clone();
-            if t.name.is_empty() || t.name.len() > MAX_NAME_BYTES {
-                return Err(ManifestError::Name { index, len: t.name.len() });
-            }
-            if !names.insert(t.name.as_str()) {
-                return Err(ManifestError::Duplicate(name()));
-            }
-            if t.shape.len() > MAX_DIMENSIONS {
-                let dimensions = t.shape.len();
-                return Err(ManifestError::Dimensions { name: name(), dimensions });
-            }
-            if tensor_bytes(t.dtype, &t.shape) != Some(t.len) {
-                let (shape, dtype, len) = (t.shape.clone(), t.dtype, t.len);
-                return Err(ManifestError::Length { name: name(), shape, dtype, len });
-            }
-            let (offset, len, image_bytes) = (t.offset, t.len, self.image_bytes);
-            if offset.checked_add(len).is_none_or(|end| end > image_bytes) {
-                return Err(ManifestError::Outside { name: name(), offset, len, image_bytes });
-            }
-            if let Some(b) = before.filter(|b| t.offset < b.offset + b.len) {
-                return Err(ManifestError::Overlap {
-                    name: name(),
-                    before: b.name.clone(),
-                    offset,
-                });
-            }
-            before = Some(t);
+/// Checks that tensors have names of their own, sizes that follow from their shapes, and places in an image of
+/// `image_bytes` bytes that do not overlap. Publishers check what receivers will.
+pub fn check_tensors(tensors: &[Tensor], image_bytes: u64) -> Result<(), ManifestError> {
+    let mut names = BTreeSet::new();
+    let mut before: Option<&Tensor> = None;
+    for (index, t) in tensors.iter().enumerate() {
+        let name = || t.name.clone();
+        if t.name.is_empty() || t.name.len() > MAX_NAME_BYTES {
+            return Err(ManifestError::Name { index, len: t.name.len() });
         }
-        Ok(())
+        if !names.insert(t.name.as_str()) {
+            return Err(ManifestError::Duplicate(name()));
+        }
+        if t.shape.len() > MAX_DIMENSIONS {
+            let dimensions = t.shape.len();
+            return Err(ManifestError::Dimensions { name: name(), dimensions });
+        }
+        if tensor_bytes(t.dtype, &t.shape) != Some(t.len) {
+            let (shape, dtype, len) = (t.shape.clone(), t.dtype, t.len);
+            return Err(ManifestError::Length { name: name(), shape, dtype, len });
+        }
+        let (offset, len) = (t.offset, t.len);
+        if offset.checked_add(len).is_none_or(|end| end > image_bytes) {
+            return Err(ManifestError::Outside { name: name(), offset, len, image_bytes });
+        }
+        if let Some(b) = before.filter(|b| t.offset < b.offset + b.len) {
+            return Err(ManifestError::Overlap { name: name(), before: b.name.clone(), offset });
+        }
+        before = Some(t);
     }
+    Ok(())
 }
 
 /// Bytes of chunk `index` in an image of `image_bytes`, from the image's start; empty beyond its end.

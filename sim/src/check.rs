@@ -25,9 +25,7 @@ pub(crate) fn trajectory(
     let id = sample.sample;
     let ids: Vec<u32> = tokens::ids(&view.tokens).collect();
     let logprobs: Vec<f32> = tokens::logprobs(&view.logprobs).collect();
-    // A cancelled sample ends where the ledger was, which may be a tick beyond what the core had heard.
-    let cancelled = sample.finish == Finish::Cancelled && ids.len() >= sample.tokens as usize;
-    if ids.len() != logprobs.len() || (ids.len() != sample.tokens as usize && !cancelled) {
+    if ids.len() != logprobs.len() || ids.len() != sample.tokens as usize {
         let (a, b, c) = (ids.len(), logprobs.len(), sample.tokens);
         return Err(format!("{id}: {a} tokens, {b} log-probabilities, {c} announced"));
     }

@@ -3,9 +3,9 @@
 //! After each event the invariants are checked, and each delivered trajectory is recomputed with the oracle.
 //! A failing seed reproduces exactly: `anabranch sim --seed N`.
 //!
-//! What is real: the deciding core, the ledger, the oracle. What is modelled: agents and engines as one
-//! (`fleet`), the trainer (`trainer`), the network (`world`). [`transfer`] is a world of its own: weights
-//! on their way, with the manager's plan and the receiver's queue.
+//! Real are the deciding core, the ledger and the oracle. Modelled are agents and engines as one (`fleet`), the trainer
+//! (`trainer`) and the network (`world`). [`transfer`] is a world of its own: weights on their way, with the manager's
+//! plan and the receiver's queue.
 
 mod check;
 pub mod coverage;

@@ -29,7 +29,7 @@ pub struct Scenario {
     pub colocated: bool,
     /// The job's bound on the lag of delivered tokens.
     pub staleness: Staleness,
-    /// What happens to running samples when a load begins.
+    /// Treatment of running samples when a load begins.
     pub on_running: OnRunning,
     /// Engines that load at a time; all at once if `None`.
     pub rolling: Option<u32>,

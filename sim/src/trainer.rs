@@ -20,7 +20,6 @@ pub(crate) enum Phase {
     Training {
         step: u64,
     },
-    /// The process is dead.
     Down,
     /// The trainer has closed the job, and waits for the answer.
     Closing,
@@ -40,7 +39,7 @@ pub(crate) struct Trainer {
     pub unsealed: BTreeMap<u64, u32>,
     pub shards: u32,
     pub version: u64,
-    /// Batch in which each (key, index) came. At most one, ever, within what is not rolled back.
+    /// Batch in which each (key, index) came: at most one, ever, within what is not rolled back.
     pub got: BTreeMap<(String, u32), BatchSeq>,
     pub seen: BTreeMap<u32, BatchSeq>,
     pub committed: BatchSeq,

@@ -1,6 +1,5 @@
 //! The data plane in virtual time: hosts with rated links, chunks as flows that share them fairly. Real are the
-//! manager's
-//! plan and the receiver's chunk queue; links, streams and relaying are modelled.
+//! manager's plan and the receiver's chunk queue; links, streams and relaying are modelled.
 //!
 //! Checked in every world: every live receiver has everything in the end; no host passes on what it does not hold; a
 //! ledger only grows.

@@ -199,12 +199,12 @@ pub(crate) struct World {
     acked: BTreeMap<SessionId, u64>,
     /// New tokens of each session since its last message to the core.
     made: BTreeMap<SessionId, u64>,
-    /// What trainers of older epochs still say, once the next one has opened the job.
+    /// Events that trainers of older epochs still send, once the next one has opened the job.
     pub zombies: Vec<Event>,
     /// Answers of the ledger to the actions of this turn.
     found: Vec<Event>,
     pub waiting: BTreeMap<ReplyTo, Waiting>,
-    /// Samples of each group, by the group's key, as submitted.
+    /// Samples of each group, by the group's key, without groups that were refused.
     pub asked: BTreeMap<String, u32>,
     pub admitted: BTreeSet<String>,
     pub pins: BTreeMap<String, Version>,
@@ -259,7 +259,7 @@ impl World {
             rng: Rng::new(rng.next()),
             now,
             folded: Folded::default(),
-            ledger: Ledger::new(4, config.progress()),
+            ledger: Ledger::new(4, config.patience()),
             core: Core::new(config, now),
             trainer: Trainer::new(scenario.shards),
             queue: BTreeMap::new(),

@@ -87,7 +87,7 @@ pub struct Short {
     pub n: u32,
     /// Reason, for people.
     pub why: String,
-    /// Tokens of each missing sample, at least an eighth of what it had: leaving long ones out biases what is learned.
+    /// Tokens of each missing sample, at least half of what it had: leaving long ones out biases what is learned.
     pub lengths: Vec<u32>,
 }
 

@@ -108,7 +108,7 @@ pub enum Notice {
         from: EngineId,
         /// Number of samples.
         samples: u32,
-        /// Tokens that they take along, at least: the manager's core hears of a sample's tokens when they are eight times as many.
+        /// Tokens that they take along, at least: the manager's core hears of a sample's tokens when they have doubled.
         kept_tokens: u64,
         /// Reason, for a person.
         why: String,

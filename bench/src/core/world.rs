@@ -114,7 +114,7 @@ impl World {
         let agent = |at: usize| Agent::new(at, at % COLOCATED == 5);
         Self {
             scale,
-            ledger: Ledger::new(SHARDS, config.progress()),
+            ledger: Ledger::new(SHARDS, config.patience()),
             core: Core::new(config, now),
             meter: Meter::new(),
             agents: (0..scale.engines).map(agent).collect(),

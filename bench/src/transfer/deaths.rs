@@ -1,5 +1,5 @@
 //! Figure F: a source, a relay and a receiver that nobody depends on are killed, or lose their link, at 10, 50 and
-//! 90%. What came again, and how much later the others had everything.
+//! 90%. The figure is the share of bytes that came again, and how much later the others had everything.
 //!
 //! The manager's plan says who fetches from whom: three relays in chains, and a receiver at their ends that serves
 //! nobody.
@@ -41,8 +41,7 @@ enum Victim {
 enum Fault {
     /// SIGKILL, and an immediate restart.
     Kill,
-    /// The cable is pulled until the others are done. For the only source it is pulled for as long as the progress
-    /// deadline.
+    /// The cable is pulled until the others are done; that of the only source, for as long as the progress deadline.
     Link,
 }
 

@@ -89,7 +89,7 @@ impl Lab {
         self.trainer_with(host, listen, delta, None).await
     }
 
-    /// Makes `host` a trainer. With an arena, its first address is that of the shared memory.
+    /// Makes `host` a trainer, perhaps with an arena; the first address is then that of the shared memory.
     pub async fn trainer_with(
         &self,
         host: Host,

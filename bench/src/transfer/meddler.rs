@@ -19,7 +19,7 @@ const HOLD: Duration = Duration::from_millis(300);
 /// Pause before each chunk of a slow source.
 const SLOW: Duration = Duration::from_millis(100);
 
-/// What the source does wrong.
+/// Kind of the source's misbehaviour.
 #[derive(Clone, Debug)]
 pub enum Fault {
     /// One bit of a chunk's bytes is wrong.

@@ -1,5 +1,5 @@
-//! What the bench tells a node to do and what it hears back: one JSON object per line, over stdin and stdout. Owns
-//! the words only.
+//! Orders of the bench to a node, and their answers: one JSON object per line, over stdin and stdout. Owns the words
+//! only.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -18,7 +18,7 @@ pub struct Call {
     pub order: Order,
 }
 
-/// What a node can be told to do.
+/// An order to a node.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case")]
 pub enum Order {

@@ -1,6 +1,5 @@
 //! `anabranch relay`: holds weight versions for receivers that cannot reach the trainer, or are many. A relay is an
-//! agent
-//! without an engine.
+//! agent without an engine.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

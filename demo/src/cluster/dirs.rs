@@ -45,7 +45,8 @@ impl Dirs {
         Ok(dirs)
     }
 
-    /// Makes the directory in shared memory. As it must be removed at the end, call this only when it is needed.
+    /// Makes the directory in shared memory. To be called only when it is needed, because it must be removed at the
+    /// end.
     pub(super) fn open_shm(&self) -> Result<(), ClusterError> {
         remove_orphans(Path::new(SHM));
         fs::create_dir_all(&self.shm)

@@ -1,4 +1,4 @@
-//! What a run will do, derived from its flags: task, recipe, engines' pace, script. Pure.
+//! The plan of a run, derived from its flags: task, recipe, engines' pace, script. Pure.
 
 use anabranch_trainer::{JobConfig, OnRunning, Roll, Sampling, Staleness, Trajectory};
 
@@ -13,7 +13,7 @@ use crate::task::Task;
 /// The id of the engine on the trainer's own GPU.
 pub const COLOCATED: &str = "colocated";
 
-/// What a run will do, derived from its flags.
+/// The plan of a run, derived from its flags.
 pub struct Plan {
     /// Seed of weights, problems and sampling.
     pub seed: u64,

@@ -24,7 +24,7 @@ const ROLLED: Duration = Duration::from_secs(10);
 
 /// Everything that is alive while the demo runs.
 pub struct Session {
-    /// What the run will do.
+    /// Plan of the run.
     pub plan: Plan,
     /// Time zero of the story and the report.
     pub started: Instant,
@@ -133,8 +133,8 @@ impl Session {
         Ok(())
     }
 
-    /// Takes the step's samples as they come. As soon as enough of them are here, takes the GPU back and trains while
-    /// the rest comes from the other engines.
+    /// Takes the step's samples as they come. When enough of them are here, takes the GPU back and trains while the
+    /// rest comes from the other engines.
     async fn collect(&mut self, step: u64) -> Result<Collected, DemoError> {
         self.view.update(|n| n.doing = "generating".to_owned());
         let enough = self.plan.recipe.samples_per_step() as f64 * self.plan.take_back_share;

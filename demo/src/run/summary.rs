@@ -1,5 +1,5 @@
-//! What the run was: facts gathered from the book, the manager's story and the engines' own counts,
-//! put into the report's form, and a few lines for a person.
+//! The summary of a run: facts gathered from the book, the manager's story and the engines' own counts, put into the
+//! report's form, and a few lines for a person.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;

@@ -16,7 +16,7 @@ pub struct Story {
     pub versions: BTreeMap<u64, VersionStory>,
     /// Moves of samples, in their order.
     pub moves: Vec<Move>,
-    /// What should not have happened, in the words that the user sees.
+    /// Things that should not have happened, in the words that the user sees.
     pub complaints: Vec<String>,
     /// Events that the manager dropped because this stream was too slow.
     pub missed_events: u64,

@@ -37,8 +37,6 @@ pub enum Action {
     SendTick(Box<pb::Tick>),
     /// Serve weights to peers whose grants were made with `key`.
     ServePeers {
-        /// Name of the job.
-        job: String,
         /// Key that grants are made with, 32 bytes; empty if there is none.
         key: bytes::Bytes,
     },

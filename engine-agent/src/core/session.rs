@@ -92,7 +92,7 @@ impl Core {
                 self.attached_anew(now, &welcome, former);
             }
         }
-        self.act(Action::ServePeers { job: welcome.job.clone(), key: welcome.serve_key.clone() });
+        self.act(Action::ServePeers { key: welcome.serve_key.clone() });
         self.act(Action::Bind { link, session: welcome.session });
     }
 
@@ -119,6 +119,8 @@ impl Core {
             .filter_map(|held| Some((SampleId::from(held.sample?), held.attempt)))
             .collect();
         let dropped = self.discard_attempts(|sample, attempt| !keep.contains(&(sample, attempt.0)));
+        // The manager sends each prompt once more over the new link; attempts that go on have theirs.
+        self.prompts.clear();
         self.outbox.ack(welcome.acked_tick);
         self.outbox.resend_all();
         let (kept, bytes) = (self.attempts.live(), self.outbox.bytes());

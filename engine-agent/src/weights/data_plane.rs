@@ -7,25 +7,21 @@ use anabranch_transfer::{FetchRules, Fetcher, Holder, Listener, ServeLimits, Ser
 
 /// State of the connections to peers.
 pub enum DataPlane {
-    /// The job is not known yet. The listener keeps the addresses that Hello announces.
+    /// No manager has given a key yet. The listener keeps the addresses that Hello announces.
     Reserved { listener: Option<Listener> },
-    /// The job is known: versions are fetched and served.
-    Open { job: String, fetcher: Fetcher, holder: Holder, server: Option<Server> },
+    /// Versions are fetched and served.
+    Open { fetcher: Fetcher, holder: Holder, server: Option<Server> },
 }
 
 impl DataPlane {
-    /// Opens the data plane for `job`: serves at `listener`, and at `socket` for agents of this
+    /// Opens the data plane: serves at `listener`, and at `socket` for agents of this
     /// host.
-    pub fn open(
-        job: &str,
-        listener: Option<Listener>,
-        socket: Option<&Path>,
-        staging: &Staging,
-    ) -> DataPlane {
-        let holder = Holder::new(job);
+    pub fn open(listener: Option<Listener>, socket: Option<&Path>, staging: &Staging) -> DataPlane {
+        // Of any job: the manager's key says who may read.
+        let holder = Holder::new("");
         let server = start_server(listener, socket, &holder);
         let fetcher = Fetcher::new(staging.clone(), holder.clone(), FetchRules::default());
-        DataPlane::Open { job: job.to_owned(), fetcher, holder, server }
+        DataPlane::Open { fetcher, holder, server }
     }
 
     /// Addresses of the listener.

@@ -160,7 +160,7 @@ struct MemoryBody {
 }
 
 impl MemoryBody {
-    /// Which of (weights, kv_cache) the tags name; no tags name both.
+    /// Parts that the tags name, as (weights, kv_cache); no tags name both.
     fn parts(body: &Bytes) -> Result<(bool, bool), Response> {
         let body: Self = if body.is_empty() { Self::default() } else { parse(body)? };
         let Some(tags) = body.tags else { return Ok((true, true)) };

@@ -23,7 +23,13 @@ impl Core {
             }
             Some(session) => {
                 self.part_with(now, session, "its agent was restarted", true);
-                self.admit_engine(now, link, hello);
+                // That death may have been one too many.
+                match self.unwelcome(now, &hello) {
+                    Some((why, retry_after)) => {
+                        self.out.act(Action::Refuse { link, why, retry_after });
+                    }
+                    None => self.admit_engine(now, link, hello),
+                }
             }
             None => self.admit_engine(now, link, hello),
         }
@@ -115,7 +121,7 @@ impl Core {
         self.out.tell(Notice::EngineReattached { engine: id, kept, dropped });
         self.out.act(Action::Welcome { link, session, lease, keep, drop, serve_key });
         for sample in lost {
-            self.detach(sample, session);
+            self.take_off(sample, "not held after a re-attach");
             self.rollout.requeue(sample, &mut self.out);
         }
         self.take_up_again(now, session);

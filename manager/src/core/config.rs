@@ -70,9 +70,9 @@ impl CoreConfig {
         Duration::from_millis(self.reattach_grace_ms)
     }
 
-    /// How long a running sample may be silent, whatever else its engine runs.
-    pub fn progress(&self) -> Duration {
-        Duration::from_millis(self.progress_ms)
+    /// A running sample that is silent for less is not looked at: the smaller of both deadlines.
+    pub fn patience(&self) -> Duration {
+        Duration::from_millis(self.progress_ms.min(self.first_token_ms))
     }
 
     /// How long one of `running` samples on an engine may be silent.

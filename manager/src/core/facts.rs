@@ -106,6 +106,8 @@ impl Core {
                 "engine busy"
             }
             Ended::Lost(what) => {
+                // The ledger may have ended it: the engine does not know.
+                self.out.act(Action::Stop { session, sample: id, attempt, why: "lost" });
                 // If the engine is dying, its other streams end too, and its death is heard in a moment.
                 self.rest(now, session);
                 self.note_loss(now, id, &what)?;

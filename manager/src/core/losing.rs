@@ -11,7 +11,7 @@ use crate::rollout::{POISON_DEATHS, SUSPICIOUS_DEATHS, Sample};
 #[derive(Default)]
 pub(super) struct Moved {
     pub samples: u32,
-    /// At least so many: the core hears of a sample's tokens when they are eight times as many.
+    /// At least so many: the core hears of a sample's tokens when they have doubled.
     pub kept_tokens: u64,
 }
 
@@ -88,11 +88,16 @@ impl Core {
     }
 
     /// Open samples of these groups with a token below `floor` restart from their prompt.
-    pub(super) fn restart_groups(&mut self, groups: &[GroupId], floor: u64) {
+    pub(super) fn restart_groups(&mut self, now: Now, groups: &[GroupId], floor: u64) {
         for &group in groups {
             for sample in self.rollout.samples_of(group) {
                 let Some(record) = self.rollout.sample(sample) else { continue };
                 if !record.is_open() || record.live.oldest >= floor {
+                    continue;
+                }
+                if record.live.ending {
+                    let why = "cancelled, and its tokens became too old";
+                    self.rollout.give_up(self.at(now), sample, why, false, &mut self.out);
                     continue;
                 }
                 self.rollout.unqueue(sample);

@@ -63,7 +63,7 @@ impl Core {
         if !same_job {
             self.drop_everything(now);
         }
-        self.weights.begin(open.epoch);
+        self.weights.begin(open.epoch, &mut self.out);
         self.job.begin(now, open);
         for session in self.fleet.sessions() {
             self.join_job(now, session);

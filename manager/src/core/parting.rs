@@ -84,7 +84,11 @@ impl Core {
         reply: ReplyTo,
     ) {
         let Some(session) = self.fleet.live(id) else { return self.no_such_engine(id, reply) };
-        self.drain(now, session, deadline, "asked for by a person");
+        let state = self.fleet.engine(session).map(|engine| engine.state().name());
+        if !self.drain(now, session, deadline, "asked for by a person") {
+            let said = format!("engine {id} is {} already", state.unwrap_or("gone"));
+            return self.out.reply(reply, Answer::Said(said));
+        }
         let running = self.fleet.engine(session).map_or(0, |engine| engine.running.len());
         let said = format!(
             "engine {id} drains: {running} samples have {} ms to finish, then they continue elsewhere",
@@ -116,14 +120,15 @@ impl Core {
         self.out.fail(reply, FailKind::NotFound, why);
     }
 
-    fn drain(&mut self, now: Now, session: SessionId, deadline: Duration, why: &str) {
-        let Some(engine) = self.fleet.engine(session) else { return };
+    /// False where the engine leaves already.
+    fn drain(&mut self, now: Now, session: SessionId, deadline: Duration, why: &str) -> bool {
+        let Some(engine) = self.fleet.engine(session) else { return false };
         let leaving = |engine: &Engine| {
             matches!(engine.state(), EngineState::Draining { .. } | EngineState::Quarantined)
                 || engine.is_gone()
         };
         if leaving(engine) {
-            return;
+            return false;
         }
         let id = engine.id.clone();
         self.set_engine(session, EngineState::Draining { why: why.to_owned() });
@@ -133,6 +138,7 @@ impl Core {
         let deadline_ms = deadline.as_millis() as u64;
         self.out.tell(Notice::EngineDraining { engine: id, deadline_ms, why: why.to_owned() });
         self.order_mode(session, ModeKind::Drain, deadline, why);
+        true
     }
 
     pub(super) fn preempted(&mut self, now: Now, session: SessionId, within: Duration, why: &str) {

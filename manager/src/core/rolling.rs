@@ -60,11 +60,11 @@ impl Core {
                         return self.rollout.flush_all(self.at(now), &mut self.out);
                     }
                     // Nobody can make the tokens they wait for any more.
-                    self.restart_groups(&self.rollout.older_than(floor), floor);
+                    self.restart_groups(now, &self.rollout.older_than(floor), floor);
                 }
             }
             (Some(floor), OnExceed::Restart) => {
-                self.restart_groups(&self.rollout.older_than(floor), floor);
+                self.restart_groups(now, &self.rollout.older_than(floor), floor);
             }
             (Some(floor), OnExceed::Drop) => {
                 for group in self.rollout.older_than(floor) {
@@ -73,7 +73,7 @@ impl Core {
             }
             (None, _) => {}
         }
-        self.weights.make_current(next, &mut self.out);
+        self.weights.make_current(now, next, &mut self.out);
     }
 
     /// Some engine serves a version that may still make tokens, or can get the current one.
@@ -105,19 +105,25 @@ impl Core {
             keep_serving: job.rolling,
             deadline: Duration::from_millis(self.config.load_deadline_ms),
         };
-        for (session, pin) in self.weights.missing_pins(self.rollout.pins(), &mut self.out) {
-            self.order_pinned(now, session, pin, &terms);
+        for (choices, pin) in self.weights.missing_pins(self.rollout.pins(), &mut self.out) {
+            self.order_pinned(now, &choices, pin, &terms);
         }
         let ordered = self.weights.order_current(now, &terms, &mut self.out);
         self.ordered(&ordered);
     }
 
-    /// Groups are pinned to a version that no engine has: one engine fetches it, or the groups are given up.
-    fn order_pinned(&mut self, now: Now, session: Option<SessionId>, pin: Version, terms: &Terms) {
-        let Some(session) = session else { return };
-        if self.weights.can_feed(session, pin) {
+    /// Groups are pinned to a version that no engine has: the first engine that somebody can give it to fetches it. The
+    /// groups are given up where nobody has the version any more.
+    fn order_pinned(&mut self, now: Now, choices: &[SessionId], pin: Version, terms: &Terms) {
+        if choices.is_empty() {
+            return;
+        }
+        if let Some(&session) = choices.iter().find(|at| self.weights.can_feed(**at, pin)) {
             let ordered = self.weights.order_wave(now, &[session], pin, terms, &mut self.out);
             return self.ordered(&ordered);
+        }
+        if self.weights.is_within_reach(pin) {
+            return;
         }
         for group in self.rollout.pinned_to(pin) {
             let why = format!("pinned to {pin}, which no engine and no holder has any more");
@@ -142,8 +148,12 @@ impl Core {
             Reported::Active(version, verdict) => {
                 self.weights.done(session, report, &mut self.out);
                 self.fleet.set_loaded(session, version);
-                self.serve(now, session, version, verdict);
-                self.weights.check_settled(now, version, &mut self.out);
+                match self.weights.books().find(version) {
+                    Some(_) => self.serve(now, session, version, verdict),
+                    // A load of an older epoch has ended: its weights are no version of this one.
+                    None => self
+                        .set_engine(session, EngineState::Syncing { to: self.weights.current() }),
+                }
             }
             Reported::Failed(why) => self.load_failed(now, session, &why),
             Reported::Misreported(what) => {

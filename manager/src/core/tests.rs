@@ -12,6 +12,7 @@ use crate::event::*;
 use crate::ledger::{Fact, Finished};
 
 mod feeding;
+mod ledger;
 mod senders;
 mod trainers;
 
@@ -83,11 +84,15 @@ impl Bench {
     }
 
     fn submit(&mut self, key: &str, prompt: &[u32], max_tokens: u32) -> Vec<Action> {
+        self.submit_with(key, prompt, Sampling::new(max_tokens))
+    }
+
+    fn submit_with(&mut self, key: &str, prompt: &[u32], sampling: Sampling) -> Vec<Action> {
         let group = NewGroup {
             key: key.into(),
             prompt: tokens::encode_ids(prompt),
             n: 1,
-            sampling: Arc::new(Sampling::new(max_tokens)),
+            sampling: Arc::new(sampling),
             pin: None,
             priority: 0,
             deadline: None,

@@ -11,7 +11,7 @@ use super::state::EngineState;
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Tally {
     states: BTreeMap<&'static str, u32>,
-    /// Sessions by the version of their weights, with or without a link.
+    /// Engines by the version of their weights, with or without a link; relays do not count.
     versions: BTreeMap<Version, u32>,
     serving_gpus: u32,
 }
@@ -25,7 +25,7 @@ impl Tally {
 
     pub fn enter(&mut self, engine: &Engine) {
         *self.states.entry(engine.state.name()).or_default() += 1;
-        if let Some(version) = engine.version() {
+        if let Some(version) = of_tokens(engine) {
             *self.versions.entry(version).or_default() += 1;
         }
         self.serving_gpus += serving_gpus(engine);
@@ -34,7 +34,7 @@ impl Tally {
     /// Undoes [`Self::enter`]: the engine must be as it was then.
     pub fn leave(&mut self, engine: &Engine) {
         take_one(&mut self.states, &engine.state.name());
-        if let Some(version) = engine.version() {
+        if let Some(version) = of_tokens(engine) {
             take_one(&mut self.versions, &version);
         }
         self.serving_gpus -= serving_gpus(engine);
@@ -52,6 +52,11 @@ impl Tally {
     pub fn serving_gpus(&self) -> u32 {
         self.serving_gpus
     }
+}
+
+/// Version of which the engine may make tokens; a relay makes none.
+fn of_tokens(engine: &Engine) -> Option<Version> {
+    engine.version().filter(|_| !engine.is_relay())
 }
 
 fn serving_gpus(engine: &Engine) -> u32 {

@@ -17,7 +17,7 @@ use super::rules::Verdict;
 use super::{Finished, Maker, StopRules};
 
 /// The core is told of growth where the tokens are so many times what it was told before.
-const TELLS_AT_TIMES: u32 = 8;
+const TELLS_AT_TIMES: u32 = 2;
 
 pub(super) struct Page {
     rules: Arc<StopRules>,

@@ -217,7 +217,7 @@ fn rows_of_an_extra_column_stay_with_their_tokens() {
 fn a_restart_forgets_the_tokens_and_says_how_many() {
     let ledger = opened(50);
     take(&ledger, &tick(1, 0, &[5, 6]));
-    ledger.clear(sample());
+    assert_eq!(ledger.clear(sample()), Some(2));
     assert_eq!(ledger.begin(NOW, sample(), Attempt(2), maker("b")), Begun::Kept(Bytes::new()));
     assert_eq!(ledger.stats().cleared_tokens, 2);
     ledger.forget(&[sample()]);
@@ -226,7 +226,7 @@ fn a_restart_forgets_the_tokens_and_says_how_many() {
 }
 
 #[test]
-fn growth_is_told_at_the_first_token_at_eight_times_and_when_an_older_version_comes() {
+fn growth_is_told_at_the_first_token_when_doubled_and_when_an_older_version_comes() {
     let ledger = opened(1_000);
     let mut told = Vec::new();
     for at in 0..100 {
@@ -235,7 +235,7 @@ fn growth_is_told_at_the_first_token_at_eight_times_and_when_an_older_version_co
             told.push(kept);
         }
     }
-    assert_eq!(told, [1, 8, 64]);
+    assert_eq!(told, [1, 2, 4, 8, 16, 32, 64]);
     let older = pb::Tick { versions: vec![version(2).into()], ..tick(1, 100, &[5]) };
     assert!(matches!(take(&ledger, &older)[..], [Fact::Grew { kept: 101, oldest: 2, .. }]));
     ledger.begin(NOW, sample(), Attempt(2), maker("b"));
@@ -282,4 +282,25 @@ fn a_frozen_sample_ends_with_what_it_has_unless_it_had_finished() {
     let ledger = opened(50);
     take(&ledger, &tick(1, 0, &[5, EOS]));
     assert_eq!(ledger.freeze(sample()), None, "it is finished, not cancelled");
+}
+
+#[test]
+fn an_attempt_that_was_taken_off_adds_nothing_and_is_not_silent() {
+    let ledger = opened(50);
+    take(&ledger, &tick(1, 0, &[5]));
+    ledger.end(sample(), Attempt(1));
+    assert_eq!(take(&ledger, &tick(1, 1, &[6])), []);
+    assert_eq!((kept(&ledger).len(), ledger.stats().stale_tokens), (1, 1));
+    assert!(ledger.sweep(NOW + Duration::from_secs(60)).is_empty());
+    ledger.begin(NOW, sample(), Attempt(2), maker("b"));
+    ledger.end(sample(), Attempt(1));
+    assert_eq!(take(&ledger, &tick(2, 1, &[6])).len(), 1, "a late end of an older attempt");
+}
+
+#[test]
+fn a_finished_sample_is_not_cleared() {
+    let ledger = opened(50);
+    take(&ledger, &tick(1, 0, &[5, EOS]));
+    assert_eq!(ledger.clear(sample()), None);
+    assert_eq!(kept(&ledger), [5, EOS]);
 }

@@ -97,9 +97,10 @@ impl Rollout {
         if !sample.is_open() {
             return;
         }
-        let (restarts, kept) = (group.spec.restarts, sample.live.kept);
+        // Whatever the core has heard: the ledger may have more.
+        let restarts = group.spec.restarts && sample.attempts() > 0;
         out.counters.migrations += 1;
-        if restarts && kept > 0 {
+        if restarts {
             self.restart(id, out);
         }
         self.enqueue(id, out);
@@ -109,13 +110,16 @@ impl Rollout {
     pub fn restart(&mut self, id: SampleId, out: &mut Outbox) {
         let Some(live) = self.books.sample_live_mut(id) else { return };
         (live.kept, live.oldest) = (0, u64::MAX);
-        out.counters.restarts += 1;
         self.ages_changed(id.group);
         out.act(crate::action::Action::ClearPage { sample: id });
     }
 
     /// The ledger has thrown `tokens` tokens of a sample away.
     pub fn cleared(&mut self, id: SampleId, tokens: u32, out: &mut Outbox) {
+        if tokens == 0 {
+            return;
+        }
+        out.counters.restarts += 1;
         out.counters.regenerated_tokens += u64::from(tokens);
         if self.books.sample(id).is_some() {
             self.commit_change(Change::Restarted { sample: id, lost: tokens });

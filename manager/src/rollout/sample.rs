@@ -49,7 +49,7 @@ pub(crate) struct Sample {
 /// Volatile part of a sample: a mirror of the ledger, and suspicions.
 #[derive(Clone, Debug)]
 pub(crate) struct SampleLive {
-    /// Tokens in the ledger, as last heard: above an eighth of what there is, and exact at an end.
+    /// Tokens in the ledger, as last heard: above half of what there is, and exact at an end.
     pub kept: u32,
     /// Lowest version number among the kept tokens; `u64::MAX` without tokens.
     pub oldest: u64,

@@ -62,7 +62,7 @@ impl Weights {
         &mut self,
         pins: Vec<Version>,
         out: &mut Outbox,
-    ) -> Vec<(Option<SessionId>, Version)> {
+    ) -> Vec<(Vec<SessionId>, Version)> {
         self.unsettled = false;
         if std::mem::take(&mut self.holders_changed) {
             self.receivers.unstick();
@@ -74,7 +74,7 @@ impl Weights {
     }
 
     /// Receivers that still fetch something older skip to the newest.
-    fn cancel_outdated(&mut self, pins: &[Version], out: &mut Outbox) {
+    pub fn cancel_outdated(&mut self, pins: &[Version], out: &mut Outbox) {
         for session in self.receivers.front.outdated() {
             let Some(load) = self.load_of(session) else { continue };
             let (order, version) = (load.order, load.version);
@@ -102,15 +102,19 @@ impl Weights {
         out: &mut Outbox,
     ) -> Vec<(SessionId, Version)> {
         let current = self.current();
-        let wave = self.receivers.front.wave(&self.pins, terms.keep_serving);
         if self.planned.version == current && !self.planned.feeds.is_empty() {
             if now < self.planned.next {
                 return Vec::new();
             }
+            let wave = self.receivers.front.wave(&self.pins, terms.keep_serving);
             let wave: BTreeSet<SessionId> = wave.into_iter().collect();
-            self.planned.feeds.retain(|(session, _)| wave.contains(session));
-            return self.order_planned(now, terms, out);
+            let planned = &mut self.planned.feeds;
+            planned.retain(|(session, _)| wave.contains(session));
+            if !planned.is_empty() {
+                return self.order_planned(now, terms, out);
+            }
         }
+        let wave = self.receivers.front.wave(&self.pins, terms.keep_serving);
         self.order_wave(now, &wave, current, terms, out)
     }
 

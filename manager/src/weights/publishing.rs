@@ -146,6 +146,8 @@ impl Weights {
                 out.tell(Notice::VersionAvailable { version: record.version() });
             }
         }
+        // A sender that is back hears how the version stands.
+        self.has_news(now, version, out);
         self.news(true);
         Ok(())
     }
@@ -176,12 +178,14 @@ impl Weights {
     }
 }
 
-/// True where a sender is back whose old stream may not be known to be lost yet: the same addresses are the same sender.
+/// True where a sender is back whose old stream may not be known to be lost yet: the same addresses are the same sender,
+/// and so is one without a listener in the same session of the trainer.
 fn is_back(record: &VersionRecord, known: &Sender, announce: &Announce) -> bool {
     let in_place =
         announce.directory.is_some() && record.directory() == announce.directory.as_ref();
     let same = known.addresses == announce.addresses && !announce.addresses.is_empty();
-    known.publisher.is_none() || in_place || same
+    let dials_again = known.dials && announce.dials && known.session == announce.session;
+    known.publisher.is_none() || in_place || same || dials_again
 }
 
 /// Why this root is not that of the version, if another sender sealed it.

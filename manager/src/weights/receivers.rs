@@ -96,10 +96,12 @@ impl Receiver {
         let outdated = load
             .filter(|load| load.version != target && load.stage < LoadStage::Quiescing)
             .map(|load| load.version);
-        let loading = load.is_some() || self.retry_waits;
+        let loading = load.is_some();
         let apart = !matches!(stand, Stand::Joining) && stand != Stand::Serving(target);
         let to = load.map(|load| load.version);
-        Some(Post { at, loading, to, stuck: self.stuck && at.is_none(), outdated, apart })
+        let (retry_waits, failed) = (self.retry_waits, self.failed_loads);
+        let (relay, stuck) = (self.is_relay, self.stuck);
+        Some(Post { at, loading, retry_waits, failed, relay, to, stuck, outdated, apart })
     }
 
     /// True where others can fetch from this receiver over the network.

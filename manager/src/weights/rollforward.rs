@@ -7,6 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anabranch_proto::{SessionId, Version};
 
+/// Engines that are tried for a pinned version, at most.
+const MOST_CHOICES: usize = 16;
+
 /// Stand of an engine, as the fleet says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stand {
@@ -23,10 +26,17 @@ pub(crate) enum Stand {
 pub(super) struct Post {
     /// `None`: the engine serves nothing, or nobody waits for its tokens.
     pub at: Option<Version>,
-    /// An order is out, or a failed one waits to be given again.
+    /// An order is out.
     pub loading: bool,
+    /// A failed order waits to be given again.
+    pub retry_waits: bool,
+    /// Loads that failed, one after the other: those who never succeed come last.
+    pub failed: u32,
+    /// Only holds versions for others: nobody waits for its tokens.
+    pub relay: bool,
     /// The version being loaded.
     pub to: Option<Version>,
+    /// Nobody can give the target to the engine now, whether it serves or not.
     pub stuck: bool,
     /// Fetches something else than the target, and has not begun to load it.
     pub outdated: Option<Version>,
@@ -39,9 +49,11 @@ pub(super) struct Post {
 pub(crate) struct Front {
     target: Version,
     idle: BTreeSet<SessionId>,
+    /// Relays that are to load the target.
+    relays: BTreeSet<SessionId>,
     stuck: BTreeSet<SessionId>,
     /// Serving something else than the target, and free to load.
-    behind: BTreeSet<SessionId>,
+    behind: BTreeSet<(u32, SessionId)>,
     /// Serving, and free to load, by version.
     free_at: BTreeMap<Version, BTreeSet<SessionId>>,
     /// All that serve a version, or load one.
@@ -68,6 +80,11 @@ impl Front {
         self.apart == 0
     }
 
+    /// True where an engine serves the target.
+    pub fn is_served(&self) -> bool {
+        self.free_at.contains_key(&self.target)
+    }
+
     /// Engines that fetch something older than the target, and have not begun to load it.
     pub fn outdated(&self) -> Vec<SessionId> {
         self.outdated.iter().copied().collect()
@@ -90,10 +107,10 @@ impl Front {
     }
 
     fn count(&mut self, session: SessionId, post: Post, more: bool) {
-        if let Some(at) = post.at {
+        if let Some(at) = post.at.filter(|_| !post.relay) {
             shift(&mut self.at, at, more);
         }
-        if let Some(to) = post.to {
+        if let Some(to) = post.to.filter(|_| !post.relay) {
             shift(&mut self.to, to, more);
         }
         if post.outdated.is_some() {
@@ -102,36 +119,43 @@ impl Front {
         if post.apart {
             shift_by_one(&mut self.apart, more);
         }
-        match (post.at, post.loading) {
-            (_, true) => shift_by_one(&mut self.loading, more),
-            (None, _) if post.stuck => set(&mut self.stuck, session, more),
-            (None, _) => set(&mut self.idle, session, more),
-            (Some(at), _) => {
+        if post.loading {
+            return shift_by_one(&mut self.loading, more);
+        }
+        if post.stuck && post.at != Some(self.target) {
+            set(&mut self.stuck, session, more);
+        }
+        let is_free = !post.stuck && !post.retry_waits;
+        match post.at {
+            None if is_free && post.relay => set(&mut self.relays, session, more),
+            None if is_free => set(&mut self.idle, session, more),
+            Some(at) if !post.relay => {
                 shift_by_one(&mut self.serving, more);
                 let free = self.free_at.entry(at).or_default();
                 set(free, session, more);
                 if free.is_empty() {
                     self.free_at.remove(&at);
                 }
-                if at != self.target {
-                    set(&mut self.behind, session, more);
+                if at != self.target && is_free {
+                    set(&mut self.behind, (post.failed, session), more);
                 }
             }
+            _ => {}
         }
     }
 
     /// The wave: the engines to order to load the target now, in order.
     pub fn wave(&self, pins: &[Version], keep_serving: Option<u32>) -> Vec<SessionId> {
         let keepers = self.keepers(pins);
-        let mut wave: Vec<SessionId> = self.idle.iter().copied().collect();
+        let mut wave: Vec<SessionId> = self.idle.union(&self.relays).copied().collect();
         let mut serving = self.serving;
-        for session in &self.behind {
+        for (_, session) in &self.behind {
             if keepers.contains(session) {
                 continue;
             }
             let at_floor = keep_serving.is_some_and(|floor| serving <= floor as usize);
             // A floor of everybody must not stop the roll-out: then it goes one at a time.
-            if at_floor && (!wave.is_empty() || !self.stuck.is_empty() || self.loading > 0) {
+            if at_floor && (!wave.is_empty() || self.loading > 0) {
                 break;
             }
             serving -= 1;
@@ -146,31 +170,29 @@ impl Front {
         pins.iter().filter(|pin| **pin != self.target).filter_map(stays).collect()
     }
 
-    /// Pinned versions that no engine serves or loads, with the engine that should get each: an idle one first.
-    /// `None`: no engine is free to.
-    pub fn missing_pins(&self, pins: &[Version]) -> Vec<(Option<SessionId>, Version)> {
-        let mut taken = BTreeSet::new();
+    /// Pinned versions that no engine serves or loads, with the engines that may get each, best first: idle ones, then
+    /// such as serve what nobody is pinned to. None: no engine is free to.
+    pub fn missing_pins(&self, pins: &[Version]) -> Vec<(Vec<SessionId>, Version)> {
+        let mut taken: BTreeSet<SessionId> = BTreeSet::new();
         let mut missing = Vec::new();
         for pin in
             pins.iter().filter(|pin| !self.at.contains_key(pin) && !self.to.contains_key(pin))
         {
-            let free = |sessions: &BTreeSet<SessionId>| {
-                sessions.iter().find(|session| !taken.contains(*session)).copied()
-            };
-            let idle = [free(&self.idle), free(&self.stuck)].into_iter().flatten().min();
-            let serving = || {
-                let unpinned = self.free_at.iter().filter(|(at, _)| !pins.contains(at));
-                unpinned.filter_map(|(_, sessions)| free(sessions)).min()
-            };
-            let choice = idle.or_else(serving);
-            taken.extend(choice);
-            missing.push((choice, *pin));
+            let unpinned = self.free_at.iter().filter(|(at, _)| !pins.contains(at));
+            let serving: BTreeSet<SessionId> =
+                unpinned.flat_map(|(_, sessions)| sessions.iter().copied()).collect();
+            let idle: BTreeSet<SessionId> = self.idle.union(&self.stuck).copied().collect();
+            let idle: BTreeSet<SessionId> = idle.difference(&serving).copied().collect();
+            let free = idle.iter().chain(&serving).filter(|session| !taken.contains(*session));
+            let choices: Vec<SessionId> = free.copied().take(MOST_CHOICES).collect();
+            taken.extend(choices.first());
+            missing.push((choices, *pin));
         }
         missing
     }
 }
 
-fn set(sessions: &mut BTreeSet<SessionId>, session: SessionId, more: bool) {
+fn set<T: Ord>(sessions: &mut BTreeSet<T>, session: T, more: bool) {
     if more {
         sessions.insert(session);
     } else {
@@ -201,7 +223,18 @@ mod tests {
     fn post(at: Option<u64>, loading: bool, target: Version) -> Post {
         let at = at.map(v);
         let apart = at != Some(target);
-        Post { at, loading, to: None, stuck: false, outdated: None, apart }
+        let (to, outdated) = (None, None);
+        let (retry_waits, failed, relay, stuck) = (false, 0, false, false);
+        Post { at, loading, retry_waits, failed, relay, to, stuck, outdated, apart }
+    }
+
+    fn front_of(posts: &[Post]) -> Front {
+        let mut front = Front::default();
+        front.clear(v(9));
+        for (i, post) in posts.iter().enumerate() {
+            front.replace(SessionId(i as u64), None, Some(*post));
+        }
+        front
     }
 
     fn front(at: &[Option<u64>], loading: &[bool]) -> Front {
@@ -251,8 +284,33 @@ mod tests {
     #[test]
     fn a_pin_that_nobody_has_goes_to_an_idle_engine_first() {
         let missing = |at: &[Option<u64>]| front(at, &[]).missing_pins(&[v(5), v(8)]);
-        assert_eq!(missing(&[Some(8), None]), [(Some(SessionId(1)), v(5))]);
-        assert_eq!(missing(&[Some(8)]), [(None, v(5))], "the only engine stays with its pin");
+        assert_eq!(missing(&[Some(8), None]), [(vec![SessionId(1)], v(5))]);
+        assert_eq!(missing(&[Some(8)]), [(vec![], v(5))], "the only engine stays with its pin");
+    }
+
+    #[test]
+    fn an_engine_that_cannot_load_holds_no_other_back() {
+        let behind = post(Some(8), false, v(9));
+        let stuck = Post { stuck: true, ..behind };
+        assert_eq!(front_of(&[stuck, behind]).wave(&[], Some(1)), [SessionId(1)]);
+        assert_eq!(front_of(&[stuck, behind]).stuck(), [SessionId(0)], "and is tried again");
+        let idle_and_stuck = Post { at: None, ..stuck };
+        assert_eq!(front_of(&[behind, idle_and_stuck]).wave(&[], Some(1)), [SessionId(0)]);
+        let waits = Post { retry_waits: true, failed: 3, ..behind };
+        assert_eq!(front_of(&[waits, behind]).wave(&[], Some(1)), [SessionId(1)]);
+        let again = Post { retry_waits: false, ..waits };
+        assert_eq!(front_of(&[again, behind]).wave(&[], Some(1)), [SessionId(1)]);
+    }
+
+    #[test]
+    fn a_relay_loads_first_and_does_not_count_as_serving_nor_for_a_pin() {
+        let (behind, there) = (post(Some(8), false, v(9)), post(Some(9), false, v(9)));
+        let relay = Post { relay: true, ..there };
+        assert_eq!(front_of(&[relay, behind, behind]).wave(&[], Some(1)), [SessionId(1)]);
+        let relay = Post { relay: true, at: None, ..there };
+        let front = front_of(&[relay, behind]);
+        assert_eq!(front.wave(&[], None), [SessionId(0), SessionId(1)]);
+        assert_eq!(front.missing_pins(&[v(5)]), [(vec![SessionId(1)], v(5))]);
     }
 
     #[test]

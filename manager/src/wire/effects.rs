@@ -15,7 +15,7 @@ use anabranch_runtime::Clock;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
-use crate::action::{Action, Answer};
+use crate::action::{Action, Answer, VersionStatus};
 use crate::event::{ConsumerId, Event, LinkId, OpenJob, PublisherId, ReplyTo};
 use crate::ledger::Ledger;
 use crate::view::metrics::Metrics;
@@ -38,6 +38,8 @@ pub(crate) struct Effects {
     sessions: BTreeMap<SessionId, Session>,
     pub consumers: Consumers,
     publishers: BTreeMap<PublisherId, mpsc::Sender<ToPublisher>>,
+    /// Statuses that publishers have not been sent: the last one of each version.
+    statuses: BTreeMap<(PublisherId, u64), VersionStatus>,
     replies: BTreeMap<ReplyTo, oneshot::Sender<Answer>>,
     /// Jobs asked for and not yet answered; at most as many as `replies`.
     opening: BTreeMap<ReplyTo, (String, LogprobsMode)>,
@@ -66,6 +68,7 @@ impl Effects {
             sessions: BTreeMap::new(),
             consumers: Consumers::default(),
             publishers: BTreeMap::new(),
+            statuses: BTreeMap::new(),
             replies: BTreeMap::new(),
             opening: BTreeMap::new(),
             job: None,
@@ -77,8 +80,9 @@ impl Effects {
         match action {
             Action::OpenPage { sample, rules } => self.ledger.open(sample, rules),
             Action::ClearPage { sample } => {
-                let tokens = self.ledger.clear(sample);
-                self.found.push(Event::PageCleared { sample, tokens });
+                if let Some(tokens) = self.ledger.clear(sample) {
+                    self.found.push(Event::PageCleared { sample, tokens });
+                }
             }
             Action::FreezePage { sample } => {
                 if let Some((kept, oldest)) = self.ledger.freeze(sample) {
@@ -88,6 +92,7 @@ impl Effects {
             Action::Forget { samples } => self.forget(&samples),
             Action::Start(order) => self.start(&order),
             Action::Stop { session, sample, attempt, why } => {
+                self.ledger.end(sample, attempt);
                 let stop = pb::Stop {
                     sample: Some(sample.into()),
                     attempt: attempt.0,
@@ -125,10 +130,8 @@ impl Effects {
             }
             Action::CloseConsumer { consumer, why } => self.consumers.close(consumer, why),
             Action::TellPublisher { publisher, status } => {
-                if let Some(out) = self.publishers.get(&publisher) {
-                    // Each status replaces the one before; a publisher that does not read misses some.
-                    let _ = out.try_send(ToPublisher::Status(status));
-                }
+                self.statuses.insert((publisher, status.version.number), status);
+                self.send_statuses();
             }
             Action::DialReceiver(order) => {
                 if let Some(out) = self.publishers.get(&order.publisher) {
@@ -201,6 +204,7 @@ impl Effects {
 
     pub fn publisher_lost(&mut self, publisher: PublisherId) -> Event {
         self.publishers.remove(&publisher);
+        self.statuses.retain(|(of, _), _| *of != publisher);
         Event::PublisherLost { publisher }
     }
 
@@ -211,6 +215,18 @@ impl Effects {
             self.opening.insert(to, (job.clone(), *logprobs_mode));
         }
         self.replies.insert(to, answer);
+    }
+
+    /// Sends publishers what they have not been sent. Whoever does not read is sent the last status once it does.
+    pub fn send_statuses(&mut self) {
+        let publishers = &self.publishers;
+        self.statuses.retain(|(publisher, _), status| {
+            let Some(out) = publishers.get(publisher) else { return false };
+            matches!(
+                out.try_send(ToPublisher::Status(status.clone())),
+                Err(mpsc::error::TrySendError::Full(_))
+            )
+        });
     }
 
     /// Those who stopped waiting.

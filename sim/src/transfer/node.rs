@@ -51,7 +51,6 @@ pub(super) enum Stream {
         source: usize,
         attempt: u64,
     },
-    /// The source serves the stream.
     Bound {
         source: usize,
         asked: VecDeque<u32>,

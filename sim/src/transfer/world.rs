@@ -1,6 +1,5 @@
 //! The clock, and the next action of each stream: the receiver's driver (`fetch/pull` of the transfer crate) without
-//! its
-//! threads.
+//! its threads.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;

@@ -17,8 +17,9 @@ impl World {
             Action::DialReceiver(_) => {}
             Action::OpenPage { sample, rules } => self.ledger.open(sample, rules),
             Action::ClearPage { sample } => {
-                let tokens = self.ledger.clear(sample);
-                self.found.push(Event::PageCleared { sample, tokens });
+                if let Some(tokens) = self.ledger.clear(sample) {
+                    self.found.push(Event::PageCleared { sample, tokens });
+                }
             }
             Action::FreezePage { sample } => {
                 if let Some((kept, oldest)) = self.ledger.freeze(sample) {
@@ -47,6 +48,7 @@ impl World {
                 }
             }
             Action::Stop { session, sample, attempt, .. } => {
+                self.ledger.end(sample, attempt);
                 self.tell_agent(session, ToAgent::Stop { sample, attempt });
             }
             Action::ForgetPrompt { .. } | Action::TellPublisher { .. } => {}

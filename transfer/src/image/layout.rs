@@ -2,7 +2,9 @@
 //! a JSON header, data without holes. Owns the header's exact bytes, a pure function of the tensors, so
 //! that both sides can check it.
 
-use anabranch_proto::manifest::{DType, Manifest, ManifestError, Tensor, tensor_bytes};
+use anabranch_proto::manifest::{
+    DType, Manifest, ManifestError, Tensor, check_tensors, tensor_bytes,
+};
 
 /// A tensor before it has a place.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,6 +77,7 @@ impl Layout {
             t.offset += header.len() as u64;
         }
         let image_bytes = end + header.len() as u64;
+        check_tensors(&tensors, image_bytes)?;
         Ok(Layout { tensors, placed, header, image_bytes })
     }
 

@@ -20,8 +20,9 @@ impl World {
         match action {
             Action::OpenPage { sample, rules } => self.ledger.open(sample, rules),
             Action::ClearPage { sample } => {
-                let tokens = self.ledger.clear(sample);
-                self.after(1, Due::Say(Event::PageCleared { sample, tokens }));
+                if let Some(tokens) = self.ledger.clear(sample) {
+                    self.after(1, Due::Say(Event::PageCleared { sample, tokens }));
+                }
             }
             Action::FreezePage { sample } => {
                 if let Some((kept, oldest)) = self.ledger.freeze(sample) {
@@ -76,6 +77,7 @@ impl World {
                 }
             }
             Action::Stop { session, sample, attempt, .. } => {
+                self.ledger.end(sample, attempt);
                 if let Some(agent) = self.agent_of(session) {
                     agent.stop(sample, attempt);
                 }

@@ -36,9 +36,10 @@ impl Trainers {
         let consumer = ConsumerId(self.consumers);
         let (session, shard) = (self.bench.trainer, Shard { index, count });
         let pack = Pack { min: 1, multiple_of: 1, whole_groups: false, max_wait: None };
-        self.bench.tell(Event::ConsumerAttached { session, consumer, pack, shard });
-        let sent =
-            self.bench.tell(Event::CreditGranted { consumer, bytes: 1 << 30, samples: 1 << 20 });
+        // What a shard has no sample of needs no credit.
+        let mut sent = self.bench.tell(Event::ConsumerAttached { session, consumer, pack, shard });
+        let credit = Event::CreditGranted { consumer, bytes: 1 << 30, samples: 1 << 20 };
+        sent.extend(self.bench.tell(credit));
         (consumer, delivered(&sent, consumer))
     }
 
