@@ -198,6 +198,8 @@ pub struct OpenJob {
     pub seed: u64,
     /// `None`: all engines at once; else how many keep serving while others load.
     pub rolling: Option<u32>,
+    /// Takes the job's settings as they are; else settings that differ are refused.
+    pub join: bool,
 }
 
 #[derive(Clone, Debug)]

@@ -300,7 +300,8 @@ impl Fleet {
         engine.serving().is_some_and(|at| need.suits(allowed, at, context))
     }
 
-    /// Keeps the emptiest engine that suits free for a sample that may be poison. True where one was found.
+    /// Keeps the emptiest engine that suits free for a sample that may be poison, one such sample at a time in the whole
+    /// fleet: a canary. True where an engine was found.
     pub fn reserve_for(&mut self, need: &Need, allowed: Allowed) -> bool {
         if let Some(&session) = self.reserved.get(&need.sample) {
             let suits = |engine: &Engine| self.suits(engine, need, allowed);
@@ -308,6 +309,9 @@ impl Fleet {
                 return false;
             }
             self.unreserve(session);
+        }
+        if !self.reserved.is_empty() {
+            return false;
         }
         let Some(session) = self.seats.emptiest(need, allowed) else { return false };
         self.reserved.insert(need.sample, session);

@@ -15,6 +15,10 @@ pub(crate) enum Change {
     Opened {
         settings: Box<Settings>,
     },
+    /// The trainer has said the settings of a job that somebody beside it had opened.
+    Settled {
+        settings: Box<Settings>,
+    },
     /// A trainer's process speaks for the job.
     SessionOpened {
         session: SessionId,
@@ -42,6 +46,8 @@ pub(crate) struct Settings {
     pub seed: u64,
     /// Engines that keep serving while others load; `None`: all load at once.
     pub rolling: Option<u32>,
+    /// Opened by somebody who only joins: the trainer's own settings take their place.
+    pub provisional: bool,
 }
 
 /// Durable state, written by [`Books::apply`] only.
@@ -83,6 +89,7 @@ impl Books {
                 self.settings = Some((**settings).clone());
                 self.sessions.clear();
             }
+            Change::Settled { settings } => self.settings = Some((**settings).clone()),
             Change::SessionOpened { session } => {
                 self.sessions.insert(*session);
             }
@@ -129,19 +136,13 @@ impl Job {
     }
 
     pub fn begin(&mut self, now: Now, open: OpenJob) {
-        let settings = Settings {
-            name: open.job,
-            epoch: open.epoch,
-            model: open.model,
-            logprobs_mode: open.logprobs_mode,
-            staleness: open.staleness,
-            on_running: open.on_running,
-            on_trainer_lost: open.on_trainer_lost,
-            seed: open.seed,
-            rolling: open.rolling,
-        };
-        self.commit(Change::Opened { settings: Box::new(settings) });
+        self.commit(Change::Opened { settings: Box::new(Settings::of(open)) });
         (self.last_heard, self.paused) = (now, false);
+    }
+
+    /// The trainer opens a job that somebody beside it had opened: its settings hold from now on.
+    pub fn settle(&mut self, open: OpenJob) {
+        self.commit(Change::Settled { settings: Box::new(Settings::of(open)) });
     }
 
     pub fn open_session(&mut self, session: SessionId) {
@@ -187,6 +188,40 @@ impl Job {
 // === impl Settings ===
 
 impl Settings {
+    fn of(open: OpenJob) -> Self {
+        Self {
+            name: open.job,
+            epoch: open.epoch,
+            model: open.model,
+            logprobs_mode: open.logprobs_mode,
+            staleness: open.staleness,
+            on_running: open.on_running,
+            on_trainer_lost: open.on_trainer_lost,
+            seed: open.seed,
+            rolling: open.rolling,
+            provisional: open.join,
+        }
+    }
+
+    /// The settings in which `open` differs from the job, each with both values; `None` where they are alike.
+    pub fn differ(&self, open: &OpenJob) -> Option<String> {
+        let both = |what: &str, here: String, there: String| {
+            (here != there)
+                .then(|| format!("{what}: the job has {here}, this trainer asks for {there}"))
+        };
+        let show = |value: &dyn std::fmt::Debug| format!("{value:?}");
+        let told = [
+            both("logprobs_mode", show(&self.logprobs_mode), show(&open.logprobs_mode)),
+            both("staleness", show(&self.staleness), show(&open.staleness)),
+            both("on_running", show(&self.on_running), show(&open.on_running)),
+            both("on_trainer_lost", show(&self.on_trainer_lost), show(&open.on_trainer_lost)),
+            both("seed", show(&self.seed), show(&open.seed)),
+            both("roll", show(&self.rolling), show(&open.rolling)),
+        ];
+        let told: Vec<String> = told.into_iter().flatten().collect();
+        (!told.is_empty()).then(|| told.join("; "))
+    }
+
     /// The job's model with what `engine` adds to it.
     fn fit(&self, engine: &Model, modes: &[LogprobsMode]) -> Result<Model, Unfit> {
         if !modes.contains(&self.logprobs_mode) {

@@ -36,6 +36,9 @@ pub struct JobConfig {
     pub seed: u64,
     /// How engines take a new version. Default all at once.
     pub roll: Roll,
+    /// Take the settings of a job that is open already as they are. Default false: settings that differ from the job's are
+    /// refused, and both are named. For tools beside the trainer.
+    pub join: bool,
     /// Server of the weights that this process publishes.
     pub weights: WeightServer,
 }
@@ -65,6 +68,7 @@ impl JobConfig {
             resume: None,
             seed: 0,
             roll: Roll::default(),
+            join: false,
             weights: WeightServer::default(),
         }
     }
@@ -90,6 +94,7 @@ impl JobConfig {
             version: self.resume.map(|r| r.version.into()),
             seed: self.seed,
             roll: Some(self.roll.into()),
+            join: self.join,
         }
     }
 }

@@ -96,6 +96,7 @@ pub fn job_opened(seed: u64) -> Event {
         resume: None,
         seed,
         rolling: None,
+        join: false,
     };
     Event::JobOpened { open: Box::new(open), reply: REPLY }
 }

@@ -91,7 +91,7 @@ pub async fn run(args: Args) -> Outcome {
         return Err(Failure::usage(text.to_owned()));
     }
     let mut signals = ShutdownSignals::install().or_exit(Exit::Io)?;
-    let mut config = JobConfig { epoch: args.epoch, ..JobConfig::new(&args.job) };
+    let mut config = JobConfig { epoch: args.epoch, join: true, ..JobConfig::new(&args.job) };
     config.weights.advertise = args.advertise.clone();
     config.weights.listen = args.weights_listen;
     config.weights.links = args.weights_link.clone();

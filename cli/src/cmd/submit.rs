@@ -128,7 +128,7 @@ pub async fn run(args: Args) -> Outcome {
     let groups = args.groups(prompts)?;
     let out = args.open_out()?;
     let mut signals = ShutdownSignals::install().or_exit(Exit::Io)?;
-    let mut config = JobConfig { epoch: args.epoch, ..JobConfig::new(&args.job) };
+    let mut config = JobConfig { epoch: args.epoch, join: true, ..JobConfig::new(&args.job) };
     config.seed = args.seed.unwrap_or(0);
     let job = args.manager.trainer().await?.open(config).await?;
     let total = groups.iter().map(|group| u64::from(group.n())).sum();

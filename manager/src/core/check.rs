@@ -142,7 +142,7 @@ impl Core {
 
     fn check_bounds(&self) -> Result<(), String> {
         let books = self.rollout.books();
-        let admitted: u64 = books.groups().map(|(_, group)| group.spec.budget()).sum();
+        let admitted: u64 = books.groups().map(|(_, group)| group.booked()).sum();
         let booked = books.admitted_tokens();
         if admitted != booked {
             return Err(format!("I7: {admitted} tokens are admitted, booked {booked}"));

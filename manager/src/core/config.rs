@@ -19,6 +19,8 @@ pub struct CoreConfig {
     pub progress_per_running_ms: u64,
     /// The same deadline before an attempt's first token: prefill and the engine's own queue. Default 20000.
     pub first_token_ms: u64,
+    /// Added to it for each 1,000 tokens that the attempt has to prefill. Default 1000: a slow engine's prefill.
+    pub first_token_ms_per_1000: u64,
     /// Siblings wait so long for their leader's first token, so that its prefix is cached. Default 1000.
     pub leader_wait_ms: u64,
     /// Prompt and answer tokens that may be admitted and not yet committed. Default 2^30.
@@ -48,6 +50,7 @@ impl Default for CoreConfig {
             progress_ms: 5_000,
             progress_per_running_ms: 20,
             first_token_ms: 20_000,
+            first_token_ms_per_1000: 1_000,
             leader_wait_ms: 1_000,
             admission_tokens: 1 << 30,
             load_deadline_ms: 600_000,
@@ -75,9 +78,16 @@ impl CoreConfig {
         Duration::from_millis(self.progress_ms.min(self.first_token_ms))
     }
 
-    /// How long one of `running` samples on an engine may be silent.
-    pub(crate) fn silence(&self, running: usize, had_token: bool) -> Duration {
-        let base = if had_token { self.progress_ms } else { self.first_token_ms };
+    /// How long one of `running` samples on an engine may be silent. `prefill`: tokens that the engine must read before
+    /// the attempt's first one, 0 once that has come.
+    pub(crate) fn silence(&self, running: usize, had_token: bool, prefill: u32) -> Duration {
+        let base = match had_token {
+            true => self.progress_ms,
+            false => {
+                self.first_token_ms
+                    + self.first_token_ms_per_1000.saturating_mul(prefill.into()) / 1_000
+            }
+        };
         Duration::from_millis(base + self.progress_per_running_ms * running as u64)
     }
 

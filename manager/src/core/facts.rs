@@ -139,8 +139,9 @@ impl Core {
         self.out.visit(silent.len());
         let mut moved = Moved::default();
         for silent in silent {
-            let patience = self.config.silence(running, silent.had_token);
             let id = silent.sample;
+            let prefill = self.rollout.need(id).map_or(0, |need| need.prefill);
+            let patience = self.config.silence(running, silent.had_token, prefill);
             if now.since(silent.since.max(makes_since)) <= patience
                 || !self.rollout.is_current(session, id, silent.attempt)
             {
@@ -154,7 +155,7 @@ impl Core {
         }
         if moved.samples > 0 {
             // Do not send them straight back to an engine that hangs.
-            self.rest_until(session, now + self.config.silence(0, true));
+            self.rest_until(session, now + self.config.silence(0, true, 0));
         }
         self.tell_moved(session, moved, "no progress");
     }

@@ -12,7 +12,18 @@ use crate::timer::Timer;
 impl Core {
     pub(super) fn open_job(&mut self, now: Now, open: OpenJob, reply: ReplyTo) {
         let joins = match self.job.settings() {
-            Some(job) if job.name == open.job && job.epoch == open.epoch => true,
+            Some(job) if job.name == open.job && job.epoch == open.epoch => {
+                let differ = job.differ(&open).filter(|_| !open.join && !job.provisional);
+                if let Some(differ) = differ {
+                    let why = format!(
+                        "job {} is open at epoch {} with other settings ({differ}); open it with the same ones, with \
+                         join to take them as they are, or with a higher epoch",
+                        job.name, job.epoch
+                    );
+                    return self.out.fail(reply, FailKind::Conflict, why);
+                }
+                true
+            }
             Some(job) if job.name == open.job && open.epoch < job.epoch => {
                 let why = format!(
                     "job {} is at epoch {}, asked for epoch {}: an older trainer is fenced off",
@@ -20,7 +31,12 @@ impl Core {
                 );
                 return self.out.fail(reply, FailKind::Conflict, why);
             }
-            Some(job) if job.name != open.job && !self.job.books().sessions().is_empty() => {
+            // A job whose trainer was killed is lost after `on_trainer_lost`; then another may take its place.
+            Some(job)
+                if job.name != open.job
+                    && !self.job.books().sessions().is_empty()
+                    && !self.job.is_paused() =>
+            {
                 let why = format!(
                     "this manager runs job {}; close it first, or start another manager for {}",
                     job.name, open.job
@@ -37,6 +53,8 @@ impl Core {
         }
         if !joins {
             self.begin_epoch(now, open);
+        } else if !open.join {
+            self.settle_job(now, open);
         }
         let session = SessionId(self.out.fresh_id());
         // Another rank of a trainer that has begun already resumes with the first one.
@@ -65,6 +83,17 @@ impl Core {
         }
         self.weights.begin(open.epoch, &mut self.out);
         self.job.begin(now, open);
+        for session in self.fleet.sessions() {
+            self.join_job(now, session);
+        }
+    }
+
+    /// The trainer opens a job that somebody beside it had opened, with settings of its own.
+    fn settle_job(&mut self, now: Now, open: OpenJob) {
+        if !self.job.settings().is_some_and(|job| job.provisional) {
+            return;
+        }
+        self.job.settle(open);
         for session in self.fleet.sessions() {
             self.join_job(now, session);
         }

@@ -80,7 +80,11 @@ impl Core {
                 SampleState::Waiting if self.rollout.queue().contains(sample) => {
                     self.rollout.need(sample).is_some_and(|need| need.alone)
                 }
-                _ => record.running_on().is_some_and(|(at, _)| at == session),
+                // Its first token has cleared the sample.
+                _ => {
+                    record.running_on().is_some_and(|(at, _)| at == session)
+                        && self.rollout.need(sample).is_some_and(|need| need.alone)
+                }
             });
             if !serves || !waits {
                 self.fleet.unreserve(session);

@@ -123,6 +123,7 @@ fn opening() -> OpenJob {
         resume: None,
         seed: 1,
         rolling: None,
+        join: false,
     }
 }
 
@@ -167,6 +168,66 @@ fn a_sample_that_kills_engines_runs_alone_and_is_given_up_with_its_story() {
     }
     assert_eq!((deaths, held), (4, 1));
     assert_eq!(starts(&bench.submit("harmless", &[5], 10)).len(), 1, "the fleet serves on");
+}
+
+#[test]
+fn samples_that_may_be_poison_are_tried_one_at_a_time_and_a_token_clears_them() {
+    let mut bench = Bench::new();
+    let mut running = Vec::new();
+    let mut session = bench.attach("a").iter().find_map(welcomed).expect("welcome");
+    for key in ["k", "l", "m"] {
+        running.extend(starts(&bench.submit(key, &[5], 10)));
+    }
+    for _ in 0..2 {
+        assert_eq!(running.len(), 3);
+        bench.tell(Event::EngineDied { session, why: "it crashed".into() });
+        let actions = bench.attach("a");
+        session = actions.iter().find_map(welcomed).expect("welcome");
+        running = starts(&actions);
+        running.extend(starts(&bench.tell(Event::TimePassed { gap: Duration::ZERO })));
+    }
+    bench.attach("b");
+    bench.tell(Event::TimePassed { gap: Duration::ZERO });
+    assert_eq!(running.len(), 1, "all three may be poison now");
+    assert_eq!(starts(&bench.submit("harmless", &[5], 10)).len(), 1, "the other engine serves all");
+    let (sample, attempt, session) = running[0];
+    let facts = vec![Fact::Grew { sample, attempt, kept: 1, oldest: 0 }];
+    let mut next = starts(&bench.tell(Event::FactsFound { session, facts }));
+    next.extend(starts(&bench.tell(Event::TimePassed { gap: Duration::ZERO })));
+    assert!(next.iter().all(|(other, ..)| *other != sample));
+    assert!(bench.core.fleet.reserves().iter().all(|(held, _)| *held != sample), "it is cleared");
+}
+
+#[test]
+fn another_job_may_come_once_the_trainer_of_the_first_is_lost() {
+    let mut bench = Bench::new();
+    let open = || OpenJob { job: "other".into(), ..opening() };
+    let tell = |bench: &mut Bench| {
+        let open = Box::new(open());
+        format!("{:?}", bench.tell(Event::JobOpened { open, reply: ReplyTo(1) }))
+    };
+    assert!(tell(&mut bench).contains("this manager runs job job"));
+    bench.now = bench.now + Duration::from_secs(601);
+    bench.tell(Event::TimePassed { gap: Duration::ZERO });
+    assert!(tell(&mut bench).contains("Opened"));
+}
+
+#[test]
+fn settings_that_differ_are_refused_unless_the_trainer_joins_or_a_tool_was_there_first() {
+    let mut bench = Bench::new();
+    let open = |bench: &mut Bench, epoch, seed, join| {
+        let open = Box::new(OpenJob { epoch, seed, join, ..opening() });
+        format!("{:?}", bench.tell(Event::JobOpened { open, reply: ReplyTo(1) }))
+    };
+    let refused = open(&mut bench, 0, 2, false);
+    assert!(refused.contains("seed: the job has 1, this trainer asks for 2"), "{refused}");
+    assert!(open(&mut bench, 0, 2, true).contains("Opened"));
+    assert_eq!(bench.core.job.settings().expect("open").seed, 1);
+
+    assert!(open(&mut bench, 1, 5, true).contains("Opened"), "a tool opens the next epoch");
+    assert!(open(&mut bench, 1, 2, false).contains("Opened"), "the trainer says what holds");
+    assert_eq!(bench.core.job.settings().expect("open").seed, 2);
+    assert!(open(&mut bench, 1, 5, false).contains("other settings"));
 }
 
 fn welcomed(action: &Action) -> Option<SessionId> {

@@ -63,6 +63,7 @@ impl Books {
                 self.steps.entry(*step).or_default().is_final |= is_final;
             }
             Change::Moved { sample, to } => self.moved(*sample, to),
+            Change::Made { sample, tokens } => self.made(*sample, *tokens),
             Change::Restarted { sample, lost } => self.restarted(*sample, *lost),
             Change::Shortened { group, why } => {
                 if let Some(group) = self.groups.get_mut(group) {
@@ -158,6 +159,17 @@ impl Books {
         sample.state = to.clone();
     }
 
+    fn made(&mut self, id: SampleId, tokens: u32) {
+        let Some(group) = self.groups.get_mut(&id.group) else { return };
+        let most = group.spec.sampling.max_tokens;
+        let Some(sample) = group.samples.get_mut(id.index as usize) else { return };
+        if sample.made.is_none() {
+            let made = tokens.min(most);
+            sample.made = Some(made);
+            self.admitted_tokens -= u64::from(most - made);
+        }
+    }
+
     fn restarted(&mut self, id: SampleId, lost: u32) {
         if let Some(sample) = self.sample_mut(id) {
             sample.discarded += lost;
@@ -209,7 +221,7 @@ impl Books {
 
     fn forget_group(&mut self, id: GroupId) {
         let Some(group) = self.groups.remove(&id) else { return };
-        self.admitted_tokens -= group.spec.budget();
+        self.admitted_tokens -= group.booked();
         for sample in &group.samples {
             self.counts[sample.state.index()] -= 1;
         }

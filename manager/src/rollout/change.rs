@@ -16,6 +16,8 @@ pub(crate) enum Change {
     StepNamed { step: Step, is_final: bool },
     /// A sample moved along the edges of its graph.
     Moved { sample: SampleId, to: SampleState },
+    /// A sample ends with `tokens` tokens: what was booked for more is given back.
+    Made { sample: SampleId, tokens: u32 },
     /// A sample restarts from its prompt; `lost` tokens were thrown away.
     Restarted { sample: SampleId, lost: u32 },
     /// The first reason for which a group will be short.

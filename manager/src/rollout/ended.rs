@@ -106,6 +106,11 @@ impl Rollout {
                 self.pins_changed = true;
             }
         }
+        let tokens = match to {
+            SampleState::Finished { .. } => self.sample(id).map_or(0, |sample| sample.live.kept),
+            _ => 0,
+        };
+        self.commit_change(Change::Made { sample: id, tokens });
         self.commit_change(Change::Moved { sample: id, to });
     }
 

@@ -61,11 +61,19 @@ pub(crate) struct GroupLive {
 impl GroupSpec {
     /// Tokens this group may come to, as admission counts them.
     pub fn budget(&self) -> u64 {
-        u64::from(self.n) * u64::from(self.prompt_tokens + self.sampling.max_tokens)
+        u64::from(self.n) * (u64::from(self.prompt_tokens) + u64::from(self.sampling.max_tokens))
     }
 }
 
 impl Group {
+    /// Tokens that admission counts for the group now: what was made of samples that have ended, and what may be made of
+    /// the others.
+    pub fn booked(&self) -> u64 {
+        let (prompt, most) = (self.spec.prompt_tokens, self.spec.sampling.max_tokens);
+        let of = |sample: &Sample| u64::from(prompt) + u64::from(sample.made.unwrap_or(most));
+        self.samples.iter().map(of).sum()
+    }
+
     pub fn n(&self) -> u32 {
         self.samples.len() as u32
     }

@@ -46,6 +46,10 @@ impl Rollout {
         let older = live.oldest != oldest;
         (live.kept, live.oldest) = (kept, oldest);
         if current && has_more {
+            if live.deaths > 0 {
+                // An engine that is kept free for the sample is free for all again.
+                out.wake_placement();
+            }
             (live.deaths, live.losses) = (0, 0);
             live.had_token = true;
         }

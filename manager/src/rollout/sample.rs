@@ -43,6 +43,8 @@ pub(crate) struct Sample {
     pub(super) seed: u64,
     /// Tokens thrown away by restarts from the prompt.
     pub(super) discarded: u32,
+    /// Tokens of a sample that has ended.
+    pub(super) made: Option<u32>,
     pub live: SampleLive,
 }
 
@@ -125,7 +127,7 @@ impl SampleState {
 impl Sample {
     pub fn new(seed: u64) -> Self {
         let live = SampleLive::default();
-        Self { state: SampleState::Waiting, attempts: 0, seed, discarded: 0, live }
+        Self { state: SampleState::Waiting, attempts: 0, seed, discarded: 0, made: None, live }
     }
 
     pub fn state(&self) -> &SampleState {
@@ -153,8 +155,8 @@ impl Sample {
 
     /// True where the durable parts are equal.
     pub fn same_books(&self, other: &Self) -> bool {
-        (&self.state, self.attempts, self.seed, self.discarded)
-            == (&other.state, other.attempts, other.seed, other.discarded)
+        (&self.state, self.attempts, self.seed, self.discarded, self.made)
+            == (&other.state, other.attempts, other.seed, other.discarded, other.made)
     }
 }
 

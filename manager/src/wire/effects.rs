@@ -44,7 +44,7 @@ pub(crate) struct Effects {
     /// Jobs asked for and not yet answered; at most as many as `replies`.
     opening: BTreeMap<ReplyTo, (String, LogprobsMode)>,
     job: Option<(String, LogprobsMode)>,
-    /// For the core, at the end of this turn; at most one a link and consumer.
+    /// For the core, at the end of this turn: one a link, consumer or page at most.
     found: Vec<Event>,
 }
 
@@ -210,7 +210,10 @@ impl Effects {
 
     /// Somebody waits for what the core says to `event`.
     pub fn expect_reply(&mut self, to: ReplyTo, event: &Event, answer: oneshot::Sender<Answer>) {
-        if let Event::JobOpened { open, .. } = event {
+        // Who joins takes the job's settings, not the other way round.
+        if let Event::JobOpened { open, .. } = event
+            && !(open.join && self.job.is_some())
+        {
             let OpenJob { job, logprobs_mode, .. } = &**open;
             self.opening.insert(to, (job.clone(), *logprobs_mode));
         }

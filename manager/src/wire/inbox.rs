@@ -19,7 +19,7 @@ use crate::wire::streams::consumers::ToConsumer;
 use crate::wire::streams::sessions::Attached;
 use crate::wire::streams::{Out, ToPublisher};
 
-/// Ticks of a second of 80 engines; the loop takes them in batches.
+/// Inputs that wait for the loop, which takes them in batches; whoever sends waits while it is full.
 const CAPACITY: usize = 4096;
 
 pub(crate) enum Input {

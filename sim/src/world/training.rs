@@ -29,6 +29,7 @@ impl World {
             resume: resumes.then_some(self.trainer.committed),
             seed: self.scenario.seed,
             rolling: self.scenario.rolling,
+            join: false,
         };
         self.trainer.phase = Phase::Opening;
         let reply = self.ask(Waiting::Open);

@@ -62,10 +62,26 @@ fn an_attempt_is_moved_once_it_has_been_silent_for_its_own_deadline() {
         let since = one.bench.now;
         one.pass(deadline_ms);
         assert_eq!(stops(&one.silent(since, had_token)), 0, "20 ms more for what runs there");
-        one.pass(21);
+        one.pass(23);
         assert_eq!(stops(&one.silent(since, had_token)), 1);
         assert_eq!(stops(&one.silent(since, had_token)), 0, "it is off the engine");
     }
+}
+
+#[test]
+fn a_long_prompt_has_more_time_for_its_first_token() {
+    let mut bench = Bench::new();
+    let long = |hello: &mut EngineHello| {
+        (hello.model.max_context, hello.kv_tokens) = (100_000, 100_000);
+    };
+    let session = bench.attach_with("a", long).iter().find_map(welcomed).expect("welcome");
+    let (sample, attempt, _) = starts(&bench.submit("k", &[5; 60_000], 10))[0];
+    let mut one = One { bench, session, sample, attempt };
+    let since = one.bench.now;
+    one.pass(75_000);
+    assert_eq!(stops(&one.silent(since, false)), 0, "a second more for each 1,000 tokens");
+    one.pass(6_000);
+    assert_eq!(stops(&one.silent(since, false)), 1);
 }
 
 #[test]

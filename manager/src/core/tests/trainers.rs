@@ -171,3 +171,17 @@ fn a_second_rank_does_not_rewind_the_first() {
     trainers.commit(second, 1);
     assert_eq!(trainers.retained(), 0, "the first rank's commit stands");
 }
+
+#[test]
+fn what_was_booked_and_not_made_is_given_back_when_a_sample_ends() {
+    let mut trainers = Trainers::new();
+    let admitted = |trainers: &Trainers| trainers.bench.core.rollout.books().admitted_tokens();
+    let (sample, attempt, _) = starts(&trainers.bench.submit("k", &[5], 50))[0];
+    assert_eq!(admitted(&trainers), 51);
+    let how = Finished::Length;
+    let fact = Fact::Finished { sample, attempt, kept: 10, oldest: 0, how, running: false };
+    trainers.bench.tell(Event::FactsFound { session: trainers.engine, facts: vec![fact] });
+    assert_eq!(admitted(&trainers), 11);
+    let (consumer, _) = trainers.consume(0, 1);
+    trainers.commit(consumer, 1);
+}

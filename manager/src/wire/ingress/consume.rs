@@ -136,6 +136,9 @@ async fn write(gate: Arc<Gate>, mut waiting: mpsc::Receiver<ToConsumer>, out: Ou
             return;
         }
     }
+    // The loop gave this consumer up: its queue was full, or it is of an epoch that is over.
+    let why = "this consumer did not take its batches in time and was let go; consume again";
+    let _ = out.send(Err(Status::unavailable(why))).await;
 }
 
 async fn write_batch(gate: &Gate, outgoing: OutgoingBatch, out: &Out<pb::ToConsumer>) -> bool {

@@ -32,6 +32,7 @@ pub(super) fn open(request: pb::OpenRequest) -> Result<OpenJob, Invalid> {
         resume: request.resume.then_some(BatchSeq(request.cursor)),
         seed: request.seed,
         rolling: roll.keep_serving(),
+        join: request.join,
     })
 }
 
