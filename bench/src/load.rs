@@ -68,7 +68,7 @@ pub struct Progress {
     pub arrivals: Vec<(u64, u64)>,
     /// First error of a task; the run cannot continue after it.
     pub failed: Option<String>,
-    /// Whether no more groups will be asked for.
+    /// True if no more groups will be asked for.
     pub closed: bool,
 }
 
@@ -165,7 +165,7 @@ impl Load {
 }
 
 impl Progress {
-    /// Whether all samples that were asked for are back, and no more will be.
+    /// True if all samples that were asked for are back, and no more will be.
     pub fn is_all_back(&self) -> bool {
         self.closed && self.back_samples >= self.asked_samples
     }

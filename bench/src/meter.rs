@@ -23,7 +23,7 @@ pub struct Ready {
     pub seed: u64,
     /// Tokens of the stream, up to and with this chunk.
     pub tokens: u64,
-    /// Whether the chunk is the stream's last.
+    /// True if the chunk is the stream's last.
     pub last: bool,
     /// Time at which the chunk was ready, in monotonic nanoseconds.
     pub at_ns: u64,

@@ -42,7 +42,7 @@ impl Publishing {
         self.number
     }
 
-    /// Whether the agent of `engine` fetches the newest version now, as far as the manager has said.
+    /// True if the agent of `engine` fetches the newest version now, as far as the manager has said.
     pub fn is_fetching(&self, engine: &str) -> bool {
         let status = self.newest.as_ref().and_then(Published::status);
         let fetches = |on: &OnEngine| on.engine == engine && on.stage == LoadStage::Fetching;

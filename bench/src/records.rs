@@ -61,7 +61,7 @@ pub struct Asked {
     pub max_tokens: u32,
     /// Tokens before which EOS is not allowed.
     pub min_tokens: u32,
-    /// Whether EOS does not end an answer.
+    /// True if EOS does not end an answer.
     pub ignore_eos: bool,
 }
 

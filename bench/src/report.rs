@@ -11,7 +11,7 @@ use serde::Serialize;
 pub struct Report {
     /// Name of the run, such as "stream" or "chaos".
     pub run: String,
-    /// Whether every gate held; goals that were missed do not count.
+    /// True if every gate held; goals that were missed do not count.
     pub pass: bool,
     /// The figures, in the order of the table.
     pub figures: Vec<Figure>,
@@ -33,7 +33,7 @@ pub struct Figure {
     /// Goal or gate of the figure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub goal: Option<Goal>,
-    /// Whether the goal was reached; `None` if there is no goal.
+    /// True if the goal was reached; `None` if there is no goal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pass: Option<bool>,
     /// Remark for people; empty if there is none.
@@ -48,7 +48,7 @@ pub struct Goal {
     pub bound: Bound,
     /// The bound, in the figure's unit.
     pub value: f64,
-    /// Whether the run fails if the bound is missed; otherwise the bound is only shown.
+    /// True if the run fails if the bound is missed; otherwise the bound is only shown.
     pub gate: bool,
 }
 

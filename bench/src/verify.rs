@@ -136,7 +136,7 @@ struct Judge<'a> {
 }
 
 impl Verdict {
-    /// Whether nothing was lost, duplicated or wrong.
+    /// True if nothing was lost, duplicated or wrong.
     pub fn is_clean(&self) -> bool {
         self.lost == 0 && self.duplicated == 0 && self.provenance_errors == 0
     }

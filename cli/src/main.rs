@@ -116,7 +116,7 @@ fn say_usage(error: &clap::Error) -> ExitCode {
 // === impl Command ===
 
 impl Command {
-    /// Whether the command's own output is what a person wants to see.
+    /// True if the command's own output is what a person wants to see.
     fn is_short(&self) -> bool {
         !matches!(
             self,

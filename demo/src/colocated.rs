@@ -88,7 +88,7 @@ impl Colocated {
         }
     }
 
-    /// Whether the engine generates now.
+    /// True if the engine generates now.
     pub fn is_lent(&self) -> bool {
         self.held == Held::Lent
     }

@@ -23,9 +23,9 @@ pub struct Report {
     pub task: String,
     /// The learning rule in words.
     pub algorithm: String,
-    /// Whether the run was the deterministic one: no kills, on-policy, whole groups.
+    /// True if the run was the deterministic one: no kills, on-policy, whole groups.
     pub deterministic: bool,
-    /// Whether versions were published; false for the control, whose engines keep version 0.
+    /// True if versions were published; false for the control, whose engines keep version 0.
     pub publishing: bool,
     /// Duration of the whole run.
     pub wall_s: f64,
@@ -82,7 +82,7 @@ pub struct EngineRow {
     pub why: Option<String>,
     /// Tokens received from the engine.
     pub tokens: u64,
-    /// Whether the engine runs on the trainer's GPU.
+    /// True if the engine runs on the trainer's GPU.
     pub colocated: bool,
     /// The engine's phases in their order, without gaps.
     pub phases: Vec<PhaseSpan>,
@@ -181,7 +181,7 @@ pub enum HappeningKind {
     Note,
 }
 
-/// Whether the run kept the promise of exactly-once delivery.
+/// True if the run kept the promise of exactly-once delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Every sample came back exactly once.

@@ -40,7 +40,7 @@ pub struct Score {
     pub per_token: Vec<f32>,
     /// Reward in [0, 1]: share of positions that are right, or right/wrong as a whole.
     pub reward: f32,
-    /// Whether the whole answer is right, with its EOS.
+    /// True if the whole answer is right, with its EOS.
     pub exact: bool,
 }
 

@@ -36,10 +36,10 @@ pub struct EngineConfig {
     pub max_waiting: u32,
     /// Tokens of KV cache over all running samples; above it the youngest sample is retracted. Default 4 Mi.
     pub kv_tokens: u64,
-    /// Whether chunks are deltas (`--incremental-streaming-output`), the default; if not, each repeats everything, as
+    /// True if chunks are deltas (`--incremental-streaming-output`), the default; if not, each repeats everything, as
     /// SGLang's do by default.
     pub incremental: bool,
-    /// Whether `POST /fault` is served; default no.
+    /// True if `POST /fault` is served; default no.
     pub faults: bool,
     /// File that counts the tokens made, for bench and chaos runs; the file outlives a kill. Default none.
     pub meter: Option<PathBuf>,
@@ -47,7 +47,7 @@ pub struct EngineConfig {
     pub api_key: Option<String>,
     /// Label `weight_version` before the first update; default "default".
     pub weight_version: String,
-    /// Whether log-probabilities are those before temperature (`SGLANG_RETURN_ORIGINAL_LOGPROB`); `hf` models only.
+    /// True if log-probabilities are those before temperature (`SGLANG_RETURN_ORIGINAL_LOGPROB`); `hf` models only.
     /// Default no.
     pub return_original_logprob: bool,
 }

@@ -32,7 +32,7 @@ pub(crate) struct Sink {
     pub frames: mpsc::Sender<Frame>,
     /// Cancelled by the fault `reset`, which cuts the connection with a TCP reset.
     pub connection: CancellationToken,
-    /// Whether the request is a health probe, which is not counted and which faults spare.
+    /// True if the request is a health probe, which is not counted and which faults spare.
     pub probe: bool,
 }
 

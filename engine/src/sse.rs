@@ -9,7 +9,7 @@ pub(crate) struct Shape<'a> {
     pub incremental: bool,
     /// The engine's label at this moment; the final chunk uses its last span's.
     pub label: &'a str,
-    /// Whether to leave out the finish after the last tokens, for the fault `lose_finish`.
+    /// True to leave out the finish after the last tokens, for the fault `lose_finish`.
     pub hide_end: bool,
 }
 

@@ -295,12 +295,12 @@ impl<M: Model, S> Core<M, S> {
         }
     }
 
-    /// Whether no sequence is left, delivered ends included.
+    /// True if no sequence is left, delivered ends included.
     pub fn is_empty(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty() && self.ended.is_empty()
     }
 
-    /// Whether a chunk or an end waits to be sent.
+    /// True if a chunk or an end waits to be sent.
     pub fn has_undelivered(&self) -> bool {
         !self.ended.is_empty() || !self.ready.is_empty()
     }

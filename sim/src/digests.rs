@@ -31,7 +31,7 @@ impl Digests {
         self.0.len()
     }
 
-    /// Whether there is no seed.
+    /// True if there is no seed.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -22,7 +22,7 @@ pub(crate) struct SimEngine {
     pub session: Option<SessionId>,
     pub attached: bool,
     pub of_trainer: OfTrainer,
-    /// Whether the agent has no engine and only passes versions on.
+    /// True if the agent has no engine and only passes versions on.
     pub relay: bool,
     pub live: BTreeMap<SampleId, Live>,
     pub loaded: Version,
@@ -47,7 +47,7 @@ pub(crate) struct Live {
     ignore_eos: bool,
     min_left: u32,
     credit_us: u64,
-    /// Whether the sample came while the engine waited for its running samples, and so starts after the load.
+    /// True if the sample came while the engine waited for its running samples, and so starts after the load.
     waits: bool,
 }
 
@@ -59,7 +59,7 @@ pub(crate) struct LoadRun {
     pub stage: LoadStage,
     pub on_running: OnRunning,
     pub fails: bool,
-    /// Whether the load never progresses.
+    /// True if the load never progresses.
     pub stuck: bool,
 }
 
@@ -81,7 +81,7 @@ pub(crate) enum OfTrainer {
 }
 
 impl SimEngine {
-    /// Whether the trainer loads the engine and attests its version.
+    /// True if the trainer loads the engine and attests its version.
     pub fn by_trainer(&self) -> bool {
         self.of_trainer == OfTrainer::Loaded
     }
@@ -232,7 +232,7 @@ impl SimEngine {
         Some(tick)
     }
 
-    /// Whether the load must wait for samples that it lets finish.
+    /// True if the load must wait for samples that it lets finish.
     pub fn is_busy(&self) -> bool {
         let lets_finish = self.load.as_ref().is_some_and(LoadRun::lets_finish);
         lets_finish && self.live.values().any(|live| !live.waits)
@@ -260,7 +260,7 @@ impl SimEngine {
 }
 
 impl LoadRun {
-    /// Whether the load waits in quiescing for running samples to finish.
+    /// True if the load waits in quiescing for running samples to finish.
     fn lets_finish(&self) -> bool {
         self.on_running == OnRunning::Finish && self.stage == LoadStage::Quiescing
     }

@@ -25,7 +25,7 @@ pub struct Scenario {
     pub max_tokens: u32,
     /// Tokens per second of one sample.
     pub rate: u64,
-    /// Whether one engine is on the trainer's GPU.
+    /// True if one engine is on the trainer's GPU.
     pub colocated: bool,
     /// The job's bound on the lag of delivered tokens.
     pub staleness: Staleness,
@@ -41,9 +41,9 @@ pub struct Scenario {
     pub fault_every: Duration,
     /// Time after which no more faults come.
     pub faults_until: Duration,
-    /// Whether the trainer may restart.
+    /// True if the trainer may restart.
     pub restarts: bool,
-    /// Whether some groups are pinned to a weight version.
+    /// True if some groups are pinned to a weight version.
     pub pinned_groups: bool,
     /// Choices about the trainer.
     pub trainer: TrainerSide,
@@ -66,20 +66,20 @@ pub struct TrainerSide {
     pub replayed: u64,
     /// Percent of groups that have a deadline.
     pub deadlines: u64,
-    /// Whether groups get one of three priorities.
+    /// True if groups get one of three priorities.
     pub priorities: bool,
     /// Way by which engines get a version.
     pub publishes: Publishes,
     /// Processes that publish each version together.
     pub senders: u32,
-    /// Whether each sender has a part of the tensors only.
+    /// True if each sender has a part of the tensors only.
     pub parts: bool,
-    /// Whether the trainer submits the next step first and publishes meanwhile, so that versions come while samples
+    /// True if the trainer submits the next step first and publishes meanwhile, so that versions come while samples
     /// run.
     pub overlaps: bool,
-    /// Whether the trainer closes the job at its end.
+    /// True if the trainer closes the job at its end.
     pub closes: bool,
-    /// Whether the manager admits little more than one step.
+    /// True if the manager admits little more than one step.
     pub tight_admission: bool,
     /// Time that training takes, if the trainer has taken back GPUs of its own.
     pub trains: Duration,
@@ -101,13 +101,13 @@ pub enum Publishes {
 pub struct FleetSide {
     /// Agents without an engine, which only pass versions on.
     pub relays: usize,
-    /// Whether two engines share a host.
+    /// True if two engines share a host.
     pub shares_hosts: bool,
     /// Value of `CoreConfig::load_deadline_ms`.
     pub load_deadline: Duration,
-    /// Whether engines keep what they loaded for their peers.
+    /// True if engines keep what they loaded for their peers.
     pub holds: bool,
-    /// Whether the engine on the trainer's GPU gets its weights from the manager.
+    /// True if the engine on the trainer's GPU gets its weights from the manager.
     pub colocated_loads: bool,
     /// Value of `CoreConfig::quarantine_deaths`.
     pub quarantine_deaths: u32,

@@ -124,7 +124,7 @@ impl Trainer {
         self.phase = Phase::Down;
     }
 
-    /// Whether every sample of the group is in the checkpoint.
+    /// True if every sample of the group is in the checkpoint.
     pub fn has_whole(&self, key: &str, n: u32) -> bool {
         (0..n).all(|index| self.got.contains_key(&(key.to_owned(), index)))
     }

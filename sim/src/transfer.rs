@@ -35,7 +35,7 @@ pub struct Transfer {
     pub kills: Vec<(Duration, usize)>,
     /// Time and receiver of each link that goes down; nobody hears of it.
     pub cuts: Vec<(Duration, usize)>,
-    /// Whether the manager has measured the rates, and so puts slow hosts at the ends.
+    /// True if the manager has measured the rates, and so puts slow hosts at the ends.
     pub rates_known: bool,
 }
 

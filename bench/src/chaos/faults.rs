@@ -88,12 +88,12 @@ impl Kind {
         }
     }
 
-    /// Whether a process dies by SIGKILL.
+    /// True if a process dies by SIGKILL.
     pub fn is_kill(self) -> bool {
         matches!(self, Kind::EngineKill | Kind::AgentKill | Kind::AgentKillMidFetch)
     }
 
-    /// Whether all streams of an engine end at any token, without a chance to hand over what was made: to them it is a
+    /// True if all streams of an engine end at any token, without a chance to hand over what was made: to them it is a
     /// kill.
     pub fn tears_streams(self) -> bool {
         self.is_kill() || matches!(self, Kind::CleanEnd | Kind::Reset)

@@ -81,7 +81,7 @@ impl Proc {
         &self.surprises
     }
 
-    /// Whether the process runs, as far as the last look tells.
+    /// True if the process runs, as far as the last look tells.
     pub fn is_up(&self) -> bool {
         matches!(self.state, State::Up { .. })
     }
@@ -105,7 +105,7 @@ impl Proc {
         self.usage
     }
 
-    /// Whether the process ended by itself since the last look. An end that is not `expected` is noted as a surprise.
+    /// True if the process ended by itself since the last look. An end that is not `expected` is noted as a surprise.
     pub fn reap(&mut self, expected: bool) -> anyhow::Result<bool> {
         self.observe();
         let State::Up { child, .. } = &mut self.state else { return Ok(false) };

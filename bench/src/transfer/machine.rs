@@ -21,7 +21,7 @@ pub fn facts() -> Value {
     })
 }
 
-/// Whether this process runs as root.
+/// True if this process runs as root.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
@@ -33,7 +33,7 @@ pub fn available_bytes() -> u64 {
     kib.map_or(0, |kib: u64| kib << 10)
 }
 
-/// Whether `program` is installed.
+/// True if `program` is installed.
 pub fn has(program: &str) -> bool {
     Command::new(program).arg("--version").output().is_ok()
 }

@@ -74,7 +74,7 @@ pub struct Train {
     pub listen: SocketAddr,
     /// Epoch of its versions.
     pub epoch: u32,
-    /// Whether it makes deltas.
+    /// True if it makes deltas.
     pub delta: bool,
     /// Folder of names for the arena, so that receivers of this host share it.
     pub arena: Option<PathBuf>,

@@ -18,7 +18,7 @@ pub struct Figure {
     pub goal: f64,
     /// Unit of the ratio.
     pub unit: String,
-    /// Whether the goal was met.
+    /// True if the goal was met.
     pub pass: bool,
     /// Numbers behind the ratio; `goal_is` says which side of the goal is good.
     pub detail: Value,
@@ -29,7 +29,7 @@ pub struct Figure {
 pub struct Report {
     /// The figures, in the order of the table.
     pub figures: Vec<Figure>,
-    /// Whether every figure met its goal.
+    /// True if every figure met its goal.
     pub pass: bool,
     /// Facts of the machine: ratios are comparable only on the same one.
     pub machine: Value,

@@ -21,9 +21,9 @@ pub struct Plan {
     pub task: Box<dyn Task>,
     /// Settings of the training.
     pub recipe: Recipe,
-    /// Whether each step's version is published.
+    /// True if each step's version is published.
     pub publish: bool,
-    /// Whether one weight version makes each sample, and training takes the samples in one order.
+    /// True if one weight version makes each sample, and training takes the samples in one order.
     pub deterministic: bool,
     /// Settings of every engine.
     pub engines: EngineFlags,

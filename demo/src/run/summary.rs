@@ -25,7 +25,7 @@ pub struct DemoOutcome {
     pub json: String,
     /// A few lines for a person.
     pub text: String,
-    /// Whether nothing was lost and nothing came twice.
+    /// True if nothing was lost and nothing came twice.
     pub kept_promises: bool,
 }
 

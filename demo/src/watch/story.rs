@@ -27,7 +27,7 @@ pub struct Story {
 pub struct EngineStory {
     /// Time at which the engine attached.
     pub joined_s: f64,
-    /// Whether the engine runs on the trainer's GPU.
+    /// True if the engine runs on the trainer's GPU.
     pub colocated: bool,
     /// Each phase with the time at which it began.
     pub phases: Vec<(f64, Phase)>,
@@ -167,18 +167,18 @@ impl Story {
         moved.fold((0, 0), |(samples, tokens), m| (samples + m.samples, tokens + m.kept_tokens))
     }
 
-    /// Whether `engine` was there and has left.
+    /// True if `engine` was there and has left.
     pub fn is_gone(&self, engine: &str) -> bool {
         self.engines.get(engine).is_some_and(|story| story.left.is_some())
     }
 
-    /// Whether `engine` is there and serves a version.
+    /// True if `engine` is there and serves a version.
     pub fn is_serving(&self, engine: &str) -> bool {
         let serves = |story: &EngineStory| matches!(story.phase(), Some(Phase::Serving { .. }));
         self.engines.get(engine).is_some_and(|story| story.left.is_none() && serves(story))
     }
 
-    /// Whether every engine that is there serves version `number`.
+    /// True if every engine that is there serves version `number`.
     pub fn all_serve(&self, number: u64) -> bool {
         let mut here = self.engines.values().filter(|engine| engine.left.is_none());
         here.all(|engine| engine.phase() == Some(Phase::Serving { version: number }))

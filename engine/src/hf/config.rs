@@ -27,9 +27,9 @@ pub(crate) struct HfConfig {
     pub rms_eps: f32,
     pub rope_theta: f64,
     pub tied: bool,
-    /// Whether q, k and v have biases.
+    /// True if q, k and v have biases.
     pub qkv_bias: bool,
-    /// Whether the output projection has a bias too: Llama and Qwen3 with `attention_bias`.
+    /// True if the output projection has a bias too: Llama and Qwen3 with `attention_bias`.
     pub out_bias: bool,
     pub context: u32,
     pub eos: Vec<u32>,

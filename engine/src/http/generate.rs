@@ -39,7 +39,7 @@ struct GenerateBody {
     stream: Option<bool>,
     #[serde(default)]
     return_logprob: Option<bool>,
-    /// Whether to add the oracle's extra column as `meta_info.output_extra`; not in SGLang's dialect.
+    /// True to add the oracle's extra column as `meta_info.output_extra`; not in SGLang's dialect.
     #[serde(default)]
     return_extra: Option<bool>,
 }

@@ -129,7 +129,7 @@ impl<M: Model, S> Core<M, S> {
         self.restart_pace(now);
     }
 
-    /// Whether generation is paused.
+    /// True if generation is paused.
     pub fn is_paused(&self) -> bool {
         self.control.paused
     }
@@ -152,7 +152,7 @@ impl<M: Model, S> Core<M, S> {
         }
     }
 
-    /// Whether the cache holds nothing that a new request could meet: only running sequences keep it busy.
+    /// True if the cache holds nothing that a new request could meet: only running sequences keep it busy.
     pub fn flush_cache(&self) -> bool {
         self.running.is_empty()
     }

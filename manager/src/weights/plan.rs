@@ -293,7 +293,7 @@ impl<'a> Forest<'a> {
         alike.filter_map(|(_, parents)| parents[stripe].peer()).collect()
     }
 
-    /// Whether this stripe comes to it through one that wants the version (again), or would after some
+    /// True if this stripe comes to it through one that wants the version (again), or would after some
     /// deaths: a circle.
     fn is_below_a_newcomer(&self, id: SessionId, stripe: usize, of: usize) -> bool {
         let (mut seen, mut look) = (BTreeSet::new(), vec![id]);
@@ -379,7 +379,7 @@ impl<'a> Forest<'a> {
         peers.chain(trainer).map(|holder| self.source(holder, parents, &mut above)).collect()
     }
 
-    /// Whether the one can fetch from the other.
+    /// True if the one can fetch from the other.
     fn reaches(&self, id: SessionId, holder: SessionId) -> bool {
         let host = self.peers.get(&id).and_then(|peer| peer.host.as_ref());
         let is_near = |peer: &Peer| host.is_some() && peer.host.as_ref() == host;
@@ -413,7 +413,7 @@ fn streams(image: Image, stripes: usize, length: usize) -> u32 {
     more.unwrap_or(stripes) as u32
 }
 
-/// Whether chains of this length fill quickly: each hop delays by a chunk of each stripe.
+/// True if chains of this length fill quickly: each hop delays by a chunk of each stripe.
 fn fits(image: Image, at_once: usize, length: usize) -> bool {
     let delay = (at_once as u64) * (length.saturating_sub(1) as u64) * image.chunk_bytes;
     delay.saturating_mul(100) <= image.bytes.saturating_mul(FILL_PERCENT)

@@ -9,7 +9,7 @@ use anabranch_transfer::queue::ChunkQueue;
 /// One host.
 pub(super) struct Node {
     pub life: Life,
-    /// Whether the host is a late joiner.
+    /// True if the host is a late joiner.
     pub late: bool,
     pub rate: u64,
     pub held: ChunkSet,

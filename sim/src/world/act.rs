@@ -132,7 +132,7 @@ impl World {
     }
 }
 
-/// Whether the engine has state of the sample that is not in the tokens.
+/// True if the engine has state of the sample that is not in the tokens.
 fn cannot_resume(order: &anabranch_manager::action::StartOrder) -> bool {
     order.sampling.presence_penalty != 0.0 || !order.sampling.stop_strings.is_empty()
 }

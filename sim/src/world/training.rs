@@ -152,7 +152,7 @@ impl World {
         self.post(Event::VersionSealed { publisher, version, reply });
     }
 
-    /// Whether no version is on its way to the manager.
+    /// True if no version is on its way to the manager.
     pub(crate) fn publishes_nothing(&self) -> bool {
         let publishes = |w: &Waiting| matches!(w, Waiting::Announce { .. } | Waiting::Seal { .. });
         !self.waiting.values().any(publishes)

@@ -130,7 +130,7 @@ fn describe(json: &str) -> Option<String> {
     Some(format!("{at:>10}  {name}: {}", facts.join(", ")))
 }
 
-/// Whether an event comes many times a second, or another event says the same.
+/// True if an event comes many times a second, or another event says the same.
 fn is_quiet(notice: &Notice) -> bool {
     use Notice::{BatchAcked, LoadStage, SamplesPlaced};
     matches!(notice, BatchAcked { .. } | LoadStage { .. } | SamplesPlaced { .. })

@@ -46,7 +46,7 @@ fn claim(
     (place, !peer.serves, peer.preemptible, peer.id)
 }
 
-/// Whether it is somewhere below a housemate that does not have the version, or would be after some deaths.
+/// True if it is somewhere below a housemate that does not have the version, or would be after some deaths.
 fn comes_by_way_of(peer: &Peer, housemates: &[&Peer], peers: &BTreeMap<SessionId, &Peer>) -> bool {
     let is_here =
         |id: SessionId| housemates.iter().any(|mate| mate.id == id && mate.at != Place::Complete);
