@@ -31,6 +31,9 @@ impl Core {
                 }
                 Fact::Finished { sample, attempt, kept, oldest, how, running } => {
                     self.sample_grew(session, Grown { sample, attempt, kept, oldest });
+                    if self.rollout.sample(sample).is_some_and(|sample| sample.is_open()) {
+                        self.rollout.counted(sample, kept, oldest);
+                    }
                     self.sample_finished(now, session, (sample, attempt), how, running);
                 }
                 Fact::Ended { sample, attempt, kept, oldest, why } => {

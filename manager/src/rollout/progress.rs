@@ -38,7 +38,7 @@ impl Rollout {
         // A fact may come after the sample was moved on: the ledger took the tokens before, so they count.
         let current = self.is_current(session, id, attempt);
         let Some(sample) = self.books.sample(id) else { return };
-        if !sample.is_open() || kept < sample.live.kept {
+        if !sample.is_open() || kept < sample.live.kept || attempt.0 <= sample.live.fence {
             return;
         }
         let has_more = kept > sample.live.kept;
@@ -61,6 +61,14 @@ impl Rollout {
             group.warm = Some(session);
             self.release_siblings(id.group, out);
         }
+    }
+
+    /// Notes what a finished sample has: exact, whatever was heard before.
+    pub fn counted(&mut self, id: SampleId, kept: u32, oldest: u64) {
+        if let Some(live) = self.books.sample_live_mut(id) {
+            (live.kept, live.oldest) = (kept, oldest);
+        }
+        self.ages_changed(id.group);
     }
 
     /// Notes a broken stream. `Err` says why the sample must be given up over it.
@@ -112,8 +120,9 @@ impl Rollout {
 
     /// Throws the sample's tokens away: they cannot be continued exactly, or are too old.
     pub fn restart(&mut self, id: SampleId, out: &mut Outbox) {
+        let Some(attempts) = self.sample(id).map(|sample| sample.attempts()) else { return };
         let Some(live) = self.books.sample_live_mut(id) else { return };
-        (live.kept, live.oldest) = (0, u64::MAX);
+        (live.kept, live.oldest, live.fence) = (0, u64::MAX, attempts);
         self.ages_changed(id.group);
         out.act(crate::action::Action::ClearPage { sample: id });
     }

@@ -59,6 +59,9 @@ pub(crate) struct SampleLive {
     pub had_token: bool,
     /// True once the ledger was told to end the sample as it is: the answer is on its way.
     pub ending: bool,
+    /// Last attempt before the sample's restart from its prompt: what is still told of growth up to it is of tokens that
+    /// were thrown away.
+    pub fence: u32,
     /// True once the ledger was told to open a page.
     pub has_page: bool,
     /// Engine deaths while the sample ran, since its last token.
@@ -74,6 +77,7 @@ impl Default for SampleLive {
             oldest: u64::MAX,
             had_token: false,
             ending: false,
+            fence: 0,
             has_page: false,
             deaths: 0,
             losses: 0,

@@ -159,3 +159,21 @@ fn an_attempt_that_the_ledger_ended_is_stopped_at_its_engine() {
     let facts = vec![Fact::Ended { sample, attempt, kept: 1, oldest: 0, why }];
     assert_eq!(stops(&one.bench.tell(Event::FactsFound { session, facts })), 1);
 }
+
+#[test]
+fn growth_that_is_told_after_a_restart_is_of_tokens_that_were_thrown_away() {
+    let mut one = One::running(8, |_| {});
+    one.bench.attach("b");
+    let (sample, first, session) = (one.sample, one.attempt, one.session);
+    let now = one.bench.now;
+    one.bench.core.restart_groups(now, &[sample.group], 1);
+    let again = one.bench.tell(Event::TimePassed { gap: Duration::ZERO });
+    let (_, second, at) = starts(&again)[0];
+    let late = Fact::Grew { sample, attempt: first, kept: 40, oldest: 0 };
+    one.bench.tell(Event::FactsFound { session, facts: vec![late] });
+    let live = |one: &One| one.bench.core.rollout.sample(sample).expect("there").live.clone();
+    assert_eq!((live(&one).kept, live(&one).oldest), (0, u64::MAX));
+    let fresh = Fact::Grew { sample, attempt: second, kept: 1, oldest: 2 };
+    one.bench.tell(Event::FactsFound { session: at, facts: vec![fresh] });
+    assert_eq!((live(&one).kept, live(&one).had_token), (1, true));
+}
