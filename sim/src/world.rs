@@ -3,6 +3,8 @@
 
 mod act;
 mod agents;
+mod ending;
+mod happening;
 mod life;
 mod training;
 
@@ -10,15 +12,16 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use anabranch_engine::synthetic::SyntheticParams;
-use anabranch_manager::action::{Answer, Batch, LoadOrder, ModeKind, StartOrder};
+use anabranch_manager::action::Batch;
 use anabranch_manager::core::config::CoreConfig;
 use anabranch_manager::core::{Core, Folded};
-use anabranch_manager::event::{ConsumerId, Event, Held, LinkId, ReplyTo};
+use anabranch_manager::event::{Event, LinkId, ReplyTo};
 use anabranch_manager::ledger::{Ledger, Taken};
 use anabranch_proto::pb;
-use anabranch_proto::{Attempt, OrderId, SampleId, SessionId, Version};
+use anabranch_proto::{SessionId, Version};
 use anabranch_runtime::clock::Now;
-use bytes::Bytes;
+
+pub(crate) use happening::{Happening, ToAgent, Waiting};
 
 use crate::coverage::Coverage;
 use crate::digest::Digest;
@@ -78,106 +81,6 @@ pub struct Failure {
     pub what: String,
     /// The last things that happened, in their order.
     pub story: Vec<String>,
-}
-
-/// Messages on their way, and timers.
-pub(crate) enum Happening {
-    Core(Event),
-    /// A tick arrives over this link.
-    Tick {
-        link: LinkId,
-        session: SessionId,
-        tick: pb::Tick,
-    },
-    ToAgent {
-        engine: usize,
-        link: LinkId,
-        message: ToAgent,
-    },
-    Make {
-        engine: usize,
-    },
-    Redial {
-        engine: usize,
-    },
-    Reborn {
-        engine: usize,
-    },
-    /// The notice of the machine is over: the machine is gone.
-    Preempted {
-        engine: usize,
-    },
-    NetUp {
-        engine: usize,
-    },
-    Recover {
-        engine: usize,
-    },
-    LoadStep {
-        engine: usize,
-        incarnation: u64,
-        order: OrderId,
-    },
-    DrainOver {
-        engine: usize,
-        incarnation: u64,
-        order: OrderId,
-    },
-    Strike,
-    OpenJob,
-    Submit {
-        step: u64,
-    },
-    /// A publisher whose stream broke is back.
-    Republish,
-    Close,
-    Publish,
-    Consume {
-        shard: u32,
-    },
-    Take {
-        consumer: ConsumerId,
-        batch: std::sync::Arc<Batch>,
-        samples: Vec<usize>,
-    },
-    Done {
-        consumer: ConsumerId,
-        report: std::sync::Arc<anabranch_manager::action::StepReport>,
-    },
-    Answer {
-        to: ReplyTo,
-        answer: Answer,
-    },
-    Beats,
-    /// The driver looks for silent samples.
-    Sweep,
-    /// The trainer has trained on a step, on its own GPUs.
-    Trained {
-        step: u64,
-    },
-}
-
-pub(crate) enum ToAgent {
-    Welcome { session: SessionId, acked: u64, keep: Vec<Held> },
-    Start(Box<StartOrder>, Bytes),
-    Stop { sample: SampleId, attempt: Attempt },
-    Ack(u64),
-    Load(Box<LoadOrder>),
-    CancelLoad(OrderId),
-    Mode { order: OrderId, mode: ModeKind, deadline: Duration },
-    Closed { retry: Option<Duration> },
-}
-
-/// Request whose answer the trainer waits for.
-pub(crate) enum Waiting {
-    Open,
-    Submit { step: u64 },
-    Announce { version: Version, sender: u32, step: Option<u64> },
-    Seal { version: Version, step: Option<u64> },
-    Close,
-    Train { step: u64, by: Now },
-    Generate { step: u64, by: Now },
-    Nothing,
 }
 
 pub(crate) struct World {
@@ -462,59 +365,8 @@ impl World {
     pub(crate) fn fail(&mut self, what: String) {
         self.broken.get_or_insert(what);
     }
-
-    fn why_it_hangs(&self) -> String {
-        let state = self.core.state(self.now);
-        let engines: Vec<String> = state
-            .engines
-            .iter()
-            .filter(|e| !e.state.is_gone())
-            .map(|e| format!("{} {:?} link {} running {}", e.id, e.state, e.connected, e.running))
-            .collect();
-        format!(
-            "trainer {:?}, current {}, pending {:?}, {:?}, {:?}, {:?}, {engines:?}",
-            self.trainer.phase,
-            state.current,
-            state.pending,
-            state.queue,
-            state.steps,
-            state.egress
-        )
-    }
-
-    fn finish(mut self) -> Result<Outcome, Box<Failure>> {
-        if self.broken.is_none() {
-            let accounts = self.trainer.account(&self.admitted_n());
-            let at_rest = self.core.check_at_rest().and(self.core.check_fold(&self.folded));
-            let pages = self.ledger.stats().pages;
-            let pages =
-                if pages == 0 { Ok(()) } else { Err(format!("I7: {pages} pages are left")) };
-            if let Err(what) = accounts.and(at_rest).and(pages) {
-                self.fail(what);
-            }
-        }
-        if let Some(what) = self.broken {
-            let (seed, at_ms) = (self.scenario.seed, self.now.as_millis());
-            return Err(Box::new(Failure { seed, at_ms, what, story: self.story.into() }));
-        }
-        let counters = self.core.counters();
-        self.outcome.virtual_ms = self.now.as_millis();
-        self.outcome.delivered = self.trainer.got.len() as u64;
-        self.outcome.checked_tokens = self.trainer.checked_tokens;
-        self.outcome.migrations = counters.migrations;
-        self.outcome.regenerated_tokens = counters.regenerated_tokens;
-        self.outcome.abandoned = counters.abandoned;
-        self.outcome.digest = self.digest.finish();
-        Ok(self.outcome)
-    }
-
-    fn admitted_n(&self) -> BTreeMap<String, u32> {
-        let of = |key: &String| self.asked.get(key).map(|n| (key.clone(), *n));
-        self.admitted.iter().filter_map(of).collect()
-    }
 }
 
-/// Settings of the core. Little more than a step is admitted at once, if the seed says so.
 fn config_of(scenario: &Scenario) -> CoreConfig {
     let sample = u64::from(scenario.max_tokens) + LONGEST_PROMPT;
     let step = sample * u64::from(scenario.n) * scenario.groups_per_step;
@@ -528,12 +380,6 @@ fn config_of(scenario: &Scenario) -> CoreConfig {
         config.admission_tokens = step * 5 / 4;
     }
     config
-}
-
-impl Happening {
-    fn is_for_manager(&self) -> bool {
-        matches!(self, Self::Core(_) | Self::Tick { .. } | Self::Sweep)
-    }
 }
 
 /// Makes a reason static, as the core's link events need it; a world makes at most a handful of its own.
