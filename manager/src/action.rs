@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use anabranch_proto::Finish;
-use anabranch_proto::{Attempt, BatchSeq, EngineId, OrderId, SampleId, SessionId, Step, Version};
+use anabranch_proto::{
+    Attempt, BatchSeq, EngineId, LogprobsMode, OrderId, SampleId, SessionId, Step, Version,
+};
 use bytes::Bytes;
 
 use super::event::{
@@ -198,6 +200,9 @@ pub enum Answer {
         current: Version,
         serve_key: [u8; 32],
         resumed: bool,
+        /// Name of the job, and what its log-probabilities mean: the job's own, whatever a joining trainer asked for.
+        job: String,
+        logprobs_mode: LogprobsMode,
     },
     Submitted(Vec<SubmitResult>),
     Cancelled {

@@ -152,7 +152,7 @@ impl Driver {
                 return Some(event);
             }
             Input::Ask { to, event, answer } => {
-                self.effects.expect_reply(to, &event, answer);
+                self.effects.expect_reply(to, answer);
                 return Some(event);
             }
             Input::Attach(attach) => return Some(self.effects.attach(*attach)),

@@ -70,7 +70,12 @@ impl Core {
         self.out.wake_placement();
         let resumed = joins || resume.is_some();
         self.out.tell(Notice::JobOpened { job: name, epoch, resumed });
-        self.out.reply(reply, Answer::Opened { session, floor, current, serve_key, resumed });
+        let Some(settings) = self.job.settings() else { return };
+        let (job, logprobs_mode) = (settings.name.clone(), settings.logprobs_mode);
+        self.out.reply(
+            reply,
+            Answer::Opened { session, floor, current, serve_key, resumed, job, logprobs_mode },
+        );
     }
 
     /// Begins a new job, or a new epoch of this one. The same job's undelivered work goes on: its trainer was

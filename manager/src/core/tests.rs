@@ -221,6 +221,13 @@ fn settings_that_differ_are_refused_unless_the_trainer_joins_or_a_tool_was_there
     };
     let refused = open(&mut bench, 0, 2, false);
     assert!(refused.contains("seed: the job has 1, this trainer asks for 2"), "{refused}");
+    let open_raw = Box::new(OpenJob { join: true, logprobs_mode: LogprobsMode::Raw, ..opening() });
+    let joined = bench.tell(Event::JobOpened { open: open_raw, reply: ReplyTo(1) });
+    let mode = joined.iter().find_map(|action| match action {
+        Action::Reply { answer: Answer::Opened { logprobs_mode, .. }, .. } => Some(*logprobs_mode),
+        _ => None,
+    });
+    assert_eq!(mode, Some(LogprobsMode::Tempered), "agents are told the job's own");
     assert!(open(&mut bench, 0, 2, true).contains("Opened"));
     assert_eq!(bench.core.job.settings().expect("open").seed, 1);
 

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use crate::action::{Action, Answer, VersionStatus};
-use crate::event::{ConsumerId, Event, LinkId, OpenJob, PublisherId, ReplyTo};
+use crate::event::{ConsumerId, Event, LinkId, PublisherId, ReplyTo};
 use crate::ledger::Ledger;
 use crate::view::metrics::Metrics;
 use crate::view::notice_log;
@@ -41,8 +41,7 @@ pub(crate) struct Effects {
     /// Statuses that publishers have not been sent: the last one of each version.
     statuses: BTreeMap<(PublisherId, u64), VersionStatus>,
     replies: BTreeMap<ReplyTo, oneshot::Sender<Answer>>,
-    /// Jobs asked for and not yet answered; at most as many as `replies`.
-    opening: BTreeMap<ReplyTo, (String, LogprobsMode)>,
+    /// Name of the open job, and what its log-probabilities mean, as the core last said.
     job: Option<(String, LogprobsMode)>,
     /// For the core, at the end of this turn: one a link, consumer or page at most.
     found: Vec<Event>,
@@ -70,7 +69,6 @@ impl Effects {
             publishers: BTreeMap::new(),
             statuses: BTreeMap::new(),
             replies: BTreeMap::new(),
-            opening: BTreeMap::new(),
             job: None,
             found: Vec::new(),
         }
@@ -208,15 +206,8 @@ impl Effects {
         Event::PublisherLost { publisher }
     }
 
-    /// Somebody waits for what the core says to `event`.
-    pub fn expect_reply(&mut self, to: ReplyTo, event: &Event, answer: oneshot::Sender<Answer>) {
-        // Who joins takes the job's settings, not the other way round.
-        if let Event::JobOpened { open, .. } = event
-            && !(open.join && self.job.is_some())
-        {
-            let OpenJob { job, logprobs_mode, .. } = &**open;
-            self.opening.insert(to, (job.clone(), *logprobs_mode));
-        }
+    /// Somebody waits for what the core will say.
+    pub fn expect_reply(&mut self, to: ReplyTo, answer: oneshot::Sender<Answer>) {
         self.replies.insert(to, answer);
     }
 
@@ -235,7 +226,6 @@ impl Effects {
     /// Those who stopped waiting.
     pub fn drop_stale_replies(&mut self) {
         self.replies.retain(|_, answer| !answer.is_closed());
-        self.opening.retain(|to, _| self.replies.contains_key(to));
     }
 
     /// The manager ends: every stream is told, then closed.
@@ -351,9 +341,8 @@ impl Effects {
     }
 
     fn reply(&mut self, to: ReplyTo, answer: Answer) {
-        let opened = self.opening.remove(&to);
-        if matches!(answer, Answer::Opened { .. }) {
-            self.job = opened.or_else(|| self.job.take());
+        if let Answer::Opened { job, logprobs_mode, .. } = &answer {
+            self.job = Some((job.clone(), *logprobs_mode));
         }
         if let Some(waiting) = self.replies.remove(&to) {
             // Who stopped waiting has been told so by its deadline.

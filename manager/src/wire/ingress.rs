@@ -47,7 +47,7 @@ impl Trainer for TrainerService {
         let open = Box::new(convert::open(self.admit(request).await?)?);
         let answer = self.gate.inbox.ask(ANSWER, |reply| Event::JobOpened { open, reply }).await?;
         match answer {
-            Answer::Opened { session, floor, current, serve_key, resumed } => {
+            Answer::Opened { session, floor, current, serve_key, resumed, .. } => {
                 Ok(Response::new(pb::Opened {
                     session: self.gate.life.mark(session),
                     manager_epoch: self.gate.life.epoch,

@@ -308,13 +308,15 @@ fn dial(record: &mut Record<'_>, order: &DialOrder) {
 
 fn reply(record: &mut Record<'_>, answer: &Answer) {
     match answer {
-        Answer::Opened { session, floor, current, serve_key, resumed } => {
+        Answer::Opened { session, floor, current, serve_key, resumed, job, logprobs_mode } => {
             record.tag(1);
             record.session(*session);
             record.num(floor.0);
             record.version(current);
             record.key(serve_key);
             record.flag(*resumed);
+            record.text(job);
+            record.text(logprobs_mode.name());
         }
         Answer::Submitted(results) => {
             record.tag(2);
