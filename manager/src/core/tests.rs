@@ -15,6 +15,7 @@ mod feeding;
 mod ledger;
 mod senders;
 mod trainers;
+mod wave;
 
 /// A core with one job, whose actions are collected.
 struct Bench {
